@@ -1,0 +1,1 @@
+"""A stream of user embeddings: Kafka events in, versioned vectors out."""

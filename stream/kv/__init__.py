@@ -1,0 +1,1 @@
+"""Key-value stores that retrieval reads: one protocol, one module per store."""
