@@ -1,0 +1,70 @@
+"""The error tree: what went wrong, whether retrying helps, what the operator should do.
+
+UembError
+├── ConfigError            a setting or an argument is wrong; exit 2, nothing was started
+│   └── TopicMismatch      topics disagree with the application (partition counts, limits, policies)
+├── ItemSpaceError         an item-vector folder is missing, damaged or of another version
+├── StateError             stored state does not belong to this configuration, or can't be read
+├── Fenced                 another worker holds a newer claim on this partition; stop, do not retry
+├── OwnershipError         delivery broke its own rules (a gap, a partition that is not ours)
+├── DeliveryError          Kafka did not acknowledge in time
+└── StoreError             the key-value store can't be reached or answered wrongly; retriable
+    └── StoreLocked        another process holds the partition's database
+
+UnknownItemError(IndexError)   an item index outside the item space (public functions of `stream.embedding`)
+"""
+
+
+class UembError(Exception):
+    """Base of all our errors; its text is one line that says what to do."""
+
+    exit_code = 1
+    retriable = False
+
+
+class ConfigError(UembError):
+    """A setting or an argument is wrong; nothing was started."""
+
+    exit_code = 2
+
+
+class TopicMismatch(ConfigError):
+    """Topics on the broker disagree with the application."""
+
+
+class ItemSpaceError(UembError):
+    """An item-vector folder is missing, damaged, or not what its manifest says."""
+
+    exit_code = 2
+
+
+class StateError(UembError):
+    """Stored state belongs to another configuration, or can't be read."""
+
+
+class Fenced(UembError):
+    """A newer owner of the partition exists: this worker has lost it and must stop."""
+
+
+class OwnershipError(UembError):
+    """Records arrived with a gap, or for a partition this worker does not own."""
+
+
+class DeliveryError(UembError):
+    """Kafka did not acknowledge what it was sent."""
+
+    retriable = True
+
+
+class StoreError(UembError):
+    """The key-value store can't be reached or gave an impossible answer."""
+
+    retriable = True
+
+
+class StoreLocked(StoreError):
+    """Another process holds the partition's database open for writing."""
+
+
+class UnknownItemError(IndexError):
+    """An item index is negative or beyond the item matrix."""

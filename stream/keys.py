@@ -1,0 +1,101 @@
+"""Ids, partitioning and cache keys: the names under which everything is found again."""
+
+import re
+from typing import Final
+
+MAX_ID_BYTES: Final = 256
+INT64_MIN: Final = -(1 << 63)
+INT64_MAX: Final = (1 << 63) - 1
+
+#: First part of a key after ``uemb:`` that a version name must not take.
+RESERVED_WORDS: Final = frozenset({"app", "current", "fallback", "encoder", "epoch", "watermark"})
+
+APP_KEY: Final = "uemb:app"
+CURRENT_KEY: Final = "uemb:current"
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_VERSION = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+def canonical_id(value: int | str) -> str:
+    """Return the one text under which an id is known; ``5`` and ``"5"`` are the same id.
+
+    Args:
+        value: a 64-bit signed integer, or a text of 1-256 UTF-8 bytes without control characters.
+
+    Raises:
+        ValueError: the id is out of range, empty, too long, or holds control characters or lone surrogates.
+    """
+    if isinstance(value, int):
+        if isinstance(value, bool) or not INT64_MIN <= value <= INT64_MAX:
+            msg = "an integer id must fit in 64 bits"
+            raise ValueError(msg)
+        return str(value)
+    if not value.isprintable() and _CONTROL.search(value):
+        msg = "an id must hold no control characters"
+        raise ValueError(msg)
+    try:
+        size = len(value) if value.isascii() else len(value.encode())
+    except UnicodeEncodeError:
+        msg = "an id must be valid Unicode"
+        raise ValueError(msg) from None
+    if not 1 <= size <= MAX_ID_BYTES:
+        msg = f"an id must have 1 to {MAX_ID_BYTES} UTF-8 bytes"
+        raise ValueError(msg)
+    return value
+
+
+def check_version_name(name: str) -> str:
+    """Return `name` if it may name a version, else raise ``ValueError`` with what is allowed."""
+    if not _VERSION.fullmatch(name):
+        msg = f"version name {name[:80]!r} must match [A-Za-z0-9._-]{{1,64}}"
+        raise ValueError(msg)
+    if name in RESERVED_WORDS:
+        msg = f"version name {name!r} is a reserved word"
+        raise ValueError(msg)
+    return name
+
+
+def murmur2(data: bytes) -> int:
+    """Kafka's 32-bit murmur2 as the Java client computes it (``org.apache.kafka.common.utils.Utils.murmur2``)."""
+    m = 0x5BD1E995
+    n = len(data)
+    h = 0x9747B28C ^ n
+    end = n & ~3
+    for i in range(0, end, 4):
+        k = int.from_bytes(data[i : i + 4], "little") * m & 0xFFFFFFFF
+        h = (h * m & 0xFFFFFFFF) ^ ((k ^ (k >> 24)) * m & 0xFFFFFFFF)
+    if n > end:
+        h = (h ^ int.from_bytes(data[end:], "little")) * m & 0xFFFFFFFF
+    h = (h ^ (h >> 13)) * m & 0xFFFFFFFF
+    return h ^ (h >> 15)
+
+
+def partition_of(key: bytes, partitions: int) -> int:
+    """Return the partition that owns `key` among `partitions`, as Java's and aiokafka's default partitioner do."""
+    return (murmur2(key) & 0x7FFFFFFF) % partitions
+
+
+def user_cache_key(user_id: int | str, item_emb_version: str, user_emb_version: str) -> str:
+    """Key of one user's vector in the key-value store and on the output topic (seed §6)."""
+    return f"uemb:{user_emb_version}:{item_emb_version}:{user_id}"
+
+
+def fallback_key(item_emb_version: str, user_emb_version: str) -> str:
+    """Key of the fallback record of a pair of versions."""
+    return f"uemb:fallback:{user_emb_version}:{item_emb_version}"
+
+
+def encoder_key(user_emb_version: str) -> str:
+    """Key of the full hash behind a user-embedding version's name."""
+    return f"uemb:encoder:{user_emb_version}"
+
+
+def epoch_key(partition: int) -> str:
+    """Key of the newest claim (fencing token) of a partition."""
+    return f"uemb:epoch:{partition}"
+
+
+def watermark_key(partition: int) -> str:
+    """Key of a partition's progress record."""
+    return f"uemb:watermark:{partition}"

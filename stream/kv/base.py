@@ -1,0 +1,93 @@
+"""What a key-value store must do: the worker's side, the reader's side, and the application's shared record."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """The pair of versions that readers follow, and the control record's offset that set it (−1: ``UEMB_ITEMS``)."""
+
+    user_version: str
+    item_version: str
+    offset: int
+
+
+@dataclass(frozen=True)
+class Meta:
+    """The reserved keys that belong to no partition.
+
+    Attributes:
+        app: id of the application that owns the store (``uemb:app``).
+        partitions: number of partitions, fixed for the application's life.
+        current: the serving pair (``uemb:current``).
+        fallbacks: fallback records, Avro, by their key (``uemb:fallback:{user_version}:{item_version}``).
+        encoders: full hash by key (``uemb:encoder:{user_version}``).
+    """
+
+    app: str | None = None
+    partitions: int | None = None
+    current: Serving | None = None
+    fallbacks: Mapping[str, bytes] = field(default_factory=dict)
+    encoders: Mapping[str, str] = field(default_factory=dict)
+
+
+class KVWriter(Protocol):
+    """A worker's hold on the store. Entries are ``epoch ‖ revision ‖ body`` and never go backward (law 7)."""
+
+    async def update_meta(self, change: Callable[[Meta], Meta]) -> Meta:
+        """Read, change and replace the shared record as one step; an exception of `change` leaves it as it was."""
+        ...
+
+    async def open_partition(self, partition: int) -> None:
+        """Take the partition for writing.
+
+        Raises:
+            StoreLocked: another process holds it, and went on to do so for the whole patience of the store.
+        """
+        ...
+
+    async def close_partition(self, partition: int) -> None:
+        """Give the partition up; harmless when it is not open."""
+        ...
+
+    async def get(self, partition: int, keys: Sequence[bytes]) -> list[bytes | None]:
+        """Entries as stored, in the order of `keys`."""
+        ...
+
+    async def put(self, partition: int, entries: Mapping[bytes, bytes]) -> int:
+        """Write each entry unless a stored one has a greater ``(epoch, revision)``; return how many were refused.
+
+        Raises:
+            Fenced: a stored entry has a higher epoch than the one written: the partition has a newer owner.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Give everything up."""
+        ...
+
+
+class KVReader(Protocol):
+    """Retrieval's hold on the store; safe to use from several threads."""
+
+    def meta(self) -> Meta:
+        """The shared record as last seen; cheap."""
+        ...
+
+    def get(self, lookups: Sequence[tuple[bytes, bytes]]) -> list[bytes | None]:
+        """Entries for pairs of (canonical user id in UTF-8, key), in their order.
+
+        Raises:
+            StoreError: the store can't be reached.
+        """
+        ...
+
+    def watermark(self, user_id: bytes) -> bytes | None:
+        """Progress record of the partition that owns `user_id`, as last seen; cheap."""
+        ...
+
+    def close(self) -> None:
+        """Stop background work and let go of the store."""
+        ...

@@ -1,0 +1,218 @@
+"""Bytes of embedding records: Avro single-object encoding, the seed's JSON shape, and key-value entries.
+
+A key-value entry is epoch and revision (8 bytes each, big-endian), then the Avro record; an empty body is a deletion.
+"""
+
+import io
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any, Final
+
+import fastavro
+import numpy as np
+from fastavro.schema import fingerprint, parse_schema, to_parsing_canonical_form
+
+from stream.embedding import Float32
+
+AVRO_MARKER: Final = b"\xc3\x01"
+PREFIX_BYTES: Final = 16
+SCHEMA_FILES: Final = ("user_embedding.v1.avsc",)  # oldest first; the last one is written
+
+_PREFIX = struct.Struct(">QQ")
+_DOUBLE = struct.Struct("<d")
+_HEADER_BYTES: Final = 10
+
+
+class CorruptRecord(ValueError):
+    """Bytes that are no record of a schema this release carries."""
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingRecord:
+    """One user's vector as it is published; all but epoch and revision follow from the history (law 2)."""
+
+    user_id: str
+    epoch: int
+    revision: int
+    status: str
+    reason: str
+    history_len: int
+    unknown_items: int
+    as_of: int | None
+    user_embedding_version: str
+    item_embedding_version: str
+    vector: Float32
+    norm: float
+
+
+@cache
+def _schemas() -> tuple[dict[bytes, Any], bytes]:
+    readable: dict[bytes, Any] = {}
+    header = b""
+    for name in SCHEMA_FILES:
+        raw = json.loads(files("schemas").joinpath(name).read_text())
+        # fastavro prints the Rabin fingerprint's bytes in the order that single-object encoding stores them.
+        header = AVRO_MARKER + bytes.fromhex(fingerprint(to_parsing_canonical_form(raw), "CRC-64-AVRO"))
+        readable[header] = parse_schema(raw)
+    return readable, header
+
+
+def _long(value: int) -> bytes:
+    value <<= 1  # zigzag of a value that is never negative here
+    if value < 0x80:
+        return bytes((value,))
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _string(text: str) -> bytes:
+    data = text.encode()
+    return _long(len(data)) + data
+
+
+class RecordEncoder:
+    """Writes records of one pair of versions; what is the same in all of them is encoded once.
+
+    The Avro body is written by hand (tests hold it against fastavro byte for byte): it is on the path of every event.
+    """
+
+    def __init__(self, user_embedding_version: str, item_embedding_version: str, dim: int) -> None:
+        self.user_embedding_version = user_embedding_version
+        self.item_embedding_version = item_embedding_version
+        self.dim = dim
+        self._header = _schemas()[1]
+        self._versions = _string(user_embedding_version) + _string(item_embedding_version) + _long(dim)
+        self._vector_size = _long(4 * dim)
+        self._status: dict[tuple[str, str], bytes] = {}
+
+    def avro(
+        self,
+        user_id: str,
+        epoch: int,
+        revision: int,
+        status: tuple[str, str],
+        history_len: int,
+        unknown_items: int,
+        as_of: int | None,
+        norm: float,
+        vector: bytes,
+    ) -> bytes:
+        """One record in Avro single-object encoding; `vector` is little-endian float32."""
+        flags = self._status.get(status)
+        if flags is None:
+            flags = self._status[status] = _string(status[0]) + _string(status[1])
+        return b"".join(
+            (
+                self._header,
+                _string(user_id),
+                _long(epoch),
+                _long(revision),
+                flags,
+                _long(history_len),
+                _long(unknown_items),
+                b"\x00" if as_of is None else b"\x02" + _long(as_of),
+                self._versions,
+                _DOUBLE.pack(norm),
+                self._vector_size,
+                vector,
+            )
+        )
+
+
+def encode(record: EmbeddingRecord) -> bytes:
+    """One record in Avro single-object encoding."""
+    encoder = RecordEncoder(record.user_embedding_version, record.item_embedding_version, len(record.vector))
+    return encoder.avro(
+        record.user_id,
+        record.epoch,
+        record.revision,
+        (record.status, record.reason),
+        record.history_len,
+        record.unknown_items,
+        record.as_of,
+        record.norm,
+        np.asarray(record.vector, dtype="<f4").tobytes(),
+    )
+
+
+def decode(data: bytes) -> EmbeddingRecord:
+    """Read one record in Avro single-object encoding, of this or any older schema.
+
+    Raises:
+        CorruptRecord: unknown schema, or bytes that don't decode.
+    """
+    readable, newest = _schemas()
+    writer = readable.get(bytes(data[:_HEADER_BYTES]))
+    if writer is None:
+        msg = "not an embedding record of a schema this release carries"
+        raise CorruptRecord(msg)
+    try:
+        raw: Mapping[str, Any] = fastavro.schemaless_reader(io.BytesIO(data[_HEADER_BYTES:]), writer, readable[newest])
+        body = raw["user_embedding"]
+        vector = np.frombuffer(body["vector"], dtype="<f4").astype(np.float32)
+        if len(vector) != body["dim"] or not np.isfinite(vector).all():
+            raise ValueError
+    except Exception as exc:  # fastavro raises many kinds on damaged bytes
+        msg = "damaged embedding record"
+        raise CorruptRecord(msg) from exc
+    return EmbeddingRecord(
+        raw["user_id"],
+        raw["epoch"],
+        raw["revision"],
+        raw["status"],
+        raw["reason"],
+        raw["history_len"],
+        raw["unknown_items"],
+        raw["as_of"],
+        raw["user_embedding_version"],
+        raw["depends_on"]["item_embedding_version"],
+        vector,
+        body["norm"],
+    )
+
+
+def to_json(record: EmbeddingRecord) -> dict[str, Any]:
+    """The seed's output shape plus the record's fields."""
+    return {
+        "user_id": record.user_id,
+        "epoch": record.epoch,
+        "revision": record.revision,
+        "status": record.status,
+        "reason": record.reason,
+        "history_len": record.history_len,
+        "unknown_items": record.unknown_items,
+        "as_of": record.as_of,
+        "user_embedding_version": record.user_embedding_version,
+        "depends_on": {"item_embedding_version": record.item_embedding_version},
+        "user_embedding": {
+            "dim": len(record.vector),
+            "norm": record.norm,
+            "vector": [float(x) for x in record.vector],
+        },
+    }
+
+
+def kv_prefix(epoch: int, revision: int) -> bytes:
+    """First 16 bytes of a key-value entry; entries compare by them."""
+    return _PREFIX.pack(epoch, revision)
+
+
+def kv_entry(data: bytes) -> tuple[int, int, bytes]:
+    """Epoch, revision and body of a key-value entry; an empty body is a deletion.
+
+    Raises:
+        CorruptRecord: shorter than its prefix.
+    """
+    if len(data) < PREFIX_BYTES:
+        msg = "a key-value entry shorter than its 16-byte prefix"
+        raise CorruptRecord(msg)
+    epoch, revision = _PREFIX.unpack_from(data)
+    return epoch, revision, data[PREFIX_BYTES:]
