@@ -8,6 +8,7 @@ UembError
 ├── Fenced                 another worker holds a newer claim on this partition; stop, do not retry
 ├── OwnershipError         delivery broke its own rules (a gap, a partition that is not ours)
 ├── DeliveryError          Kafka did not acknowledge in time
+│   └── RecordTooLarge     the topic's size limit refused a record
 └── StoreError             the key-value store can't be reached or answered wrongly; retriable
     └── StoreLocked        another process holds the partition's database
 
@@ -54,6 +55,12 @@ class DeliveryError(UembError):
     """Kafka did not acknowledge what it was sent."""
 
     retriable = True
+
+
+class RecordTooLarge(DeliveryError):
+    """The topic's size limit refused a record."""
+
+    retriable = False
 
 
 class StoreError(UembError):

@@ -1,0 +1,119 @@
+"""The agent's work on one fetched batch: decode, fold, store locally, queue for durability. Order, nothing else."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from stream.engine import Engine
+from stream.errors import OwnershipError, TopicMismatch
+from stream.events import Reason
+from stream.publish import Lanes, Progress, Stage, Work
+from stream.table import PartitionDB
+from stream.transport import DeliveryChain, RecordBatch
+
+#: A topic whose first so many well-keyed records are all on wrong partitions is misproduced as a whole.
+PROBATION_RECORDS: Final = 1_000
+
+
+@dataclass
+class Owned:
+    """A partition this worker owns: its claim, its state and its engine."""
+
+    partition: int
+    epoch: int
+    db: PartitionDB
+    engine: Engine
+    progress: Progress
+    changelog_offset: int
+
+    def changelog_at(self, offset: int) -> None:
+        """Local state contains all changelog records below `offset`."""
+        self.changelog_offset = max(self.changelog_offset, offset)
+
+
+class Probation:
+    """Watches whether a topic's first records are where their keys belong."""
+
+    def __init__(self) -> None:
+        self._passed: set[str] = set()
+        self._wrong: dict[str, int] = {}
+
+    def passes(self, topic: str, right: int, wrong: int) -> bool:
+        """Return whether the topic has shown a well-placed record, or nothing wrong yet.
+
+        Raises:
+            TopicMismatch: none of its first 1,000 well-keyed records was on the right partition.
+        """
+        if topic in self._passed:
+            return True
+        if right:
+            self._passed.add(topic)
+            return True
+        if wrong:
+            self._wrong[topic] = self._wrong.get(topic, 0) + wrong
+            if self._wrong[topic] >= PROBATION_RECORDS:
+                msg = (
+                    f"all of the first {self._wrong[topic]} records of {topic} are on wrong partitions; "
+                    "its producer must partition by murmur2 of the key (librdkafka: partitioner=murmur2_random)"
+                )
+                raise TopicMismatch(msg)
+        return topic not in self._wrong
+
+
+class BatchProcessor:
+    """Turns fetched batches into queued work.
+
+    Args:
+        deletion_topic: the topic whose records are erasures.
+        lanes: where finished steps go.
+        count: adds a batch's counters to the worker's.
+        on_stage: see `publish.Stage`.
+    """
+
+    def __init__(self, deletion_topic: str, lanes: Lanes, count: Callable[[str, int], None], on_stage: Stage) -> None:
+        self.owned: dict[int, Owned] = {}
+        self._deletion_topic = deletion_topic
+        self._lanes = lanes
+        self._count = count
+        self._on_stage = on_stage
+        self._chain = DeliveryChain()
+        self._probation = Probation()
+
+    def forget(self) -> None:
+        """Start anew after a rebalance."""
+        self.owned.clear()
+        self._chain.forget()
+
+    async def process(self, batch: RecordBatch) -> None:
+        """Process a batch that Faust delivered; returns when it is queued, not when it is durable."""
+        if self._chain.check(batch):
+            await self.step(batch)
+
+    async def step(self, batch: RecordBatch) -> None:
+        """Decode, fold and store a batch, and queue what it caused.
+
+        Raises:
+            OwnershipError: the partition is not ours.
+            TopicMismatch: the topic's producer partitions wrongly.
+            StateError: a stored history can't be read.
+        """
+        owned = self.owned.get(batch.partition)
+        if owned is None:
+            msg = f"a batch of {batch.topic}-{batch.partition} arrived, but this worker does not own the partition"
+            raise OwnershipError(msg)
+        engine = owned.engine
+        if batch.topic == self._deletion_topic:
+            decoded = engine.decode_deletions(batch.records)
+        else:
+            decoded = engine.decode_events(batch.topic, batch.records)
+        wrong = sum(reject.reason is Reason.WRONG_PARTITION for _, reject in decoded.rejects)
+        commit = self._probation.passes(batch.topic, len(decoded.ops), wrong)
+        missing = engine.missing(decoded)
+        stored = dict(zip(missing, owned.db.get(missing), strict=True))
+        result = engine.apply(decoded, stored, owned.epoch)
+        owned.db.put(result.states, owned.changelog_offset)
+        self._on_stage("local", batch, result)
+        for name, n in result.counts.items():
+            self._count(name, n)
+        self._count("records", len(batch.records))
+        await self._lanes[batch.partition].put(Work(batch, decoded.rejects, result, commit))

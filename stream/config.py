@@ -1,0 +1,206 @@
+"""Settings: every ``UEMB_*`` environment variable, typed, checked and masked in one class."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from stream.encoders import VersionedEncoder, make_encoder
+from stream.errors import ConfigError
+from stream.events import FIELDS, EventRules
+
+_TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
+ENV_PREFIX: Final = "UEMB_"
+
+Topics = Annotated[tuple[str, ...], NoDecode]
+Mapped = Annotated[dict[str, str], NoDecode]
+Numbers = Annotated[dict[str, float], NoDecode]
+Codes = Annotated[dict[str, int], NoDecode]
+
+
+def _pairs(value: object, separator: str) -> object:
+    if not isinstance(value, str):
+        return value
+    out: dict[str, str] = {}
+    for part in filter(None, (p.strip() for p in value.split(","))):
+        name, found, rest = part.partition(separator)
+        if not found or not name.strip() or not rest.strip():
+            msg = f"write name{separator}value, separated by commas"
+            raise ValueError(msg)
+        if name.strip() in out:
+            msg = f"{name.strip()} is given twice"
+            raise ValueError(msg)
+        out[name.strip()] = rest.strip()
+    return out
+
+
+class Settings(BaseSettings):
+    """What a worker, a reader or the command line is told from outside."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="ignore", frozen=True)
+
+    # Kafka
+    bootstrap_servers: str = Field("127.0.0.1:9092", description="Kafka brokers, host:port, separated by commas")
+    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
+        "PLAINTEXT", description="how to talk to the brokers"
+    )
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = Field("PLAIN", description="SASL mechanism")
+    sasl_username: str | None = Field(None, description="SASL user")
+    sasl_password: SecretStr | None = Field(None, description="SASL password")
+    ssl_cafile: Path | None = Field(None, description="CA certificates (PEM) to check the brokers against")
+    app_id: str = Field("user-embeddings", description="consumer group and owner of the key-value store")
+    partitions: int = Field(4, ge=1, le=10_000, description="partitions of topics that the worker creates")
+    replication_factor: int = Field(-1, ge=-1, description="replicas of topics that the worker creates; -1: broker's")
+    session_timeout_s: float = Field(30.0, gt=0, description="the group drops a worker that is silent for so long")
+    delivery_timeout_s: float = Field(60.0, gt=0, description="the worker stops when Kafka acknowledges nothing")
+
+    # topics
+    event_topics: Topics = Field(("user-events.view", "user-events.like"), description="input topics")
+    deletion_topic: str = Field("user-deletions", description="erasures (compacted)")
+    output_topic: str = Field("user-embeddings", description="vectors (compacted)")
+    dlq_topic: str = Field("user-events.dlq", description="dead letters")
+    dlq_max_bytes: int = Field(64 << 20, ge=1 << 16, description="largest value that is dead-lettered whole")
+
+    # events
+    event_fields: Mapped = Field({}, description="field mapping, user_id=uid,item_id=product.id,type=event,ts=at")
+    event_ts_unit: Literal["ms", "s", "iso8601"] = Field("ms", description="unit of the event's time field")
+    event_type_by_topic: Mapped = Field({}, description="topic=type,… for topics whose events have no type field")
+    event_types: Codes = Field({"view": 1, "like": 2}, description="admitted types with permanent codes, view:1,like:2")
+    ignored_types: Topics = Field((), description="types that are valid but never admitted to a history")
+
+    # vectors
+    history_limit: int = Field(100, ge=2, le=10_000, description="interactions retained per user (L)")
+    encoder: str = Field("mix", description="avg or mix")
+    encoder_params: Numbers = Field({}, description="parameters, for example alpha_short=0.6,decay_long=0.01")
+    type_weights: Numbers = Field({}, description="factor per type, like=2.0; types not listed weigh 1")
+    user_version: str | None = Field(None, description="alias of the user-embedding version; default is its hash")
+    items: Path | None = Field(None, description="item space folder that is served")
+    publish: Literal["all", "latest"] = Field("all", description="one record per applied event, or per batch and user")
+    output_format: Literal["avro", "json"] = Field("avro", description="format on the output topic")
+
+    # stores
+    kv_url: str = Field("rocksdb:///var/lib/uemb/kv", description="key-value store that retrieval reads")
+    state_dir: Path = Field(Path("/var/lib/uemb/state"), description="this worker's local tables")
+    hot_users: int = Field(10_000, ge=1, description="users kept in memory, all partitions together")
+    kv_lock_patience_s: float = Field(30.0, ge=0, description="wait for another process to let go of a database")
+    cache_dir: Path = Field(Path("~/.cache/user-embedding-stream"), description="downloads of the demo")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log line")
+
+    @field_validator("event_topics", "ignored_types", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return tuple(filter(None, (p.strip() for p in value.split(",")))) if isinstance(value, str) else value
+
+    @field_validator("event_fields", "event_type_by_topic", "encoder_params", "type_weights", mode="before")
+    @classmethod
+    def _equals(cls, value: object) -> object:
+        return _pairs(value, "=")
+
+    @field_validator("event_types", mode="before")
+    @classmethod
+    def _colons(cls, value: object) -> object:
+        return _pairs(value, ":")
+
+    @field_validator("cache_dir", "state_dir", "items")
+    @classmethod
+    def _home(cls, value: Path | None) -> Path | None:
+        return value.expanduser() if value is not None else None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Settings":
+        topics = [*self.event_topics, self.deletion_topic, self.output_topic, self.dlq_topic]
+        if not self.event_topics or len(set(topics)) != len(topics):
+            msg = "event, deletion, output and dead-letter topics must be different, with at least one event topic"
+            raise ValueError(msg)
+        if wrong := [t for t in [*topics, self.app_id] if not _TOPIC.fullmatch(t)]:
+            msg = f"{wrong[0][:60]!r} is no name for a topic or an application"
+            raise ValueError(msg)
+        if unknown := set(self.event_fields) - set(FIELDS):
+            msg = f"event_fields maps {', '.join(FIELDS)}; it can't map {sorted(unknown)[0]!r}"
+            raise ValueError(msg)
+        if unknown := set(self.event_type_by_topic) - set(self.event_topics):
+            msg = f"event_type_by_topic names {sorted(unknown)[0]!r}, which is not among event_topics"
+            raise ValueError(msg)
+        codes = list(self.event_types.values())
+        if not codes or len(set(codes)) != len(codes) or min(codes) < 1 or max(codes) > 16_383:
+            msg = "event_types needs at least one type, each with its own code from 1 to 16383"
+            raise ValueError(msg)
+        named = {*self.event_type_by_topic.values()} - {*self.event_types, *self.ignored_types}
+        if named or set(self.ignored_types) & set(self.event_types):
+            msg = "each type must be in exactly one of event_types and ignored_types"
+            raise ValueError(msg)
+        if unknown := set(self.type_weights) - set(self.event_types):
+            msg = f"type_weights names {sorted(unknown)[0]!r}, which is not among event_types"
+            raise ValueError(msg)
+        _ = self.versioned_encoder.version  # an unknown encoder, parameter or name fails here
+        return self
+
+    @property
+    def rules(self) -> EventRules:
+        """Which events are admitted, and how they are read."""
+        return EventRules(
+            types=self.event_types,
+            ignored=frozenset(self.ignored_types),
+            fields=self.event_fields,
+            ts_unit=self.event_ts_unit,
+            type_by_topic=self.event_type_by_topic,
+        )
+
+    @property
+    def versioned_encoder(self) -> VersionedEncoder:
+        """The encoder with its history length and name."""
+        encoder = make_encoder(self.encoder, self.encoder_params, self.type_weights)
+        return VersionedEncoder(encoder, self.history_limit, self.user_version)
+
+    @property
+    def changelog_topic(self) -> str:
+        """Changelog of the history table, named as Faust names it."""
+        return f"{self.app_id}-user-history-changelog"
+
+    @property
+    def kafka_client(self) -> dict[str, Any]:
+        """Connection arguments of an aiokafka client."""
+        import ssl
+
+        client: dict[str, Any] = {
+            "bootstrap_servers": self.bootstrap_servers,
+            "security_protocol": self.security_protocol,
+        }
+        if self.security_protocol.endswith("SSL"):
+            client["ssl_context"] = ssl.create_default_context(cafile=self.ssl_cafile)
+        if self.security_protocol.startswith("SASL"):
+            client["sasl_mechanism"] = self.sasl_mechanism
+            client["sasl_plain_username"] = self.sasl_username
+            client["sasl_plain_password"] = self.sasl_password.get_secret_value() if self.sasl_password else None
+        return client
+
+    @property
+    def librdkafka_client(self) -> dict[str, Any]:
+        """The same for a librdkafka client."""
+        client: dict[str, Any] = {
+            "bootstrap.servers": self.bootstrap_servers,
+            "security.protocol": self.security_protocol,
+        }
+        if self.ssl_cafile is not None:
+            client["ssl.ca.location"] = str(self.ssl_cafile)
+        if self.security_protocol.startswith("SASL"):
+            client["sasl.mechanism"] = self.sasl_mechanism
+            client["sasl.username"] = self.sasl_username
+            client["sasl.password"] = self.sasl_password.get_secret_value() if self.sasl_password else None
+        return client
+
+
+def load_settings(**overrides: object) -> Settings:
+    """Read the environment; `overrides` that are not None win.
+
+    Raises:
+        ConfigError: in one line, which variable is wrong and why.
+    """
+    try:
+        return Settings(**{name: value for name, value in overrides.items() if value is not None})  # type: ignore[arg-type]
+    except ValidationError as exc:
+        first = exc.errors(include_url=False, include_input=False)[0]
+        where = f"{ENV_PREFIX}{str(first['loc'][0]).upper()}: " if first["loc"] else ""
+        raise ConfigError(where + first["msg"].removeprefix("Value error, ")) from None

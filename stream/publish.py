@@ -1,0 +1,249 @@
+"""Making a batch's effects durable, one lane per partition: changelog, output and dead letters, KV, then the mark.
+
+A lane takes finished steps in order and never starts one before the last is durable, so a key's records stay in order
+and a commit can't pass anything (law 5). The engine computes the next batches meanwhile.
+"""
+
+import asyncio
+import hashlib
+import json
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+from stream.engine import StepResult
+from stream.errors import RecordTooLarge
+from stream.events import Reject
+from stream.keys import watermark_key
+from stream.kv.base import KVWriter
+from stream.records import kv_prefix
+from stream.transport import OutRecord, RecordBatch, acknowledged
+
+log = logging.getLogger(__name__)
+
+#: Steps that wait in a lane before the agent has to wait; bounds memory and what a crash repeats.
+LANE_DEPTH: Final = 2
+
+#: Called with the name of each stage that was just passed; tests stop the process there.
+Stage = Callable[[str, RecordBatch, StepResult], None]
+
+
+class BatchProducer(Protocol):
+    """What a lane needs of the producer."""
+
+    async def send_records(self, topic: str, partition: int, records: Sequence[OutRecord]) -> list[asyncio.Future[Any]]:
+        """Queue records for one partition; a future per batch."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A finished step of the engine that waits to become durable."""
+
+    batch: RecordBatch
+    rejects: Sequence[tuple[int, Reject]]
+    result: StepResult
+    commit: bool = True
+
+
+@dataclass
+class Progress:
+    """What the watermark of a partition says (law 10)."""
+
+    epoch: int
+    offsets: dict[str, int] = field(default_factory=dict)
+    kafka_time_ms: int | None = None
+    sequence: int = 0
+
+    def entry(self, lag_ms: int, heartbeat_ms: int) -> bytes:
+        """Next key-value entry of the watermark."""
+        self.sequence += 1
+        body = {
+            "offsets": self.offsets,
+            "kafka_time_ms": self.kafka_time_ms,
+            "lag_ms": lag_ms,
+            "heartbeat_ms": heartbeat_ms,
+        }
+        return kv_prefix(self.epoch, self.sequence) + json.dumps(body).encode()
+
+
+@dataclass(frozen=True)
+class Destinations:
+    """Names and limits of what lanes write to."""
+
+    changelog: str
+    output: str
+    dead_letters: str
+    dead_letter_partitions: int
+    dead_letter_max_bytes: int
+    timeout_s: float
+
+
+class Lane:
+    """The ordered path of one partition's effects to durability.
+
+    Args:
+        partition: its number.
+        progress: the partition's watermark, kept current here.
+        to: topics and limits.
+        producer: sends batches.
+        kv: the partition is open in it.
+        mark_durable: called with topic and next offset once all before it is durable.
+        changelog_at: called with the changelog offset below which local state is complete.
+        lag_ms: how far the partition is behind, for the watermark.
+        now_ms: wall clock.
+        on_stage: see `Stage`.
+    """
+
+    def __init__(
+        self,
+        partition: int,
+        progress: Progress,
+        to: Destinations,
+        producer: BatchProducer,
+        kv: KVWriter,
+        *,
+        mark_durable: Callable[[str, int], None],
+        changelog_at: Callable[[int], None],
+        lag_ms: Callable[[Progress], int],
+        now_ms: Callable[[], int],
+        on_stage: Stage,
+    ) -> None:
+        self.partition = partition
+        self.progress = progress
+        self._to = to
+        self._producer = producer
+        self._kv = kv
+        self._mark_durable = mark_durable
+        self._changelog_at = changelog_at
+        self._lag_ms = lag_ms
+        self._now_ms = now_ms
+        self._on_stage = on_stage
+        self._queue: asyncio.Queue[Work] = asyncio.Queue(LANE_DEPTH)
+        self._watermark_key = watermark_key(partition).encode()
+
+    async def put(self, work: Work) -> None:
+        """Queue a step; waits while the lane is full."""
+        await self._queue.put(work)
+
+    async def run(self) -> None:
+        """Make queued steps durable, in order, until cancelled; any exception means the worker must stop."""
+        while True:
+            work = await self._queue.get()
+            await self._make_durable(work)
+            self._queue.task_done()
+
+    async def empty(self) -> None:
+        """Wait until all queued steps are durable."""
+        await self._queue.join()
+
+    async def _make_durable(self, work: Work) -> None:
+        batch, result, to = work.batch, work.result, self._to
+        changelog = [(key, state, []) for key, state in result.states.items()]
+        offset = await self._send(to.changelog, changelog)
+        if offset >= 0:
+            self._changelog_at(offset + 1)
+        self._on_stage("changelog", batch, result)
+        output = await self._producer.send_records(to.output, self.partition, [(k, v, []) for k, v in result.output])
+        await self._dead_letters(work)
+        await acknowledged(output, to.timeout_s, to.output)
+        self._on_stage("output", batch, result)
+        self.progress.offsets[batch.topic] = batch.next_offset
+        self.progress.kafka_time_ms = max(self.progress.kafka_time_ms or 0, batch.records[-1].timestamp)
+        await self._kv.put(self.partition, {**result.entries, self._watermark_key: self._watermark()})
+        self._on_stage("kv", batch, result)
+        if work.commit:
+            self._mark_durable(batch.topic, batch.next_offset)
+
+    def _watermark(self) -> bytes:
+        return self.progress.entry(self._lag_ms(self.progress), self._now_ms())
+
+    async def heartbeat(self) -> None:
+        """Write the watermark of an idle partition."""
+        if self._queue.empty():
+            await self._kv.put(self.partition, {self._watermark_key: self._watermark()})
+
+    async def _send(self, topic: str, records: Sequence[OutRecord]) -> int:
+        futures = await self._producer.send_records(topic, self.partition, records)
+        return await acknowledged(futures, self._to.timeout_s, topic)
+
+    async def _dead_letters(self, work: Work) -> None:
+        if not work.rejects:
+            return
+        to, partition = self._to, self.partition % self._to.dead_letter_partitions
+        letters = [dead_letter(work.batch, i, reject, to.dead_letter_max_bytes) for i, reject in work.rejects]
+        try:
+            futures = await self._producer.send_records(to.dead_letters, partition, letters)
+            await acknowledged(futures, to.timeout_s, to.dead_letters)
+        except RecordTooLarge:  # the topic admits less than we do: keep the reason and where the record lies
+            references = [dead_letter(work.batch, i, reject, 0) for i, reject in work.rejects]
+            futures = await self._producer.send_records(to.dead_letters, partition, references)
+            await acknowledged(futures, to.timeout_s, to.dead_letters)
+
+
+def dead_letter(batch: RecordBatch, index: int, reject: Reject, max_bytes: int) -> OutRecord:
+    """A rejected record as it goes to the dead-letter topic: bytes untouched, the reason in headers.
+
+    A value above `max_bytes` is left out and described by its hash and size.
+    """
+    record = batch.records[index]
+    headers = [
+        *record.headers,
+        ("dlq.reason", reject.reason.encode()),
+        ("dlq.topic", batch.topic.encode()),
+        ("dlq.partition", str(batch.partition).encode()),
+        ("dlq.offset", str(record.offset).encode()),
+        ("dlq.timestamp", str(record.timestamp).encode()),
+        ("dlq.detail", reject.detail.encode()),
+    ]
+    value = record.value
+    if value is not None and len(value) > max_bytes:
+        headers += [
+            ("dlq.value_sha256", hashlib.sha256(value).hexdigest().encode()),
+            ("dlq.value_size", str(len(value)).encode()),
+        ]
+        value = None
+    return record.key, value, headers
+
+
+class Lanes:
+    """The running lanes of this worker; a failing lane is reported once, by stopping the worker."""
+
+    def __init__(self, on_error: Callable[[BaseException], Awaitable[None]]) -> None:
+        self._lanes: dict[int, Lane] = {}
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._on_error = on_error
+
+    def __getitem__(self, partition: int) -> Lane:
+        return self._lanes[partition]
+
+    def start(self, lane: Lane) -> None:
+        """Run a lane until `stop`."""
+        self._lanes[lane.partition] = lane
+        self._tasks[lane.partition] = asyncio.create_task(self._run(lane), name=f"lane-{lane.partition}")
+
+    async def _run(self, lane: Lane) -> None:
+        try:
+            await lane.run()
+        except Exception as exc:  # noqa: BLE001 - any fault here means that effects are not durable
+            await self._on_error(exc)
+
+    async def stop(self) -> None:
+        """Cancel all lanes; what is queued is not durable and will be read again."""
+        tasks, self._tasks, self._lanes = list(self._tasks.values()), {}, {}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def heartbeat(self) -> None:
+        """Write the watermarks of idle partitions."""
+        for lane in list(self._lanes.values()):
+            await lane.heartbeat()
+
+    async def drain(self) -> None:
+        """Wait until everything queued is durable; returns at once when a lane has failed."""
+        waits = {p: asyncio.create_task(lane.empty()) for p, lane in self._lanes.items()}
+        for partition, wait in waits.items():
+            await asyncio.wait({wait, self._tasks[partition]}, return_when=asyncio.FIRST_COMPLETED)
+            wait.cancel()

@@ -1,0 +1,180 @@
+"""The history table: a Faust table on one RocksDB per partition, read and written in bulk.
+
+Restoring and claiming a partition is `stream.ownership`'s; this module only moves bytes to and from disk.
+"""
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import faust
+from faust.stores.base import SerializedStore
+from rocksdict import AccessType, BlockBasedOptions, Cache, Options, Rdict, WriteBatch
+
+from stream.errors import StateError, StoreLocked
+from stream.keys import partition_of
+from stream.transport import FAUST_LOG
+
+TABLE: Final = "user-history"
+#: Keys of our own; no user id holds a control character.
+OFFSET_KEY: Final = b"\0offset"
+CLAIM_KEY: Final = b"\0claim"
+
+_CACHE_BYTES: Final = 32 << 20
+_WRITE_BUFFER_BYTES: Final = 8 << 20
+
+
+class PartitionDB:
+    """Local state of one partition: user id to stored history, the newest claim, and how far the changelog is in it."""
+
+    def __init__(self, path: Path, cache: Cache) -> None:
+        options = Options(raw_mode=True)
+        options.create_if_missing(True)
+        options.set_write_buffer_size(_WRITE_BUFFER_BYTES)
+        options.set_max_write_buffer_number(2)
+        options.set_keep_log_file_num(2)
+        options.set_max_open_files(256)
+        table = BlockBasedOptions()
+        table.set_block_cache(cache)
+        table.set_bloom_filter(10, block_based=False)
+        options.set_block_based_table_factory(table)
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            self._db = Rdict(str(path), options, access_type=AccessType.read_write())
+        except Exception as exc:
+            if "lock" in str(exc).lower():
+                msg = f"{path} is open in another process; give each worker a UEMB_STATE_DIR of its own"
+                raise StoreLocked(msg) from exc
+            msg = f"{path} can't be opened; remove the folder, it is restored from the changelog"
+            raise StateError(msg) from exc
+
+    def get(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """Stored values in the order of `keys`."""
+        return list(self._db[list(keys)]) if keys else []
+
+    def put(self, entries: Mapping[bytes, bytes], changelog_offset: int) -> None:
+        """Write entries and how far the changelog is contained, as one step."""
+        batch = WriteBatch(raw_mode=True)
+        for key, value in entries.items():
+            batch.put(key, value)
+        batch.put(OFFSET_KEY, changelog_offset.to_bytes(8, "big"))
+        self._db.write(batch)
+
+    @property
+    def changelog_offset(self) -> int:
+        """All changelog records below this offset are contained; 0 for an empty database."""
+        data = self._db.get(OFFSET_KEY)
+        return int.from_bytes(data, "big") if data else 0
+
+    @property
+    def claim(self) -> bytes | None:
+        """The newest claim of the partition."""
+        value: bytes | None = self._db.get(CLAIM_KEY)
+        return value
+
+    def users(self) -> Iterator[tuple[bytes, bytes]]:
+        """All users with their stored state."""
+        return ((key, value) for key, value in self._db.items() if not key.startswith(b"\0"))
+
+    def close(self) -> None:
+        """Flush and let go of the database, so that another process can open it."""
+        self._db.close()
+
+
+class HistoryStore(SerializedStore):
+    """Registered as ``uemb://`` under ``faust.stores``: the open partitions of this worker."""
+
+    logger = FAUST_LOG
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._cache = Cache(_CACHE_BYTES)
+        self._open: dict[int, PartitionDB] = {}
+
+    def path(self, partition: int) -> Path:
+        """Folder of a partition, where Faust's own stores would put it."""
+        return Path(self.app.conf.tabledir) / f"{self.table_name}-{partition}.db"
+
+    def open(self, partition: int) -> PartitionDB:
+        """Open a partition for reading and writing."""
+        if partition not in self._open:
+            self._open[partition] = PartitionDB(self.path(partition), self._cache)
+        return self._open[partition]
+
+    def close(self, partition: int) -> None:
+        """Close a partition; harmless when it is not open."""
+        if db := self._open.pop(partition, None):
+            db.close()
+
+    def wipe(self, partition: int) -> None:
+        """Forget a partition's local state; the changelog has it all."""
+        self.close(partition)
+        shutil.rmtree(self.path(partition), ignore_errors=True)
+
+    def persisted_offset(self, tp: Any) -> int | None:
+        """None: restoring is ours, Faust has nothing to catch up with."""
+        return None
+
+    def reset_state(self) -> None:
+        """Forget all local state."""
+        for partition in list(self._open):
+            self.wipe(partition)
+
+    async def backup_partition(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: the changelog is the backup."""
+        self._refuse()
+
+    def restore_backup(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: the changelog is the backup."""
+        self._refuse()
+
+    # -- read-only mapping, for Faust's views and for curiosity ----------------------------------------------------
+
+    def _get(self, key: bytes) -> bytes | None:
+        partition = partition_of(key, self.app.conf.topic_partitions)
+        return self._open[partition].get([key])[0] if partition in self._open else None
+
+    def _contains(self, key: bytes) -> bool:
+        return self._get(key) is not None
+
+    def _iteritems(self) -> Iterator[tuple[bytes, bytes]]:
+        for db in self._open.values():
+            yield from db.users()
+
+    def _iterkeys(self) -> Iterator[bytes]:
+        return (key for key, _ in self._iteritems())
+
+    def _itervalues(self) -> Iterator[bytes | None]:
+        return (value for _, value in self._iteritems())
+
+    def _size(self) -> int:
+        return sum(1 for _ in self._iterkeys())
+
+    def _set(self, key: bytes, value: bytes | None) -> None:
+        self._refuse()
+
+    def _del(self, key: bytes) -> None:
+        self._refuse()
+
+    def _clear(self) -> None:
+        self._refuse()
+
+    def _refuse(self) -> None:
+        msg = "histories change through events and erasures only; send one to its topic"
+        raise StateError(msg)
+
+
+class HistoryTable(faust.Table):
+    """The Faust table; hands finished assignments over to the application."""
+
+    logger = FAUST_LOG
+
+    async def on_recovery_completed(self, active_tps: set[Any], standby_tps: set[Any]) -> None:
+        """Take the assigned partitions before Faust lets events flow; a failure stops the worker (law 6)."""
+        try:
+            await self.app.take_partitions(sorted(tp.partition for tp in active_tps))
+        except Exception as exc:  # noqa: BLE001 - Faust drops exceptions of this callback
+            await self.app.crash(exc)
+        await super().on_recovery_completed(active_tps, standby_tps)

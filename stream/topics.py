@@ -1,0 +1,208 @@
+"""Topics at start: create what is missing, check what is there; a wrong one is a clear error before anything runs."""
+
+import logging
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic
+
+from stream.config import Settings
+from stream.errors import ConfigError, TopicMismatch
+from stream.history import max_state_bytes
+
+log = logging.getLogger(__name__)
+
+TIMEOUT_S: Final = 20.0
+_FRAME_BYTES: Final = 16 * 1024  # record and batch headers, key, and the fields around a vector
+_DLQ_HEADROOM_BYTES: Final = 64 * 1024
+_KEEP_MS: Final = 30 * 24 * 3600 * 1000
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a topic must be like.
+
+    Attributes:
+        name: its name.
+        role: how an error names it.
+        partitions: exact number, or None for any.
+        compacted: whether it must be compacted; None for either.
+        min_bytes: least acceptable ``max.message.bytes``.
+        config: settings with which it is created.
+    """
+
+    name: str
+    role: str
+    partitions: int | None
+    compacted: bool | None
+    min_bytes: int = 0
+    config: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the check found.
+
+    Attributes:
+        partitions: n of all input topics, the changelog and the output.
+        dead_letter_partitions: number of partitions of the dead-letter topic.
+        administered: whether the broker answers admin requests (the embedded one doesn't).
+    """
+
+    partitions: int
+    dead_letter_partitions: int
+    administered: bool
+
+
+def prepare_topics(settings: Settings, dim: int) -> Prepared:
+    """Create missing topics and check all; blocking.
+
+    Args:
+        settings: names and limits.
+        dim: dimension of the largest item space, which decides the size of an output record.
+
+    Raises:
+        TopicMismatch: a topic has the wrong partition count, cleanup policy or size limit.
+        ConfigError: the broker can't be reached.
+    """
+    admin = AdminClient({**settings.librdkafka_client, "log_level": 0})
+    found = _partition_counts(admin, settings)
+    cluster = admin.list_topics(timeout=TIMEOUT_S)
+    administered = cluster.controller_id in cluster.brokers
+    counts = {topic: found[topic] for topic in settings.event_topics if topic in found}
+    partitions = next(iter(counts.values())) if counts else settings.partitions
+    if not administered:
+        log.info("the broker answers no admin requests (embedded broker): topic settings are not checked")
+        # asking for a topic's metadata creates it there
+        found = {
+            name: len(admin.list_topics(name, timeout=TIMEOUT_S).topics[name].partitions) for name in _names(settings)
+        }
+        partitions = found[settings.event_topics[0]]
+        _check_counts(_wanted(settings, partitions, dim, {}), found)
+        return Prepared(partitions, found[settings.dlq_topic], administered=False)
+    limits = {name: int(c["max.message.bytes"]) for name, c in _configs(admin, list(counts)).items()}
+    wanted = _wanted(settings, partitions, dim, limits)
+    _check_counts(wanted, found)
+    _create(admin, [w for w in wanted if w.name not in found], settings, partitions)
+    _check_configs(wanted, _configs(admin, [w.name for w in wanted]))
+    return Prepared(partitions, found.get(settings.dlq_topic, partitions), administered=True)
+
+
+def _names(settings: Settings) -> list[str]:
+    return [
+        *settings.event_topics,
+        settings.deletion_topic,
+        settings.changelog_topic,
+        settings.output_topic,
+        settings.dlq_topic,
+    ]
+
+
+def _wanted(settings: Settings, partitions: int, dim: int, event_limits: Mapping[str, int]) -> list[Wanted]:
+    compact = {"cleanup.policy": "compact"}
+    state = max_state_bytes(settings.history_limit) + _FRAME_BYTES
+    # a JSON vector takes up to 25 bytes a component
+    output = (4 if settings.output_format == "avro" else 25) * dim + _FRAME_BYTES
+    # a topic that is not there yet gets the broker's default limit, 1 MiB
+    largest = max(event_limits.values(), default=1_048_588)
+    dlq = min(largest, settings.dlq_max_bytes) + _DLQ_HEADROOM_BYTES
+    wanted = [Wanted(name, "event topic", partitions, compacted=False) for name in settings.event_topics]
+    return [
+        *wanted,
+        Wanted(settings.deletion_topic, "deletion topic", partitions, compacted=True, config=compact),
+        Wanted(settings.changelog_topic, "changelog", partitions, True, state, _sized(compact, state)),
+        Wanted(settings.output_topic, "output topic", partitions, True, output, _sized(compact, output)),
+        Wanted(
+            settings.dlq_topic,
+            "dead-letter topic",
+            None,
+            compacted=False,
+            min_bytes=dlq,
+            config=_sized({"cleanup.policy": "delete", "retention.ms": str(_KEEP_MS)}, dlq),
+        ),
+    ]
+
+
+def _sized(config: Mapping[str, str], needed: int) -> dict[str, str]:
+    """Leave the broker's own limit alone where it suffices."""
+    return {**config, "max.message.bytes": str(needed)} if needed > 1_000_000 else dict(config)
+
+
+def _partition_counts(admin: AdminClient, settings: Settings) -> dict[str, int]:
+    try:
+        topics = admin.list_topics(timeout=TIMEOUT_S).topics
+    except KafkaException as exc:
+        msg = f"no broker answers at {settings.bootstrap_servers}; set UEMB_BOOTSTRAP_SERVERS ({exc.args[0].str()})"
+        raise ConfigError(msg) from exc
+    return {name: len(topic.partitions) for name, topic in topics.items() if topic.error is None}
+
+
+def _check_counts(wanted: list[Wanted], found: Mapping[str, int]) -> None:
+    first = wanted[0]
+    for topic in wanted:
+        count = found.get(topic.name)
+        if count is not None and topic.partitions is not None and count != topic.partitions:
+            msg = (
+                f"{topic.role} {topic.name} has {count} partitions, {first.name} has {topic.partitions}; "
+                "all input topics, the changelog and the output need the same number"
+            )
+            raise TopicMismatch(msg)
+
+
+def _create(admin: AdminClient, topics: list[Wanted], settings: Settings, partitions: int) -> None:
+    if not topics:
+        return
+    new = [
+        NewTopic(
+            t.name,
+            num_partitions=t.partitions or partitions,
+            replication_factor=settings.replication_factor,
+            config=dict(t.config),
+        )
+        for t in topics
+    ]
+    for name, future in admin.create_topics(new, operation_timeout=TIMEOUT_S, request_timeout=TIMEOUT_S).items():
+        try:
+            future.result()
+            log.info("created topic %s", name)
+        except KafkaException as exc:
+            if exc.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:  # another worker was quicker
+                msg = f"topic {name} can't be created ({exc.args[0].str()}); create it or allow the worker to"
+                raise ConfigError(msg) from exc
+
+
+def _configs(admin: AdminClient, names: list[str]) -> dict[str, dict[str, str]]:
+    if not names:
+        return {}
+    asked: dict[ConfigResource, Future[Any]] = admin.describe_configs(
+        [ConfigResource(ConfigResource.Type.TOPIC, name) for name in names], request_timeout=TIMEOUT_S
+    )
+    out: dict[str, dict[str, str]] = {}
+    for resource, future in asked.items():
+        try:
+            out[resource.name] = {name: entry.value for name, entry in future.result().items()}
+        except KafkaException as exc:
+            msg = f"settings of topic {resource.name} can't be read ({exc.args[0].str()}); allow DescribeConfigs"
+            raise ConfigError(msg) from exc
+    return out
+
+
+def _check_configs(wanted: list[Wanted], configs: Mapping[str, Mapping[str, str]]) -> None:
+    for topic in wanted:
+        config = configs[topic.name]
+        policy = set(config["cleanup.policy"].split(","))
+        if topic.compacted is True and policy != {"compact"}:
+            msg = f"{topic.role} {topic.name} has cleanup.policy={','.join(sorted(policy))}; it must be compact alone"
+            raise TopicMismatch(msg)
+        if topic.compacted is False and "compact" in policy:
+            msg = f"{topic.role} {topic.name} is compacted, which loses records of one key; set cleanup.policy=delete"
+            raise TopicMismatch(msg)
+        if int(config["max.message.bytes"]) < topic.min_bytes:
+            msg = (
+                f"{topic.role} {topic.name} has max.message.bytes={config['max.message.bytes']}; "
+                f"it needs at least {topic.min_bytes}"
+            )
+            raise TopicMismatch(msg)

@@ -1,0 +1,325 @@
+"""Faust transport driver: whole fetched batches in, acknowledged batches out, commits moved by a durable mark only.
+
+One Faust event is one fetched batch of one partition. What stock Faust decides from acks is decided here by
+`Consumer.mark_durable` alone, so that no exception, decode error or rebalance can move a commit (law 5).
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import aiokafka
+import faust
+from aiokafka.errors import KafkaError, MessageSizeTooLargeError
+from aiokafka.structs import ConsumerRecord, TopicPartition
+from faust.transport.drivers import aiokafka as driver
+from faust.types import TP
+
+from stream.errors import DeliveryError, OwnershipError, RecordTooLarge
+
+#: A fetch answers as soon as one of its partitions has data; a partition that was being consumed when it was sent is
+#: not in it and waits for the next. This bounds that wait.
+FETCH_MAX_WAIT_MS: Final = 25
+#: Uncompressed bytes of one produced batch; well below the broker's default limit of 1 MiB.
+MAX_BATCH_BYTES: Final = 512 * 1024
+
+#: Where Faust's service machinery logs, ours included, so that our own log stays readable.
+FAUST_LOG: Final = logging.getLogger("faust.uemb")
+
+OutRecord = tuple[bytes | None, bytes | None, list[tuple[str, bytes]]]
+
+
+@dataclass(frozen=True, slots=True)
+class RecordBatch:
+    """Consecutive records of one topic partition, as fetched.
+
+    Attributes:
+        topic: where they come from.
+        partition: which partition.
+        records: the records, in offset order.
+        seeks: how often the consumer had been positioned anew when they were fetched.
+        number: position of this batch among all fetched from the partition since then, from 0.
+    """
+
+    topic: str
+    partition: int
+    records: Sequence[ConsumerRecord]
+    seeks: int
+    number: int
+
+    @property
+    def next_offset(self) -> int:
+        """Offset to commit when all of it is durable."""
+        return int(self.records[-1].offset) + 1
+
+
+class BatchSchema(faust.Schema):
+    """Hands a fetched batch to the agent as it is; decoding and its errors are the agent's."""
+
+    def compile(self, app: Any, **_: Any) -> Callable[..., Awaitable[Any]]:
+        """Build the function that makes an event of a message."""
+
+        async def decode(message: Any, *, propagate: bool = False) -> Any:
+            return app.create_event(None, message.value, None, message)
+
+        return decode
+
+
+class ConsumerThread(driver.AIOKafkaConsumerThread):
+    """The consumer's thread, reading committed records only and polling quickly."""
+
+    logger = FAUST_LOG
+
+    def _create_worker_consumer(self, transport: Any) -> aiokafka.AIOKafkaConsumer:
+        app = self.app
+        conf = app.conf
+        self._assignor = app.assignor
+        return aiokafka.AIOKafkaConsumer(
+            **app.kafka_client,
+            client_id=conf.broker_client_id,
+            group_id=conf.id,
+            partition_assignment_strategy=[self._assignor],
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",
+            max_poll_interval_ms=int(conf.broker_max_poll_interval * 1000),
+            max_partition_fetch_bytes=conf.consumer_max_fetch_size,
+            fetch_max_wait_ms=FETCH_MAX_WAIT_MS,
+            request_timeout_ms=int(conf.broker_request_timeout * 1000),
+            session_timeout_ms=int(conf.broker_session_timeout * 1000),
+            rebalance_timeout_ms=int(conf.broker_rebalance_timeout * 1000),
+            heartbeat_interval_ms=int(conf.broker_heartbeat_interval * 1000),
+            isolation_level="read_committed",
+            check_crcs=True,
+        )
+
+    async def committed(self, tps: Iterable[TP]) -> dict[TP, int | None]:
+        """Committed offsets of this group."""
+
+        async def ask() -> dict[TP, int | None]:
+            consumer = self._ensure_consumer()
+            return {tp: await consumer.committed(TopicPartition(tp.topic, tp.partition)) for tp in tps}
+
+        return dict(await self.call_thread(ask))
+
+
+class Consumer(driver.Consumer):
+    """Delivers record batches; commits only what was marked durable."""
+
+    logger = FAUST_LOG
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._durable: dict[TP, int] = {}
+        self._numbers: dict[TP, int] = {}
+        self._seeks = 0
+        super().__init__(*args, **kwargs)
+
+    def _new_consumer_thread(self) -> ConsumerThread:
+        return ConsumerThread(self, loop=self.loop, beacon=self.beacon)
+
+    # -- batches in -----------------------------------------------------------------------------------------------
+
+    async def getmany(self, timeout: float) -> AsyncIterator[tuple[TP, Any]]:
+        """Fetch from the broker; yield one message per partition that had records."""
+        seeks, generation = self._seeks, self.app.consumer_generation_id
+        fetched, _ = await self._wait_next_records(timeout)
+        if not fetched or self.should_stop or seeks != self._seeks:
+            return  # what was fetched before a seek is read again after it
+        batches = [(tp, self._number(tp, records)) for tp, records in fetched.items()]
+        for tp, batch in batches:
+            if not self.flow_active or generation != self.app.consumer_generation_id:
+                # A rebalance began; recovery seeks to the committed offsets before anything is delivered again.
+                return
+            self.app.monitor.track_tp_end_offset(tp, self.highwater(tp))
+            yield tp, self._batch_message(tp, batch)
+
+    def _number(self, tp: TP, records: Sequence[ConsumerRecord]) -> RecordBatch:
+        number = self._numbers.get(tp, 0)
+        self._numbers[tp] = number + 1
+        return RecordBatch(tp.topic, tp.partition, records, self._seeks, number)
+
+    def _batch_message(self, tp: TP, batch: RecordBatch) -> Any:
+        message = self._to_message(tp, batch.records[-1])
+        message.key, message.value = None, batch
+        return message
+
+    async def perform_seek(self) -> None:
+        """Go back to the committed offsets and number batches anew."""
+        self._seeks += 1
+        self._numbers.clear()
+        await super().perform_seek()
+        self._seeks += 1  # a fetch that began meanwhile may hold records from before
+
+    # -- commits --------------------------------------------------------------------------------------------------
+
+    def mark_durable(self, tp: TP, next_offset: int) -> None:
+        """All that records below `next_offset` caused is durable: it may be committed."""
+        if next_offset > self._durable.get(tp, -1):
+            self._durable[tp] = next_offset
+
+    def ack(self, message: Any) -> bool:
+        """Faust's own acks free memory and mean nothing for commits."""
+        message.acked = True
+        self._unacked_messages.discard(message)
+        return False
+
+    async def _add_gap(self, tp: TP, offset_from: int, offset_to: int) -> None:
+        """Gaps are normal (transactions, compaction); the durable mark knows no gaps."""
+
+    def _filter_tps_with_pending_acks(self, topics: Any = None) -> Iterator[TP]:
+        return (tp for tp in list(self._durable) if topics is None or tp in topics or tp.topic in topics)
+
+    def _new_offset(self, tp: TP) -> int | None:
+        return self._durable.get(tp)
+
+    async def wait_empty(self) -> None:
+        """Wait for what is under way to become durable (bounded), then commit it."""
+        await self.app.drain()
+        await self.commit()
+
+    async def on_partitions_revoked(self, revoked: set[TP]) -> None:
+        """Forget the marks of revoked partitions after the base class has drained and committed."""
+        await super().on_partitions_revoked(revoked)
+        for tp in revoked:
+            self._durable.pop(tp, None)
+
+    # -- recovery: the history table restores itself in bulk (`stream.ownership`), Faust has nothing to read -------
+
+    async def highwaters(self, *partitions: TP) -> Mapping[TP, int]:
+        """Ends of logs; changelogs are shown as empty."""
+        return await self._without_changelogs(super().highwaters, partitions)
+
+    async def earliest_offsets(self, *partitions: TP) -> Mapping[TP, int]:
+        """Beginnings of logs; changelogs are shown as empty."""
+        return await self._without_changelogs(super().earliest_offsets, partitions)
+
+    async def seek_wait(self, partitions: Mapping[TP, int]) -> None:
+        """Seek; changelogs are never read by this consumer and are paused at the client instead."""
+        changelogs = [tp for tp in partitions if self._is_changelog_tp(tp)]
+        if changelogs:
+            await self._thread.call_thread(self._pause_at_client, changelogs)
+        await super().seek_wait({tp: at for tp, at in partitions.items() if not self._is_changelog_tp(tp)})
+
+    async def _pause_at_client(self, tps: Sequence[TP]) -> None:
+        self._thread._ensure_consumer().pause(*[TopicPartition(tp.topic, tp.partition) for tp in tps])
+
+    async def _without_changelogs(
+        self, ask: Callable[..., Awaitable[Mapping[TP, int]]], partitions: Sequence[TP]
+    ) -> Mapping[TP, int]:
+        others = [tp for tp in partitions if not self._is_changelog_tp(tp)]
+        found = dict(await ask(*others)) if others else {}
+        return {tp: found.get(tp, 0) for tp in partitions}
+
+    async def committed(self, tps: Iterable[TP]) -> dict[TP, int | None]:
+        """Committed offsets of this group."""
+        return dict(await self._thread.committed(tps))
+
+    def check_assignment(self, topics: Sequence[str], partitions: Sequence[int]) -> None:
+        """Every assigned partition number must be ours in all topics, or one user would have two owners.
+
+        Raises:
+            OwnershipError: the group spread a partition number over several workers.
+        """
+        assigned = {(tp.topic, tp.partition) for tp in self.assignment() if tp.topic in topics}
+        due = {(topic, partition) for topic in topics for partition in partitions}
+        if wrong := sorted(assigned ^ due):
+            topic, partition = wrong[0]
+            msg = (
+                f"the group gave {topic}-{partition} to another worker than its sibling topics: all workers must read "
+                "the same topics; stop all of them and start them with equal UEMB_EVENT_TOPICS"
+            )
+            raise OwnershipError(msg)
+
+
+class DeliveryChain:
+    """Checks that the batches of each partition arrive one after another, none left out (law 6: stop, don't skip)."""
+
+    def __init__(self) -> None:
+        self._last: dict[tuple[str, int], tuple[int, int]] = {}
+
+    def check(self, batch: RecordBatch) -> bool:
+        """Return False for a batch from before the last seek; raise `OwnershipError` when one is missing."""
+        place = (batch.topic, batch.partition)
+        seeks, number = self._last.get(place, (-1, -1))
+        if batch.seeks < seeks:
+            return False
+        expected = number + 1 if batch.seeks == seeks else 0
+        if batch.number != expected:
+            msg = f"batch {batch.number} of {batch.topic}-{batch.partition} arrived where {expected} was due; restart"
+            raise OwnershipError(msg)
+        self._last[place] = (batch.seeks, batch.number)
+        return True
+
+    def forget(self) -> None:
+        """Start anew after a rebalance."""
+        self._last.clear()
+
+
+class Producer(driver.Producer):
+    """Idempotent producer that sends whole batches to a given partition."""
+
+    logger = FAUST_LOG
+
+    async def create_topic(self, topic: str, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do: `stream.topics` has created and checked every topic."""
+
+    def _settings_default(self) -> Mapping[str, Any]:
+        return {
+            **super()._settings_default(),
+            **self.app.kafka_client,
+            "acks": "all",
+            "enable_idempotence": True,
+            "linger_ms": 0,
+            "max_batch_size": MAX_BATCH_BYTES,
+            "max_request_size": self.app.max_request_bytes,
+            "compression_type": "lz4",
+        }
+
+    def _settings_auth(self) -> Mapping[str, Any]:
+        return {}  # part of app.kafka_client
+
+    async def send_records(self, topic: str, partition: int, records: Sequence[OutRecord]) -> list[asyncio.Future[Any]]:
+        """Queue records for one partition, in order; return a future per batch, done when it is acknowledged."""
+        producer = self._ensure_producer()
+        futures: list[asyncio.Future[Any]] = []
+        builder = producer.create_batch()
+        for key, value, headers in records:
+            if builder.append(key=key, value=value, timestamp=None, headers=headers) is None:
+                futures.append(await producer.send_batch(builder, topic, partition=partition))
+                builder = producer.create_batch()
+                builder.append(key=key, value=value, timestamp=None, headers=headers)
+        if builder.record_count():
+            futures.append(await producer.send_batch(builder, topic, partition=partition))
+        return futures
+
+
+async def acknowledged(futures: Iterable[asyncio.Future[Any]], timeout_s: float, what: str) -> int:
+    """Wait until all are acknowledged; return the last offset, or -1 when there was nothing to wait for.
+
+    Raises:
+        DeliveryError: the broker refused, or did not answer in time.
+    """
+    pending = list(futures)
+    if not pending:
+        return -1
+    try:
+        async with asyncio.timeout(timeout_s):
+            results = [await future for future in pending]
+    except TimeoutError as exc:
+        msg = f"{what}: no acknowledgement for {timeout_s:g} s; see whether the brokers are up, then restart the worker"
+        raise DeliveryError(msg) from exc
+    except MessageSizeTooLargeError as exc:
+        msg = f"{what}: a record is larger than the topic admits; raise its max.message.bytes"
+        raise RecordTooLarge(msg) from exc
+    except KafkaError as exc:
+        msg = f"{what}: the broker refused ({type(exc).__name__})"
+        raise DeliveryError(msg) from exc
+    return int(results[-1].offset)
+
+
+class Transport(driver.Transport):
+    """Registered as ``uemb://`` under ``faust.transports``."""
+
+    Consumer = Consumer
+    Producer = Producer

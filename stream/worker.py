@@ -1,0 +1,82 @@
+"""Runs one worker in this process: signals, logging, and an exit code that tells the truth."""
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from typing import Final, NoReturn
+
+from stream.app import EmbeddingApp
+from stream.errors import UembError
+
+log = logging.getLogger(__name__)
+
+#: A shutdown that takes longer is cut short; everything not committed is processed again.
+STOP_TIMEOUT_S: Final = 90.0
+
+
+def setup_logging(level: str) -> None:
+    """One line a message on stderr; libraries speak up from warnings on, and about nothing that we report ourselves."""
+    logging.basicConfig(
+        level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
+    )
+    logging.getLogger("stream").setLevel(level.upper())
+    for noisy in ("faust", "mode", "aiokafka"):
+        logging.getLogger(noisy).setLevel(logging.WARNING if level != "debug" else logging.DEBUG)
+
+
+async def run_worker(app: EmbeddingApp) -> int:
+    """Run until SIGTERM, SIGINT or a fault; drain, commit and close; return the exit code.
+
+    A second signal ends the process at once; what is not committed is processed again.
+    """
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+
+    def on_signal(number: signal.Signals) -> None:
+        if stop.is_set():
+            os._exit(128 + number)
+        log.info("%s: draining and stopping", number.name)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+    app.finalize()
+    waits = [asyncio.create_task(stop.wait()), asyncio.create_task(app.failed.wait())]
+    starting = asyncio.create_task(app.start())
+    try:
+        await asyncio.wait([starting, *waits], return_when=asyncio.FIRST_COMPLETED)
+        if starting.done() and not starting.exception():
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()
+    if starting.done() and (error := starting.exception()):
+        app.failure = app.failure or error
+    await _stop(app, starting)
+    if app.failure is None:
+        return 0
+    if not isinstance(app.failure, UembError):
+        log.critical("stopped by %s", type(app.failure).__name__, exc_info=app.failure)
+        return 1
+    sys.stderr.write(f"uemb: {app.failure}\n")
+    return app.failure.exit_code
+
+
+async def _stop(app: EmbeddingApp, starting: "asyncio.Task[None]") -> None:
+    try:
+        async with asyncio.timeout(STOP_TIMEOUT_S):
+            await app.stop()
+            await asyncio.gather(starting, return_exceptions=True)
+    except Exception as exc:
+        log.critical("did not stop in order: %s", type(exc).__name__, exc_info=exc)
+        app.failure = app.failure or exc
+
+
+def main(app: EmbeddingApp) -> NoReturn:
+    """Run a worker and end the process with its exit code."""
+    code = asyncio.new_event_loop().run_until_complete(run_worker(app))
+    logging.shutdown()
+    # Nothing is left to save, and a client thread that does not end must not keep a stopped worker alive.
+    os._exit(code)
