@@ -107,7 +107,7 @@ class EmbeddingApp(faust.App):
         self._space = await asyncio.to_thread(ItemSpace.load, settings.items)
         self._topics = await asyncio.to_thread(prepare_topics, settings, self._space.dim)
         self.conf.topic_partitions = self._topics.partitions
-        self._kv = open_writer(settings.kv_url)
+        self._kv = open_writer(settings.kv_url, lock_patience_s=settings.kv_lock_patience_s)
         await self._kv.update_meta(self._register)
         settings.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         await super().on_first_start()

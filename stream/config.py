@@ -13,6 +13,7 @@ from stream.events import FIELDS, EventRules
 
 _TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
 ENV_PREFIX: Final = "UEMB_"
+_DATA: Final = Path("~/.local/share/user-embedding-stream")
 
 Topics = Annotated[tuple[str, ...], NoDecode]
 Mapped = Annotated[dict[str, str], NoDecode]
@@ -39,7 +40,7 @@ def _pairs(value: object, separator: str) -> object:
 class Settings(BaseSettings):
     """What a worker, a reader or the command line is told from outside."""
 
-    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="ignore", frozen=True, validate_default=True)
 
     # Kafka
     bootstrap_servers: str = Field("127.0.0.1:9092", description="Kafka brokers, host:port, separated by commas")
@@ -81,8 +82,10 @@ class Settings(BaseSettings):
     output_format: Literal["avro", "json"] = Field("avro", description="format on the output topic")
 
     # stores
-    kv_url: str = Field("rocksdb:///var/lib/uemb/kv", description="key-value store that retrieval reads")
-    state_dir: Path = Field(Path("/var/lib/uemb/state"), description="this worker's local tables")
+    kv_url: str = Field(
+        default_factory=lambda: f"rocksdb://{_DATA.expanduser()}/kv", description="key-value store that retrieval reads"
+    )
+    state_dir: Path = Field(_DATA / "state", description="this worker's local tables; one folder per worker")
     hot_users: int = Field(10_000, ge=1, description="users kept in memory, all partitions together")
     kv_lock_patience_s: float = Field(30.0, ge=0, description="wait for another process to let go of a database")
     cache_dir: Path = Field(Path("~/.cache/user-embedding-stream"), description="downloads of the demo")
@@ -103,7 +106,7 @@ class Settings(BaseSettings):
     def _colons(cls, value: object) -> object:
         return _pairs(value, ":")
 
-    @field_validator("cache_dir", "state_dir", "items")
+    @field_validator("cache_dir", "state_dir", "items", mode="after")
     @classmethod
     def _home(cls, value: Path | None) -> Path | None:
         return value.expanduser() if value is not None else None

@@ -147,8 +147,8 @@ class ItemSpace:
         if matrix.ndim != 2 or matrix.shape[0] != len(canonical) or 0 in matrix.shape:
             raise _bad(folder, f"{len(canonical)} ids need vectors of shape [{len(canonical)}, d], got {matrix.shape}")
         _check_unique(canonical, folder)
-        if not np.isfinite(matrix).all():
-            raise _bad(folder, f"row {_first(~np.isfinite(matrix).all(axis=1))} is not finite")
+        if not (finite := np.asarray(np.isfinite(matrix).all(axis=1))).all():
+            raise _bad(folder, f"row {_first(~finite)} is not finite")
         if metric == "cosine":
             zero = np.asarray(np.linalg.norm(matrix, axis=1) <= NORM_EPS)
             if zero.any():

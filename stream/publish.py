@@ -140,7 +140,7 @@ class Lane:
 
     async def _make_durable(self, work: Work) -> None:
         batch, result, to = work.batch, work.result, self._to
-        changelog = [(key, state, []) for key, state in result.states.items()]
+        changelog: list[OutRecord] = [(key, state, []) for key, state in result.states.items()]
         offset = await self._send(to.changelog, changelog)
         if offset >= 0:
             self._changelog_at(offset + 1)

@@ -14,6 +14,8 @@ log = logging.getLogger(__name__)
 
 #: A shutdown that takes longer is cut short; everything not committed is processed again.
 STOP_TIMEOUT_S: Final = 90.0
+#: Supervisors often signal the process and its group: two signals this close are one wish.
+SAME_SIGNAL_S: Final = 0.5
 
 
 def setup_logging(level: str) -> None:
@@ -34,11 +36,16 @@ async def run_worker(app: EmbeddingApp) -> int:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
 
+    first_at = 0.0
+
     def on_signal(number: signal.Signals) -> None:
-        if stop.is_set():
+        nonlocal first_at
+        if not stop.is_set():
+            log.info("%s: draining and stopping", number.name)
+            first_at = loop.time()
+            stop.set()
+        elif loop.time() - first_at > SAME_SIGNAL_S:
             os._exit(128 + number)
-        log.info("%s: draining and stopping", number.name)
-        stop.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)

@@ -1,0 +1,292 @@
+"""The command line `uemb`: each command one function; errors are one line and exit 2, never a traceback."""
+
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from stream.config import ENV_PREFIX, Settings, load_settings
+from stream.errors import ConfigError, UembError
+
+USAGE_ERROR: Final = 2
+INTERRUPTED: Final = 130
+
+err = Console(stderr=True, highlight=False)
+out = Console(highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def progress_bar(text: str) -> Iterator[Callable[[int, int | None], None]]:
+    """A progress bar on a terminal, a line at the end elsewhere; yields ``update(done, total)``."""
+    if not err.is_terminal:
+        state = [0]
+
+        def remember(done: int, _: int | None) -> None:
+            state[0] = done
+
+        yield remember
+        err.print(f"{text}: {state[0]:,}")
+        return
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err) as progress:
+        task = progress.add_task(text, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def print_json(value: object) -> None:
+    """One JSON document on one line of stdout."""
+    click.echo(json.dumps(value, ensure_ascii=False))
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="user-embedding-stream", prog_name="uemb")
+def cli() -> None:
+    """Fresh user vectors for candidate retrieval: Kafka events in, versioned embeddings out.
+
+    Settings come from UEMB_* environment variables; `uemb config` lists them.
+    """
+
+
+@cli.command()
+@click.option("--events", type=click.Path(path_type=Path), help="your own CSV or JSONL file instead of MovieLens-100K")
+@click.option("--rate", type=float, help="events per second; default: as fast as they are processed")
+@click.option("--stay", is_flag=True, help="keep broker and worker running after the summary, until Ctrl-C")
+@click.option("--json", "as_json", is_flag=True, help="print the summary as one JSON document")
+def demo(events: Path | None, rate: float | None, stay: bool, as_json: bool) -> None:
+    """Run the whole pipeline on real data: embedded broker, worker, key-value store, reader."""
+    from stream.demo import run_demo
+
+    sys.exit(run_demo(load_settings(), events_file=events, rate=rate, stay=stay, as_json=as_json))
+
+
+@cli.command()
+def worker() -> None:
+    """Run a worker until SIGTERM; exit 0 after a clean stop."""
+    settings = load_settings()
+    from stream.app import EmbeddingApp
+    from stream.worker import main as run
+    from stream.worker import setup_logging
+
+    setup_logging(settings.log_level)
+    run(EmbeddingApp(settings))
+
+
+@cli.command()
+def broker() -> None:
+    """Run the embedded broker until Ctrl-C (demos and quick tests only: nothing is kept on disk)."""
+    from stream.devbroker import DevBroker
+
+    with DevBroker() as embedded:
+        click.echo(f"export {ENV_PREFIX}BOOTSTRAP_SERVERS={embedded.bootstrap}")
+        err.print("embedded broker runs; Ctrl-C stops it and forgets everything")
+        done = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: done.set())
+        done.wait()
+
+
+@cli.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--rate", type=float, help="events per second; default: as fast as Kafka takes them")
+@click.option("--json", "as_json", is_flag=True, help="print what was sent as one JSON document")
+def send(file: Path, rate: float | None, as_json: bool) -> None:
+    """Send the events of FILE (CSV with a header, or JSONL) to their topics."""
+    from stream.dataset import read_file
+    from stream.feed import Feeder
+
+    settings = load_settings()
+    stop = threading.Event()
+    signal.signal(signal.SIGINT, lambda *_: stop.set())
+    with Feeder(settings.bootstrap_servers, client_config=settings.librdkafka_client) as feeder:
+        with progress_bar("sent") as update:
+            report = feeder.send(read_file(file), rate=rate, stop=stop, on_progress=update)
+    if as_json:
+        print_json({"sent": report.sent, "seconds": round(report.seconds, 3), "interrupted": stop.is_set()})
+    else:
+        out.print(f"{report.sent:,} events acknowledged in {report.seconds:.1f} s")
+    if stop.is_set():
+        err.print("interrupted; send the file again to complete it, events that arrive twice change nothing")
+        sys.exit(INTERRUPTED)
+
+
+@cli.command()
+@click.argument("users", nargs=-1, required=True)
+@click.option("--json", "as_json", is_flag=True, help="one JSON document per user, vector included")
+def get(users: tuple[str, ...], as_json: bool) -> None:
+    """Read the vectors of USERS from the key-value store, as retrieval does."""
+    from stream.records import EmbeddingRecord, to_json
+    from stream.retrieval import EmbeddingReader
+
+    with EmbeddingReader.open(load_settings().kv_url, timeout_s=1.0) as reader:
+        _, found = reader.get_many(users)
+    if as_json:
+        for u in found:
+            record = EmbeddingRecord(
+                u.user_id, u.epoch, u.revision, u.status, u.reason, u.history_len, u.unknown_items, u.as_of,
+                u.user_embedding_version, u.item_embedding_version, u.vector, float((u.vector**2).sum()) ** 0.5,
+            )  # fmt: skip
+            print_json({**to_json(record), "stale": u.stale, "lag_s": u.lag_s})
+        return
+    table = Table("user", "status", "reason", "history", "unknown", "as of", "revision", "stale", "vector")
+    for u in found:
+        head = " ".join(f"{x:+.3f}" for x in u.vector[:4])
+        table.add_row(
+            u.user_id, u.status, u.reason, str(u.history_len), str(u.unknown_items), _time(u.as_of),
+            f"{u.epoch}.{u.revision}", "yes" if u.stale else "no", f"{head} … ({len(u.vector)})",
+        )  # fmt: skip
+    out.print(table)
+
+
+@cli.command()
+@click.option("--from-beginning", is_flag=True, help="start with what the topic holds, not with what comes next")
+@click.option("-n", "count", type=int, help="stop after so many records")
+@click.option("--json", "as_json", is_flag=True, help="one JSON document per record, vector included")
+def tail(from_beginning: bool, count: int | None, as_json: bool) -> None:
+    """Follow the embedding topic."""
+    from stream.follow import follow
+
+    for key, record in follow(load_settings(), from_beginning=from_beginning, count=count):
+        if as_json:
+            print_json({"key": key, "record": record})
+        elif record is None:
+            out.print(f"{key}  gone")
+        else:
+            head = " ".join(f"{x:+.3f}" for x in record["user_embedding"]["vector"][:4])
+            out.print(
+                f"{key}  {record['epoch']}.{record['revision']}  {record['status']} {record['reason']}  "
+                f"history {record['history_len']}  as of {_time(record['as_of'])}  {head} …"
+            )
+
+
+@cli.command()
+@click.argument("file", type=click.File("rb"))
+@click.option("--items", type=click.Path(path_type=Path), help="item space folder; default UEMB_ITEMS")
+def embed(file: Any, items: Path | None) -> None:
+    """Embed one history without Kafka: JSON with user_id, history_item_ids, history_ts, item_embedding_version."""
+    from stream.embed_file import embed_document
+
+    settings = load_settings(items=items)
+    print_json(embed_document(file.read(), settings))
+
+
+@cli.group()
+def items() -> None:
+    """Make and check item spaces."""
+
+
+@items.command("build")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--version", required=True, help="name of the version, [A-Za-z0-9._-]{1,64}")
+@click.option("--events", type=click.Path(path_type=Path), help="CSV or JSONL file; default MovieLens-100K")
+@click.option("--dim", type=click.IntRange(1), default=48, show_default=True, help="dimensions")
+@click.option("--share", type=float, default=0.8, show_default=True, help="part of the stream, by time, to learn from")
+@click.option("--json", "as_json", is_flag=True, help="print the result as one JSON document")
+def items_build(folder: Path, version: str, events: Path | None, dim: int, share: float, as_json: bool) -> None:
+    """Learn item vectors from interactions (PPMI of co-occurrence, truncated SVD) into FOLDER."""
+    from stream.dataset import load
+    from stream.itembuild import build_space
+
+    settings = load_settings()
+    with progress_bar("fetching data") as update:
+        data = load(settings.cache_dir, events, update, err.print)
+    try:
+        with progress_bar("co-occurrences") as update:
+            space = build_space(
+                data.events, folder, version, dim=dim, share=share, on_progress=update, on_note=err.print
+            )
+    except ValueError as exc:
+        raise ConfigError(str(exc)) from exc
+    _describe(space, as_json)
+
+
+@items.command("check")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="print the result as one JSON document")
+def items_check(folder: Path, as_json: bool) -> None:
+    """Load FOLDER as a worker would: hashes, shapes, every row, every id."""
+    from stream.items import ItemSpace
+
+    _describe(ItemSpace.load(folder), as_json)
+
+
+def _describe(space: Any, as_json: bool) -> None:
+    facts = {
+        "version": space.version,
+        "items": len(space),
+        "dim": space.dim,
+        "metric": space.metric,
+        "max_row_norm": space.max_row_norm,
+        "sha256": space.sha256,
+    }
+    if as_json:
+        print_json(facts)
+    else:
+        out.print("  ".join(f"{name} {value}" for name, value in facts.items()))
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="one JSON document")
+def config(as_json: bool) -> None:
+    """Show every setting, its value, and what it means; secrets are masked."""
+    settings = load_settings()
+    values = settings.model_dump(mode="json")
+    if as_json:
+        print_json({**values, "user_embedding_version": settings.versioned_encoder.version})
+        return
+    table = Table("variable", "value", "meaning")
+    for name, field in Settings.model_fields.items():
+        variable = ENV_PREFIX + name.upper()
+        mark = "[bold]" if variable in os.environ else ""
+        table.add_row(f"{mark}{variable}", _plain(values[name]), field.description or "")
+    out.print(table)
+    out.print(f"user-embedding version: {settings.versioned_encoder.version}")
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, dict):
+        return ",".join(f"{k}={v}" for k, v in value.items())
+    return ",".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
+
+
+def _time(ts_ms: int | None) -> str:
+    from datetime import UTC, datetime
+
+    return "" if ts_ms is None else datetime.fromtimestamp(ts_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def main() -> None:
+    """Entry point: translate every failure into one line and an exit code."""
+    try:
+        cli(standalone_mode=False)
+    except click.exceptions.Exit as exc:
+        sys.exit(exc.exit_code)
+    except click.ClickException as exc:
+        exc.show()
+        sys.exit(USAGE_ERROR)
+    except (KeyboardInterrupt, click.Abort):
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # the reader of our output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except UembError as exc:
+        click.echo(f"uemb: {exc}", err=True)
+        sys.exit(USAGE_ERROR)
+    except OSError as exc:
+        click.echo(f"uemb: {exc.strerror or exc} {exc.filename or ''}".rstrip(), err=True)
+        sys.exit(USAGE_ERROR)

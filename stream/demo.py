@@ -1,0 +1,424 @@
+"""`uemb demo`: embedded broker, worker, key-value store and reader on one machine, fed with real interactions."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from stream import dataset
+from stream.config import ENV_PREFIX, Settings
+from stream.dataset import Dataset, EventRow
+from stream.devbroker import DevBroker
+from stream.embedding import Float32
+from stream.errors import UembError
+from stream.feed import Feeder
+from stream.itembuild import build_space
+from stream.items import ItemSpace
+from stream.keys import partition_of
+from stream.kv.base import KVReader
+from stream.kv.urls import open_reader
+from stream.records import kv_entry
+from stream.retrieval import EmbeddingReader, UserEmbedding
+
+PARTITIONS: Final = 4  # the embedded broker knows no other number
+#: Events at the end of the stream that are sent one by one, to see how soon each can be read.
+LIVE_EVENTS: Final = 200
+SHOWN_USERS: Final = 3
+SHOWN_ITEMS: Final = 5
+#: Records on their way at most; the embedded broker drops what nobody has read for 5 MB.
+OUTSTANDING: Final = 20_000
+START_TIMEOUT_S: Final = 60.0
+DRAIN_TIMEOUT_S: Final = 120.0
+LIVE_TIMEOUT_S: Final = 5.0
+_LIVE_RATE: Final = 50.0
+_DIM: Final = 48
+
+err = Console(stderr=True, highlight=False)
+out = Console(highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Taste:
+    """What a user's vector points to: titles of the nearest items."""
+
+    status: str
+    nearest: list[str]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the demo measured and saw."""
+
+    data: str
+    synthetic: bool
+    users: int
+    sent: int
+    processed: int
+    dead_letters: int
+    seconds: float
+    users_readable: int
+    latency_ms: dict[str, float]
+    shown: list[dict[str, Any]]
+    kv_url: str
+
+
+class Pipeline:
+    """The worker process and a view on its progress."""
+
+    def __init__(self, settings: Settings, broker: DevBroker, folder: Path, items: Path) -> None:
+        self.kv_url = f"rocksdb://{folder / 'kv'}"
+        self._log = (folder / "worker.log").open("wb")
+        self._topics = settings.event_topics
+        environment = {
+            **{k: v for k, v in os.environ.items() if not k.startswith(ENV_PREFIX)},
+            f"{ENV_PREFIX}BOOTSTRAP_SERVERS": broker.bootstrap,
+            f"{ENV_PREFIX}ITEMS": str(items),
+            f"{ENV_PREFIX}KV_URL": self.kv_url,
+            f"{ENV_PREFIX}STATE_DIR": str(folder / "state"),
+        }
+        # A session of its own: Ctrl-C reaches this process only, which stops the worker in order.
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", "from stream.cli import main; main()", "worker"],
+            env=environment,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        self._store: KVReader | None = None
+        self._probes = _one_user_per_partition()
+
+    def check(self) -> None:
+        """Raise `UembError` with the worker's last words if it has ended."""
+        if self._process.poll() is not None:
+            lines = Path(self._log.name).read_text(errors="replace").strip().splitlines()
+            msg = f"the worker ended with code {self._process.returncode}: {lines[-1] if lines else 'no output'}"
+            raise UembError(msg)
+
+    def wait_until_ready(self) -> None:
+        """Wait until the worker owns all partitions."""
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while True:
+            self.check()
+            try:
+                self._store = self._store or open_reader(self.kv_url)
+                if all(self._store.watermark(user) for user in self._probes):
+                    return
+            except UembError:
+                pass  # nothing there yet
+            if time.monotonic() > deadline:
+                msg = f"the worker was not ready after {START_TIMEOUT_S:g} s; see {self._log.name}"
+                raise UembError(msg)
+            time.sleep(0.05)
+
+    def processed(self) -> int:
+        """Records of the event topics whose effects are durable."""
+        total = 0
+        for user in self._probes:
+            entry = self._store.watermark(user) if self._store else None
+            offsets = json.loads(kv_entry(entry)[2])["offsets"] if entry else {}
+            total += sum(offset for topic, offset in offsets.items() if topic in self._topics)
+        return total
+
+    def stop(self) -> None:
+        """Stop the worker in order, at once if that takes long."""
+        if self._store is not None:
+            self._store.close()
+            self._store = None
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+            try:
+                self._process.wait(15)
+            except subprocess.TimeoutExpired:
+                self.kill()
+        self._log.close()
+
+    def kill(self) -> None:
+        """End the worker now."""
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+
+
+def run_demo(settings: Settings, *, events_file: Path | None, rate: float | None, stay: bool, as_json: bool) -> int:
+    """Run the demo; return the exit code."""
+    started = time.monotonic()
+    folder = settings.cache_dir / "demo"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, mode=0o700)
+    with _interruptible() as stop:
+        data = _load(settings, events_file)
+        space = _build_items(data, folder / "items")
+        with DevBroker() as broker:
+            pipeline = Pipeline(settings, broker, folder, folder / "items")
+            stop.callbacks.append(pipeline.kill)
+            try:
+                pipeline.wait_until_ready()
+                summary = _feed_and_watch(data, space, pipeline, broker, rate, stop, started)
+                if as_json:
+                    out.print_json(data=summary.__dict__)
+                else:
+                    _show(summary)
+                    _show_how_to_go_on(summary, broker, stay=stay)
+                if stay:
+                    stop.wait()
+            finally:
+                pipeline.stop()
+    return 0
+
+
+def _feed_and_watch(
+    data: Dataset,
+    space: ItemSpace,
+    pipeline: Pipeline,
+    broker: DevBroker,
+    rate: float | None,
+    stop: "_Stop",
+    started: float,
+) -> Summary:
+    live = data.events[-min(LIVE_EVENTS, max(1, len(data.events) // 10)) :]
+    bulk = data.events[: len(data.events) - len(live)]
+    users = list(dict.fromkeys(row.user_id for row in data.events))
+    titles = [data.titles.get(item.decode(), item.decode()) for item in space.ids]
+    with Feeder(broker.bootstrap) as feeder:
+        with EmbeddingReader.open(pipeline.kv_url, fallback=space, timeout_s=1.0) as reader:
+            began = time.monotonic()
+            _send_bulk(feeder, bulk, pipeline, rate, stop)
+            seconds = time.monotonic() - began
+            shown = list(dict.fromkeys(row.user_id for row in reversed(live)))[:SHOWN_USERS]
+            before = {user: _taste(reader.get(user), space, titles) for user in shown}
+            latencies = _send_live(feeder, live, reader, pipeline, stop)
+            _await_processed(pipeline, len(data.events), stop)
+            after = {user: _taste(reader.get(user), space, titles) for user in shown}
+            readable = sum(found.status == "ok" for found in reader.get_many(users)[1])
+            processed = pipeline.processed()
+    p50, p99 = np.percentile(latencies, [50, 99]) if latencies else (float("nan"),) * 2
+    return Summary(
+        data=data.name,
+        synthetic=data.synthetic,
+        users=len(users),
+        sent=len(data.events),
+        processed=processed,
+        dead_letters=_dead_letters(broker),
+        seconds=round(seconds, 2),
+        users_readable=readable,
+        latency_ms={"p50": round(float(p50), 2), "p99": round(float(p99), 2), "events": len(latencies)},
+        shown=[_shown(user, data, live, before[user], after[user]) for user in shown],
+        kv_url=pipeline.kv_url,
+    )
+
+
+def _send_bulk(feeder: Feeder, bulk: Sequence[EventRow], pipeline: Pipeline, rate: float | None, stop: "_Stop") -> None:
+    """Send all but the live tail while a display shows how far things are."""
+    sent, users = [0], {row.user_id for row in bulk}
+    failure: list[Exception] = []
+
+    def feed() -> None:
+        try:
+            feeder.send(
+                bulk,
+                rate=rate,
+                pace=lambda: OUTSTANDING - (sent[0] - pipeline.processed()),
+                stop=stop.event,
+                on_progress=lambda done, _: sent.__setitem__(0, done),
+            )
+        except UembError as exc:
+            failure.append(exc)
+
+    thread = threading.Thread(target=feed, name="feeder")
+    began = time.monotonic()
+    thread.start()
+    try:
+        with Live(console=err, refresh_per_second=8, transient=True) as display:
+            while thread.is_alive() or pipeline.processed() < sent[0]:
+                stop.check()
+                pipeline.check()
+                done, elapsed = pipeline.processed(), time.monotonic() - began
+                display.update(
+                    f"sent {sent[0]:,}/{len(bulk):,}  processed {done:,}  {done / elapsed:,.0f}/s  "
+                    f"lag {max(0, sent[0] - done):,}  users {len(users):,}"
+                )
+                time.sleep(0.1)
+    finally:
+        if failure or thread.is_alive():
+            stop.event.set()
+        thread.join()
+    if failure:
+        raise failure[0]
+    elapsed = time.monotonic() - began
+    err.print(
+        f"processed {len(bulk):,} events of {len(users):,} users in {elapsed:.1f} s ({len(bulk) / elapsed:,.0f}/s)"
+    )
+
+
+def _send_live(
+    feeder: Feeder, live: Sequence[EventRow], reader: EmbeddingReader, pipeline: Pipeline, stop: "_Stop"
+) -> list[float]:
+    """Send events one at a time; return milliseconds from each send until its effect was read."""
+    latencies = []
+    for row in live:
+        stop.check()
+        pipeline.check()
+        before = _order(reader.get(row.user_id))
+        began = time.perf_counter()
+        feeder.send([row])
+        while time.perf_counter() - began < LIVE_TIMEOUT_S:
+            if _order(reader.get(row.user_id)) > before:
+                latencies.append((time.perf_counter() - began) * 1000)
+                break
+            time.sleep(0.0002)
+        time.sleep(max(0.0, 1 / _LIVE_RATE - (time.perf_counter() - began)))
+    return latencies
+
+
+def _order(found: UserEmbedding) -> tuple[int, int]:
+    return found.epoch, found.revision
+
+
+def _await_processed(pipeline: Pipeline, count: int, stop: "_Stop") -> None:
+    deadline = time.monotonic() + DRAIN_TIMEOUT_S
+    while pipeline.processed() < count:
+        stop.check()
+        pipeline.check()
+        if time.monotonic() > deadline:
+            msg = f"only {pipeline.processed()} of {count} events were processed within {DRAIN_TIMEOUT_S:g} s"
+            raise UembError(msg)
+        time.sleep(0.02)
+
+
+def _load(settings: Settings, events_file: Path | None) -> Dataset:
+    with err.status("fetching MovieLens-100K" if events_file is None else f"reading {events_file}"):
+        data = dataset.load(settings.cache_dir, events_file, on_note=err.print)
+    err.print(f"{data.name}: {len(data.events):,} events of {len({e.user_id for e in data.events}):,} users")
+    return data
+
+
+def _build_items(data: Dataset, folder: Path) -> ItemSpace:
+    with err.status("learning item vectors"):
+        space = build_space(data.events, folder, f"{'demo' if data.synthetic else 'films'}_v1", dim=_DIM)
+    err.print(f"item vectors: {len(space):,} items, {space.dim} dimensions, from the first 80 % of the stream")
+    return space
+
+
+def _taste(found: UserEmbedding, space: ItemSpace, titles: Sequence[str]) -> Taste:
+    scores: Float32 = space.vectors @ found.vector
+    return Taste(found.status, [titles[i] for i in np.argsort(-scores)[:SHOWN_ITEMS]])
+
+
+def _shown(user: str, data: Dataset, live: Sequence[EventRow], before: Taste, after: Taste) -> dict[str, Any]:
+    mine = [data.titles.get(row.item_id, row.item_id) for row in data.events if row.user_id == user]
+    new = sum(row.user_id == user for row in live)
+    return {
+        "user": user,
+        "last_items": mine[-SHOWN_ITEMS:],
+        "new_events": new,
+        "nearest_before": before.nearest,
+        "nearest_after": after.nearest,
+    }
+
+
+def _show(summary: Summary) -> None:
+    for shown in summary.shown:
+        table = Table(
+            "last seen", "nearest before", "nearest after",
+            title=f"user {shown['user']}: {shown['new_events']} new events", title_justify="left",
+        )  # fmt: skip
+        last = list(reversed(shown["last_items"]))
+        for row in zip(last, shown["nearest_before"], shown["nearest_after"], strict=False):
+            table.add_row(*row)
+        out.print(table)
+    latency = summary.latency_ms
+    out.print(
+        f"{summary.data}: {summary.sent:,} events sent, {summary.processed:,} processed, {summary.dead_letters} dead "
+        f"letters; {summary.users_readable:,} of {summary.users:,} users have a vector of their own"
+    )
+    out.print(
+        f"event to readable vector, in another process: p50 {latency['p50']:.1f} ms, p99 {latency['p99']:.1f} ms "
+        f"({latency['events']} events, one by one)"
+    )
+
+
+def _show_how_to_go_on(summary: Summary, broker: DevBroker, *, stay: bool) -> None:
+    user = summary.shown[0]["user"] if summary.shown else "42"
+    out.print(f"\nask for a vector:    {ENV_PREFIX}KV_URL={summary.kv_url} uemb get {user}")
+    if stay:
+        out.print(f"follow the topic:    {ENV_PREFIX}BOOTSTRAP_SERVERS={broker.bootstrap} uemb tail")
+        out.print("Ctrl-C stops broker and worker")
+    else:
+        out.print("follow the topic:    uemb demo --stay   (then `uemb tail`, as it says)")
+
+
+def _dead_letters(broker: DevBroker) -> int:
+    from confluent_kafka import Consumer, TopicPartition
+
+    consumer = Consumer({"bootstrap.servers": broker.bootstrap, "group.id": "demo-count", "log_level": 2})
+    try:
+        ends = [
+            consumer.get_watermark_offsets(TopicPartition("user-events.dlq", p), timeout=5) for p in range(PARTITIONS)
+        ]
+        return sum(high for _, high in ends)
+    finally:
+        consumer.close()
+
+
+def _one_user_per_partition() -> list[bytes]:
+    found: dict[int, bytes] = {}
+    number = 0
+    while len(found) < PARTITIONS:
+        user = str(number).encode()
+        found.setdefault(partition_of(user, PARTITIONS), user)
+        number += 1
+    return [found[p] for p in range(PARTITIONS)]
+
+
+class _Stop:
+    """Ctrl-C: the first one winds the demo up, the second ends the worker at once."""
+
+    def __init__(self) -> None:
+        self.event = threading.Event()
+        self.callbacks: list[Callable[[], None]] = []
+        self._count = 0
+
+    def on_signal(self, *_: object) -> None:
+        """Count a Ctrl-C; act on the second."""
+        self._count += 1
+        self.event.set()
+        if self._count == 1:
+            err.print("stopping; once more to stop at once")
+        else:
+            for callback in self.callbacks:
+                callback()
+            os._exit(130)
+
+    def check(self) -> None:
+        """Leave through `KeyboardInterrupt` when Ctrl-C was pressed."""
+        if self.event.is_set():
+            raise KeyboardInterrupt
+
+    def wait(self) -> None:
+        """Wait for Ctrl-C."""
+        self.event.wait()
+
+
+@contextmanager
+def _interruptible() -> Iterator[_Stop]:
+    stop = _Stop()
+    before = {number: signal.signal(number, stop.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
