@@ -113,9 +113,9 @@ def send(file: Path, rate: float | None, as_json: bool) -> None:
     settings = load_settings()
     stop = threading.Event()
     signal.signal(signal.SIGINT, lambda *_: stop.set())
-    with Feeder(settings.bootstrap_servers, client_config=settings.librdkafka_client) as feeder:
-        with progress_bar("sent") as update:
-            report = feeder.send(read_file(file), rate=rate, stop=stop, on_progress=update)
+    client = settings.librdkafka_client
+    with Feeder(settings.bootstrap_servers, client_config=client) as feeder, progress_bar("sent") as update:
+        report = feeder.send(read_file(file), rate=rate, stop=stop, on_progress=update)
     if as_json:
         print_json({"sent": report.sent, "seconds": round(report.seconds, 3), "interrupted": stop.is_set()})
     else:
@@ -139,7 +139,7 @@ def get(users: tuple[str, ...], as_json: bool) -> None:
         for u in found:
             record = EmbeddingRecord(
                 u.user_id, u.epoch, u.revision, u.status, u.reason, u.history_len, u.unknown_items, u.as_of,
-                u.user_embedding_version, u.item_embedding_version, u.vector, float((u.vector**2).sum()) ** 0.5,
+                u.user_embedding_version or "", u.item_embedding_version or "", u.vector, float((u.vector**2).sum()) ** 0.5,
             )  # fmt: skip
             print_json({**to_json(record), "stale": u.stale, "lag_s": u.lag_s})
         return

@@ -1,6 +1,7 @@
 """`uemb demo`: embedded broker, worker, key-value store and reader on one machine, fed with real interactions."""
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from confluent_kafka import Consumer, TopicPartition
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -39,6 +42,7 @@ PARTITIONS: Final = 4  # the embedded broker knows no other number
 LIVE_EVENTS: Final = 200
 SHOWN_USERS: Final = 3
 SHOWN_ITEMS: Final = 5
+MIN_PAST: Final = 10
 #: Records on their way at most; the embedded broker drops what nobody has read for 5 MB.
 OUTSTANDING: Final = 20_000
 START_TIMEOUT_S: Final = 60.0
@@ -155,10 +159,10 @@ class Pipeline:
 
 def run_demo(settings: Settings, *, events_file: Path | None, rate: float | None, stay: bool, as_json: bool) -> int:
     """Run the demo; return the exit code."""
-    started = time.monotonic()
     folder = settings.cache_dir / "demo"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, mode=0o700)
+    logging.getLogger("stream").setLevel(logging.ERROR)  # a fallback for a user not seen yet is no news here
     with _interruptible() as stop:
         data = _load(settings, events_file)
         space = _build_items(data, folder / "items")
@@ -167,7 +171,7 @@ def run_demo(settings: Settings, *, events_file: Path | None, rate: float | None
             stop.callbacks.append(pipeline.kill)
             try:
                 pipeline.wait_until_ready()
-                summary = _feed_and_watch(data, space, pipeline, broker, rate, stop, started)
+                summary = _feed_and_watch(data, space, pipeline, broker, rate, stop)
                 if as_json:
                     out.print_json(data=summary.__dict__)
                 else:
@@ -187,24 +191,23 @@ def _feed_and_watch(
     broker: DevBroker,
     rate: float | None,
     stop: "_Stop",
-    started: float,
 ) -> Summary:
     live = data.events[-min(LIVE_EVENTS, max(1, len(data.events) // 10)) :]
     bulk = data.events[: len(data.events) - len(live)]
     users = list(dict.fromkeys(row.user_id for row in data.events))
     titles = [data.titles.get(item.decode(), item.decode()) for item in space.ids]
-    with Feeder(broker.bootstrap) as feeder:
-        with EmbeddingReader.open(pipeline.kv_url, fallback=space, timeout_s=1.0) as reader:
-            began = time.monotonic()
-            _send_bulk(feeder, bulk, pipeline, rate, stop)
-            seconds = time.monotonic() - began
-            shown = list(dict.fromkeys(row.user_id for row in reversed(live)))[:SHOWN_USERS]
-            before = {user: _taste(reader.get(user), space, titles) for user in shown}
-            latencies = _send_live(feeder, live, reader, pipeline, stop)
-            _await_processed(pipeline, len(data.events), stop)
-            after = {user: _taste(reader.get(user), space, titles) for user in shown}
-            readable = sum(found.status == "ok" for found in reader.get_many(users)[1])
-            processed = pipeline.processed()
+    shown = _users_to_show(bulk, live)
+    reading = EmbeddingReader.open(pipeline.kv_url, fallback=space, timeout_s=1.0)
+    with Feeder(broker.bootstrap) as feeder, reading as reader:
+        began = time.monotonic()
+        _send_bulk(feeder, bulk, pipeline, rate, stop)
+        seconds = time.monotonic() - began
+        before = {user: _taste(reader.get(user), space, titles) for user in shown}
+        latencies = _send_live(feeder, live, reader, pipeline, stop)
+        _await_processed(pipeline, len(data.events), stop)
+        after = {user: _taste(reader.get(user), space, titles) for user in shown}
+        readable = sum(found.status == "ok" for found in reader.get_many(users)[1])
+        processed = pipeline.processed()
     p50, p99 = np.percentile(latencies, [50, 99]) if latencies else (float("nan"),) * 2
     return Summary(
         data=data.name,
@@ -219,6 +222,12 @@ def _feed_and_watch(
         shown=[_shown(user, data, live, before[user], after[user]) for user in shown],
         kv_url=pipeline.kv_url,
     )
+
+
+def _users_to_show(bulk: Sequence[EventRow], live: Sequence[EventRow]) -> list[str]:
+    """Users of the live tail with a past and the most news, so that before and after differ visibly."""
+    past, news = Counter(row.user_id for row in bulk), Counter(row.user_id for row in live)
+    return sorted(news, key=lambda user: (past[user] < MIN_PAST, -news[user]))[:SHOWN_USERS]
 
 
 def _send_bulk(feeder: Feeder, bulk: Sequence[EventRow], pipeline: Pipeline, rate: float | None, stop: "_Stop") -> None:
@@ -362,14 +371,11 @@ def _show_how_to_go_on(summary: Summary, broker: DevBroker, *, stay: bool) -> No
 
 
 def _dead_letters(broker: DevBroker) -> int:
-    from confluent_kafka import Consumer, TopicPartition
 
     consumer = Consumer({"bootstrap.servers": broker.bootstrap, "group.id": "demo-count", "log_level": 2})
     try:
-        ends = [
-            consumer.get_watermark_offsets(TopicPartition("user-events.dlq", p), timeout=5) for p in range(PARTITIONS)
-        ]
-        return sum(high for _, high in ends)
+        places = [TopicPartition("user-events.dlq", partition) for partition in range(PARTITIONS)]
+        return sum(consumer.get_watermark_offsets(place, timeout=5)[1] for place in places)
     finally:
         consumer.close()
 

@@ -35,7 +35,7 @@ def embed_document(data: bytes, settings: Settings) -> dict[str, Any]:
         version = document.get("item_embedding_version", space.version)
         if len(times) != len(ids):
             raise ValueError("history_ts and history_item_ids differ in length")  # noqa: EM101
-        order = np.argsort(np.asarray(times, dtype=np.float64), kind="stable") if ids else []
+        order = np.argsort(np.asarray(times, dtype=np.float64), kind="stable").tolist()
     except KeyError as exc:
         msg = f"the input lacks {exc.args[0]}"
         raise ConfigError(msg) from exc

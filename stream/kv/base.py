@@ -7,7 +7,7 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """The pair of versions that readers follow, and the control record's offset that set it (−1: ``UEMB_ITEMS``)."""
+    """The pair of versions that readers follow, and the control record's offset that set it (-1: ``UEMB_ITEMS``)."""
 
     user_version: str
     item_version: str

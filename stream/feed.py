@@ -1,0 +1,268 @@
+"""The engine of `uemb send`: interactions into Kafka by the contract, at a rate, paced, and all acknowledged."""
+
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sized
+from types import TracebackType
+from typing import Any, Final, NamedTuple, Protocol, Self
+
+import msgspec
+from confluent_kafka import KafkaError, KafkaException, Message, Producer
+
+from stream.errors import ConfigError, DeliveryError
+from stream.keys import canonical_id
+
+TOPIC_PREFIX: Final = "user-events."
+_TOPIC: Final = re.compile(r"[A-Za-z0-9._-]{1,249}")
+
+#: May be overridden by the caller. The log would go to stderr; what matters in it arrives through `error_cb` as well.
+_DEFAULTS: Final[Mapping[str, Any]] = {
+    "linger.ms": 5,
+    "compression.type": "lz4",
+    "message.timeout.ms": 30_000,
+    "log_level": 2,
+}
+#: May not: the partitioner decides who owns a user, the others what "acknowledged" means.
+_FIXED: Final[Mapping[str, Any]] = {"partitioner": "murmur2_random", "acks": "all", "enable.idempotence": True}
+
+_ROWS_PER_POLL: Final = 200
+_SLACK_S: Final = 0.005  # a rate is kept in bursts of this length, as short as the producer's linger
+_CATCH_UP_S: Final = 0.1  # a stall is made up for by at most this much of the rate
+_PACE_POLL_S: Final = 0.02
+_WAIT_S: Final = 0.1  # longest wait between two looks at `stop`
+_STOP_PATIENCE_S: Final = 2.0
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[int, int | None], None]
+
+
+class Interaction(Protocol):
+    """What is sent: `stream.dataset.EventRow`, or anything with the same attributes; integer ids stay integers."""
+
+    @property
+    def user_id(self) -> int | str: ...  # noqa: D102
+    @property
+    def item_id(self) -> int | str: ...  # noqa: D102
+    @property
+    def type(self) -> str: ...  # noqa: D102
+    @property
+    def ts_ms(self) -> int: ...  # noqa: D102
+
+
+class SendReport(NamedTuple):
+    """How many records Kafka acknowledged, and the seconds from the first call to the last acknowledgement."""
+
+    sent: int
+    seconds: float
+
+
+class Feeder:
+    """Produces interactions as JSON, keyed by the canonical user id, each to the topic of its type.
+
+    Records carry the time of sending, never the event time: a topic with ``retention.ms`` would drop an old event at
+    once. A feeder serves one `send` at a time, any number in turn.
+
+    Args:
+        bootstrap: ``host:port``, comma separated.
+        topic_of: topic by interaction type, as a mapping or a function; what a mapping lacks goes to
+            ``user-events.{type}``.
+        client_config: further librdkafka settings; partitioner, acks and idempotence stay ours.
+
+    Raises:
+        ConfigError: librdkafka refuses a setting.
+    """
+
+    def __init__(
+        self,
+        bootstrap: str,
+        topic_of: Mapping[str, str] | Callable[[str], str] | None = None,
+        *,
+        client_config: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._bootstrap = bootstrap
+        self._topic_of = topic_of if topic_of is not None else {}
+        self._topics: dict[str, str] = {}
+        self._trouble = ""
+        config = {**_DEFAULTS, **(client_config or {}), **_FIXED, "bootstrap.servers": bootstrap}
+        try:
+            self._producer = Producer({**config, "error_cb": self._on_trouble})
+        except KafkaException as exc:
+            msg = f"the Kafka client refuses its settings: {exc.args[0].str()}"
+            raise ConfigError(msg) from exc
+
+    def send(
+        self,
+        rows: Iterable[Interaction],
+        *,
+        rate: float | None = None,
+        pace: Callable[[], int] | None = None,
+        stop: threading.Event | None = None,
+        on_progress: Progress | None = None,
+    ) -> SendReport:
+        """Produce `rows` in their order and wait until all are acknowledged.
+
+        Args:
+            rows: interactions; an iterator is consumed as it is sent.
+            rate: records per second; None is as fast as the broker takes them.
+            pace: how many more may be outstanding now. Asked once those allowed before are all acknowledged, so that a
+                lag it measures lacks nothing; while it answers 0 or less, it is asked again every 20 ms.
+            stop: set by another thread to end early; what was produced is still awaited, two seconds at most.
+            on_progress: called with records acknowledged and their total, where `rows` has a length.
+
+        Raises:
+            DeliveryError: Kafka did not acknowledge a record; nothing is produced after the first failure.
+            ConfigError: an id, or a type's topic name, is not acceptable; what came before it was sent.
+        """
+        if rate is not None and not rate > 0:
+            msg = f"rate must be above 0 records a second, not {rate}"
+            raise ConfigError(msg)
+        started = time.monotonic()
+        self._trouble = ""
+        total = len(rows) if isinstance(rows, Sized) else None
+        run = _Run(self._producer, stop or threading.Event(), lambda sent: on_progress and on_progress(sent, total))
+        try:
+            for row in rows:
+                run.await_turn(rate, pace)
+                if run.ended or not run.produce(*self._record(row, run.produced + 1)):
+                    break
+        except Exception:  # a bad row, or the caller's own code; what came before it is on its way and counts
+            run.drain()
+            raise
+        run.drain()
+        if run.failed and not run.stopped:
+            msg = (
+                f"{run.failed} of {run.produced} records were not acknowledged ({run.first_failure}"
+                f"{self._trouble and f'; {self._trouble}'}); check {self._bootstrap} and send all again, events that "
+                "arrive twice change nothing"
+            )
+            raise DeliveryError(msg)
+        return SendReport(run.sent, time.monotonic() - started)
+
+    def close(self) -> None:
+        """Drop what an interrupted `send` left behind, and disconnect."""
+        self._producer.purge()
+        self._producer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _record(self, row: Interaction, number: int) -> tuple[str, bytes, bytes]:
+        """Topic, key and value of a row."""
+        fields = {"user_id": row.user_id, "item_id": row.item_id, "type": row.type, "ts": row.ts_ms}
+        try:
+            topic = self._topics.get(row.type) or self._topic(row.type)
+            return topic, canonical_id(row.user_id).encode(), msgspec.json.encode(fields)
+        except ValueError as exc:
+            msg = f"event {number}: {exc}"
+            raise ConfigError(msg) from exc
+
+    def _topic(self, kind: str) -> str:
+        if isinstance(self._topic_of, Mapping):
+            topic = self._topic_of.get(kind, TOPIC_PREFIX + kind)
+        else:
+            topic = self._topic_of(kind)
+        if not _TOPIC.fullmatch(topic):
+            msg = (
+                f"its type leads to the topic name {topic[:80]!r}, which Kafka does not allow; map the type to a topic"
+            )
+            raise ValueError(msg)
+        return self._topics.setdefault(kind, topic)
+
+    def _on_trouble(self, error: KafkaError) -> None:
+        """Keep what the client says about its connections; it repeats itself every few hundred milliseconds."""
+        if error.code() == KafkaError._ALL_BROKERS_DOWN:  # follows from what was said before
+            return
+        if not self._trouble:
+            log.warning("Kafka client: %s", error.str())
+        self._trouble = error.str()
+
+
+class _Run:
+    """One `send`: its counters, and every place where it waits."""
+
+    def __init__(self, producer: Producer, stop: threading.Event, report: Callable[[int], object]) -> None:
+        self._producer = producer
+        self._stop = stop
+        self._report = report
+        self._due = time.monotonic()
+        self._allowed = 0
+        self.produced = 0
+        self.sent = 0
+        self.failed = 0
+        self.first_failure = ""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the caller wants no more."""
+        return self._stop.is_set()
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more shall be produced."""
+        return self.failed > 0 or self._stop.is_set()
+
+    def await_turn(self, rate: float | None, pace: Callable[[], int] | None) -> None:
+        """Wait until one more record may be produced, or the run has ended."""
+        if pace is not None and self.produced == self._allowed:
+            self._await_acknowledgements()
+            self._report(self.sent)
+            while not self.ended and self.produced == self._allowed:
+                self._allowed += max(pace(), 0)
+                if self.produced == self._allowed:
+                    self._stop.wait(_PACE_POLL_S)
+        if rate is not None:
+            while not self.ended and (early := self._due - time.monotonic()) > _SLACK_S:
+                self._producer.poll(min(early, _WAIT_S))
+            self._due = max(self._due, time.monotonic() - _CATCH_UP_S) + 1.0 / rate
+
+    def produce(self, topic: str, key: bytes, value: bytes) -> bool:
+        """Hand one record to the client, waiting while its queue is full; False if the run ended instead."""
+        while not self.ended:
+            try:
+                self._producer.produce(topic, value, key, on_delivery=self._delivered)
+            except BufferError:
+                self._producer.poll(_WAIT_S)
+            except KafkaException as exc:  # the client itself is broken, say by a fatal error
+                self._fail(exc.args[0], topic)
+            else:
+                self.produced += 1
+                if self.produced % _ROWS_PER_POLL == 0:
+                    self._producer.poll(0)
+                    self._report(self.sent)
+                return True
+        return False
+
+    def drain(self) -> None:
+        """Wait for every acknowledgement; the client's own timeout bounds it, and shorter patience when stopped."""
+        self._await_acknowledgements()
+        if len(self._producer):
+            self._producer.purge()
+            self._producer.flush(_WAIT_S)
+        self._report(self.sent)
+
+    def _await_acknowledgements(self) -> None:
+        give_up = None
+        while self._producer.flush(_WAIT_S):
+            self._report(self.sent)
+            if self.stopped:
+                give_up = give_up or time.monotonic() + _STOP_PATIENCE_S
+                if time.monotonic() > give_up:
+                    return
+
+    def _delivered(self, error: KafkaError | None, message: Message) -> None:
+        if error is None:
+            self.sent += 1
+        else:
+            self._fail(error, message.topic())
+
+    def _fail(self, error: KafkaError, topic: str | None) -> None:
+        self.failed += 1
+        self.first_failure = self.first_failure or f"{error.str()} on {topic}"

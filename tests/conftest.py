@@ -1,0 +1,92 @@
+"""What all tests share: one Kafka per run, names of their own, and a run that can forbid skips."""
+
+import os
+import re
+import uuid
+from collections import Counter
+from collections.abc import Generator, Iterator
+from typing import Final
+
+import pytest
+from hypothesis import settings
+from kafka_broker import KafkaBroker, why_unavailable
+
+#: Markers of tests that run only where `-m` names them.
+ON_REQUEST: Final = ("slow", "bench")
+_left_out: Final = pytest.StashKey[Counter[str]]()
+
+settings.register_profile("default", max_examples=50, deadline=None)
+settings.register_profile("ci", settings.get_profile("default"), derandomize=True, database=None, print_blob=True)
+settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+@pytest.fixture(scope="session")
+def kafka() -> Iterator[KafkaBroker]:
+    """A real Kafka at `.bootstrap`, started with the first test that asks for it."""
+    if reason := why_unavailable():
+        pytest.skip(reason)
+    with KafkaBroker() as broker:
+        yield broker
+
+
+@pytest.fixture(autouse=True)
+def _broker_runs_again(request: pytest.FixtureRequest) -> Iterator[None]:
+    broker: KafkaBroker | None = request.getfixturevalue("kafka") if "kafka" in request.fixturenames else None
+    yield
+    if broker is not None:
+        broker.restore()
+
+
+@pytest.fixture
+def unique() -> str:
+    """A prefix for topics, groups and application ids that no other test has."""
+    return f"t{uuid.uuid4().hex[:10]}"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what uses Kafka; leave out what nobody asked for."""
+    asked = set(re.findall(r"\w+", config.option.markexpr))
+    out: list[pytest.Item] = []
+    counts: Counter[str] = Counter()
+    for item in items:
+        if "kafka" in getattr(item, "fixturenames", ()):
+            item.add_marker("kafka")
+        names = [name for name in ON_REQUEST if item.get_closest_marker(name)]
+        if names and not asked.intersection(names):
+            out.append(item)
+            counts[names[0]] += 1
+    if out:
+        config.hook.pytest_deselected(items=out)
+        items[:] = [item for item in items if item not in set(out)]
+    config.stash[_left_out] = counts
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say which tests were left out, and how to run them."""
+    for name, n in sorted(config.stash.get(_left_out, Counter()).items()):
+        terminalreporter.write_line(f"left out: {n} marked {name!r}; run them with -m {name}")
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Turn a skip into a failure where the run must be whole."""
+    report = yield
+    _forbid_skip(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """The same for a module that skips itself."""
+    report = yield
+    _forbid_skip(report)
+    return report
+
+
+def _forbid_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
+    if os.environ.get("UEMB_TEST_REQUIRE") != "all" or not report.skipped or hasattr(report, "wasxfail"):
+        return
+    why = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longreprtext
+    report.outcome = "failed"
+    report.longrepr = f"UEMB_TEST_REQUIRE=all: {why.removeprefix('Skipped: ')}"
