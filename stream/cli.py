@@ -130,18 +130,14 @@ def send(file: Path, rate: float | None, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="one JSON document per user, vector included")
 def get(users: tuple[str, ...], as_json: bool) -> None:
     """Read the vectors of USERS from the key-value store, as retrieval does."""
-    from stream.records import EmbeddingRecord, to_json
+    from stream.records import to_json
     from stream.retrieval import EmbeddingReader
 
     with EmbeddingReader.open(load_settings().kv_url, timeout_s=1.0) as reader:
         _, found = reader.get_many(users)
     if as_json:
         for u in found:
-            record = EmbeddingRecord(
-                u.user_id, u.epoch, u.revision, u.status, u.reason, u.history_len, u.unknown_items, u.as_of,
-                u.user_embedding_version or "", u.item_embedding_version or "", u.vector, float((u.vector**2).sum()) ** 0.5,
-            )  # fmt: skip
-            print_json({**to_json(record), "stale": u.stale, "lag_s": u.lag_s})
+            print_json({**to_json(_as_record(u)), "stale": u.stale, "lag_s": u.lag_s})
         return
     table = Table("user", "status", "reason", "history", "unknown", "as of", "revision", "stale", "vector")
     for u in found:
@@ -223,6 +219,15 @@ def items_check(folder: Path, as_json: bool) -> None:
     from stream.items import ItemSpace
 
     _describe(ItemSpace.load(folder), as_json)
+
+
+def _as_record(u: Any) -> Any:
+    from stream.records import EmbeddingRecord
+
+    norm = float((u.vector.astype("f8") ** 2).sum()) ** 0.5
+    versions = (u.user_embedding_version or "", u.item_embedding_version or "")
+    what = (u.status, u.reason, u.history_len, u.unknown_items, u.as_of)
+    return EmbeddingRecord(u.user_id, u.epoch, u.revision, *what, *versions, u.vector, norm)
 
 
 def _describe(space: Any, as_json: bool) -> None:

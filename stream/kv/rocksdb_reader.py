@@ -87,7 +87,7 @@ class _Secondary:
             incarnation, count = SEQ_HEADER.unpack(os.pread(files.seq_fd, SEQ_HEADER.size, 0))
             if incarnation != files.incarnation or (look and not self._same(files)):
                 self._open(now)
-            elif count != self._seen:
+            elif count != self._seen and now >= self._retry_at:
                 db.try_catch_up_with_primary()
                 shown, watermark = db.get([COUNT_KEY, self._watermark_key])
                 if read_count(shown) < count:
@@ -102,14 +102,17 @@ class _Secondary:
         except Exception as exc:  # noqa: BLE001 - rocksdict raises bare exceptions with RocksDB's text
             log.warning("a partition of the store can't be read and is tried again: %s", exc)
             self._let_go()
-            if now - self._opened_at > _STEADY_S:
-                self._backoff_s = _BACKOFF_S[0]
-            self._retry_at = now + self._backoff_s
-            self._backoff_s = min(2 * self._backoff_s, _BACKOFF_S[1])
+            self._postpone(now)
 
     def close(self) -> None:
         """Let go of everything."""
         self._let_go()
+
+    def _postpone(self, now: float) -> None:
+        if now - self._opened_at > _STEADY_S:
+            self._backoff_s = _BACKOFF_S[0]
+        self._retry_at = now + self._backoff_s
+        self._backoff_s = min(2 * self._backoff_s, _BACKOFF_S[1])
 
     def _same(self, files: _Files) -> bool:
         return _is(self._seq, files.seq_fd) and _is(identity_path(self._folder), files.identity_fd)
@@ -124,12 +127,14 @@ class _Secondary:
             files.close()
             raise
         before = self._files
+        if read_count(shown) < count:  # files moved while it opened, or a power failure took what had been announced
+            self._postpone(now)
+            count = -1
         # In one step for lookups in other threads. The old database is not closed, which fails while a lookup is in
         # it: the last lookup to let go closes it.
         self.db = db
         self.watermark, self._files, self._opened_at, self.suspect = watermark, files, now, False
-        # Files may have moved while it opened; unless it shows all that was written before, it has to catch up.
-        self._seen = count if read_count(shown) >= count else -1
+        self._seen = count
         if before is not None:
             before.close()
 

@@ -1,0 +1,52 @@
+"""Real data, learned item vectors, and a pipeline on the real Kafka, shared by the integration tests."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from kafka_broker import KafkaBroker
+from pipeline import Pipeline, delete_topics
+
+from stream.dataset import Dataset, DatasetUnavailable, movielens
+from stream.itembuild import build_space
+from stream.items import ItemSpace
+
+
+@pytest.fixture(scope="session")
+def films() -> Dataset:
+    """MovieLens-100K."""
+    try:
+        return movielens()
+    except DatasetUnavailable as exc:
+        pytest.skip(str(exc))
+
+
+@pytest.fixture(scope="session")
+def item_folder(films: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Item vectors learned from the first 80 % of the films' stream."""
+    folder = tmp_path_factory.mktemp("items") / "v1"
+    build_space(films.events, folder, "films_v1")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def space(item_folder: Path) -> ItemSpace:
+    """The item space in `item_folder`."""
+    return ItemSpace.load(item_folder)
+
+
+@pytest.fixture
+def make_pipeline(
+    kafka: KafkaBroker, unique: str, tmp_path: Path, item_folder: Path
+) -> Iterator[Callable[..., Pipeline]]:
+    """Makes the test's pipeline on the real Kafka; its settings are keyword arguments."""
+    made: list[Pipeline] = []
+
+    def make(**settings: object) -> Pipeline:
+        made.append(Pipeline(kafka.bootstrap, unique, tmp_path, item_folder, **settings))
+        return made[-1]
+
+    yield make
+    for pipeline in made:
+        pipeline.kill()
+    delete_topics(kafka.bootstrap, unique)

@@ -1,0 +1,283 @@
+"""Running the real thing in tests: worker processes, and what they left on topics and in the store."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from confluent_kafka import Consumer, TopicPartition
+from confluent_kafka.admin import AdminClient
+
+from stream.items import ItemSpace
+from stream.keys import partition_of
+from stream.kv.base import KVReader
+from stream.kv.urls import open_reader
+from stream.records import decode, kv_entry
+
+UEMB = [sys.executable, "-c", "from stream.cli import main; main()"]
+
+
+class Pipeline:
+    """Topics, folders and settings of one application, and its worker process."""
+
+    def __init__(self, bootstrap: str, unique: str, folder: Path, items: Path, **settings: object) -> None:
+        self.bootstrap = bootstrap
+        self.folder = folder
+        self.app_id = unique
+        self.topics = {kind: f"{unique}.{kind}" for kind in ("view", "like")}
+        self.deletions, self.output, self.dlq = f"{unique}.deletions", f"{unique}.out", f"{unique}.dlq"
+        self.changelog = f"{unique}-user-history-changelog"
+        self.kv_path = folder / "kv"
+        self.state = folder / "state"
+        self.partitions = 4
+        self.environment = {
+            **{k: v for k, v in os.environ.items() if not k.startswith("UEMB_")},
+            "UEMB_BOOTSTRAP_SERVERS": bootstrap,
+            "UEMB_APP_ID": unique,
+            "UEMB_EVENT_TOPICS": ",".join(self.topics.values()),
+            "UEMB_DELETION_TOPIC": self.deletions,
+            "UEMB_OUTPUT_TOPIC": self.output,
+            "UEMB_DLQ_TOPIC": self.dlq,
+            "UEMB_ITEMS": str(items),
+            "UEMB_KV_URL": self.kv_url,
+            "UEMB_STATE_DIR": str(self.state),
+            "UEMB_SESSION_TIMEOUT_S": "2",
+            **{f"UEMB_{name.upper()}": str(value) for name, value in settings.items()},
+        }
+        self.log = folder / "worker.log"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def kv_url(self) -> str:
+        return f"rocksdb://{self.kv_path}"
+
+    @property
+    def inputs(self) -> list[str]:
+        return [*self.topics.values(), self.deletions]
+
+    # -- the worker -----------------------------------------------------------------------------------------------
+
+    def start(self, command: Sequence[str] | None = None, **environment: str) -> None:
+        """Start a worker; `command` replaces ``uemb worker``."""
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [*UEMB, "worker"] if command is None else list(command),
+                env={**self.environment, **environment},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def stop(self, timeout_s: float = 30) -> int:
+        """SIGTERM; return the exit code."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+        return self.wait(timeout_s)
+
+    def wait(self, timeout_s: float = 30) -> int:
+        """Wait for the worker's own end; return its exit code."""
+        assert self.process is not None
+        try:
+            return self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"the worker did not end:\n{self.tail()}") from None
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+    def tail(self) -> str:
+        """End of the worker's log."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-25:]) if self.log.exists() else ""
+
+    # -- waiting --------------------------------------------------------------------------------------------------
+
+    def until(self, condition: Callable[[], bool], what: str, timeout_s: float = 60) -> None:
+        """Wait for a condition while the worker lives."""
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert self.process is not None
+            if self.process.poll() is not None:
+                raise AssertionError(f"the worker ended ({self.process.returncode}) before {what}:\n{self.tail()}")
+            if time.monotonic() > deadline:
+                raise AssertionError(f"not within {timeout_s} s: {what}\n{self.tail()}")
+            time.sleep(0.05)
+
+    def until_ready(self) -> None:
+        """Wait until this run of the worker has claimed every partition."""
+        before = self.epochs()
+        self.until(lambda: all(e > b for e, b in zip(self.epochs(), before, strict=True)), "all partitions are claimed")
+
+    def until_committed(self, timeout_s: float = 90) -> None:
+        """Wait until all input is committed, which means that all it caused is durable."""
+        self.until(lambda: self.lag() == 0, "all input is committed", timeout_s)
+
+    def lag(self) -> int:
+        """Records of the input topics that are not committed."""
+        consumer = Consumer({"bootstrap.servers": self.bootstrap, "group.id": self.app_id, "log_level": 2})
+        try:
+            places = [TopicPartition(topic, p) for topic in self.inputs for p in range(self.partitions)]
+            total = 0
+            for place in consumer.committed(places, timeout=10):
+                low, high = consumer.get_watermark_offsets(place, timeout=10)
+                total += high - max(low, place.offset)
+            return total
+        finally:
+            consumer.close()
+
+    def epochs(self) -> list[int]:
+        """Newest claim of each partition in the store, 0 without one."""
+        try:
+            reader = open_reader(self.kv_url)
+        except Exception:
+            return [0] * self.partitions
+        try:
+            users = self.users_by_partition()
+            entries = [reader.watermark(users[p]) for p in range(self.partitions)]
+            return [kv_entry(entry)[0] if entry else 0 for entry in entries]
+        finally:
+            reader.close()
+
+    def users_by_partition(self) -> dict[int, bytes]:
+        """One user id for each partition."""
+        found: dict[int, bytes] = {}
+        number = 0
+        while len(found) < self.partitions:
+            found.setdefault(partition_of(str(number).encode(), self.partitions), str(number).encode())
+            number += 1
+        return found
+
+    # -- what is there --------------------------------------------------------------------------------------------
+
+    def read(self, topic: str) -> list[Any]:
+        """All records of a topic, each partition in its order."""
+        config = {
+            "bootstrap.servers": self.bootstrap,
+            "group.id": f"{self.app_id}-look",
+            "enable.auto.commit": False,
+            "isolation.level": "read_committed",
+            "enable.partition.eof": True,
+            "auto.offset.reset": "earliest",
+            "log_level": 2,
+        }
+        consumer = Consumer(config)
+        try:
+            partitions = consumer.list_topics(topic, timeout=10).topics[topic].partitions
+            consumer.assign([TopicPartition(topic, p, 0) for p in partitions])
+            records, ended = [], set()
+            while len(ended) < len(partitions):
+                message = consumer.poll(10)
+                assert message is not None, f"{topic} can't be read"
+                if message.error():
+                    ended.add(message.partition())
+                else:
+                    records.append(message)
+            return records
+        finally:
+            consumer.close()
+
+    def last_output(self) -> dict[str, bytes | None]:
+        """Last record of each key of the output topic."""
+        return {record.key().decode(): record.value() for record in self.read(self.output)}
+
+    def reader(self) -> KVReader:
+        """The store, as another process sees it."""
+        return open_reader(self.kv_url)
+
+    def entries(self, keys: Mapping[str, str]) -> dict[str, bytes | None]:
+        """Store entries for users, given their keys."""
+        reader = self.reader()
+        try:
+            return dict(zip(keys, reader.get([(u.encode(), k.encode()) for u, k in keys.items()]), strict=True))
+        finally:
+            reader.close()
+
+
+def delete_topics(bootstrap: str, prefix: str) -> None:
+    """Remove a test's topics, so that a long run does not collect hundreds of partitions."""
+    admin = AdminClient({"bootstrap.servers": bootstrap, "log_level": 0})
+    names = [name for name in admin.list_topics(timeout=10).topics if name.startswith(prefix)]
+    for future in admin.delete_topics(names, operation_timeout=10).values() if names else ():
+        future.exception()
+
+
+def seed_mix(rows: np.ndarray) -> np.ndarray:
+    """The seed's mixture in float64, written out: the yardstick of the end-to-end tests."""
+
+    def average(decay: float) -> np.ndarray:
+        t = np.arange(len(rows), dtype=np.float64)
+        w = np.exp(decay * (t - (len(rows) - 1)))
+        u = (rows.astype(np.float64) * (w / (w.sum() + 1e-12))[:, None]).sum(axis=0)
+        return np.asarray(u / (np.linalg.norm(u) + 1e-12))
+
+    u = 0.4 * average(0.01) + 0.6 * average(0.15)
+    return np.asarray((u / (np.linalg.norm(u) + 1e-12)).astype(np.float32))
+
+
+Event = tuple[str, str, str, int]  # user, item, type, ts in ms
+
+
+def expected(events: Iterable[Event], space: ItemSpace, limit: int = 100) -> dict[str, dict[str, Any]]:
+    """What must be published for every user after `events`, in whatever order they arrived."""
+    seen: dict[str, set[tuple[int, bytes, bytes]]] = {}
+    for user, item, kind, ts in events:
+        seen.setdefault(user, set()).add((ts, item.encode(), kind.encode()))
+    rows = {item: row for row, item in enumerate(space.ids)}
+    out = {}
+    for user, interactions in seen.items():
+        history = sorted(interactions)[-limit:]
+        known = [rows[item] for _, item, _ in history if item in rows]
+        reason = "no_known_items" if not known else "too_short_history" if len(known) == 1 else ""
+        out[user] = {
+            "status": "fallback" if reason else "ok",
+            "reason": reason,
+            "history_len": len(history),
+            "unknown_items": len(history) - len(known),
+            "as_of": history[-1][0],
+            "vector": space.fallback if reason else seed_mix(space.vectors[known]),
+        }
+    return out
+
+
+def check_end_state(
+    pipeline: Pipeline,
+    want: Mapping[str, Mapping[str, Any]],
+    space: ItemSpace,
+    user_version: str,
+    output: Mapping[str, bytes | None] | None = None,
+) -> None:
+    """Every user: KV body equals the last output record byte for byte, and that record equals the reference."""
+    output = pipeline.last_output() if output is None else output
+    keys = {user: f"uemb:{user_version}:{space.version}:{user}" for user in want}
+    assert set(output) == set(keys.values()), "users on the output topic"
+    entries = pipeline.entries(keys)
+    for user, fields in want.items():
+        body = output[keys[user]]
+        entry = entries[user]
+        assert entry is not None, f"{user} is not in the store"
+        assert body is not None, f"{user} is gone from the topic"
+        epoch, revision, stored = kv_entry(entry)
+        assert stored == body, f"store and topic differ for {user}"
+        record = decode(body)
+        assert (epoch, revision) == (record.epoch, record.revision)
+        got = {name: getattr(record, name) for name in ("status", "reason", "history_len", "unknown_items", "as_of")}
+        assert got == {name: fields[name] for name in got}, user
+        assert record.user_id == user
+        assert (record.user_embedding_version, record.item_embedding_version) == (user_version, space.version)
+        np.testing.assert_allclose(record.vector, fields["vector"], rtol=0, atol=1e-6, err_msg=user)
+        assert abs(record.norm - float(np.linalg.norm(fields["vector"].astype(np.float64)))) <= 1e-6
+        assert body[-4 * space.dim :] == record.vector.astype("<f4").tobytes()
+
+
+def event_json(user: object, item: object, kind: str, ts: int) -> bytes:
+    """An event's value."""
+    return json.dumps({"user_id": user, "item_id": item, "type": kind, "ts": ts}).encode()
