@@ -1,52 +1,26 @@
 """The command line `uemb`: each command one function; errors are one line and exit 2, never a traceback."""
 
 import json
+import logging
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from stream.config import ENV_PREFIX, Settings, load_settings
 from stream.errors import ConfigError, UembError
+from stream.progress import err, progress_bar
 
 USAGE_ERROR: Final = 2
 INTERRUPTED: Final = 130
 
-err = Console(stderr=True, highlight=False)
 out = Console(highlight=False, soft_wrap=True)
-
-
-@contextmanager
-def progress_bar(text: str) -> Iterator[Callable[[int, int | None], None]]:
-    """A progress bar on a terminal, a line at the end elsewhere; yields ``update(done, total)``."""
-    if not err.is_terminal:
-        state = [0]
-
-        def remember(done: int, _: int | None) -> None:
-            state[0] = done
-
-        yield remember
-        err.print(f"{text}: {state[0]:,}")
-        return
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=err) as progress:
-        task = progress.add_task(text, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def print_json(value: object) -> None:
@@ -133,20 +107,21 @@ def get(users: tuple[str, ...], as_json: bool) -> None:
     from stream.records import to_json
     from stream.retrieval import EmbeddingReader
 
+    logging.getLogger("stream").setLevel(logging.ERROR)  # fallbacks are on screen anyway
     with EmbeddingReader.open(load_settings().kv_url, timeout_s=1.0) as reader:
         _, found = reader.get_many(users)
     if as_json:
         for u in found:
             print_json({**to_json(_as_record(u)), "stale": u.stale, "lag_s": u.lag_s})
         return
-    table = Table("user", "status", "reason", "history", "unknown", "as of", "revision", "stale", "vector")
     for u in found:
         head = " ".join(f"{x:+.3f}" for x in u.vector[:4])
-        table.add_row(
-            u.user_id, u.status, u.reason, str(u.history_len), str(u.unknown_items), _time(u.as_of),
-            f"{u.epoch}.{u.revision}", "yes" if u.stale else "no", f"{head} … ({len(u.vector)})",
-        )  # fmt: skip
-    out.print(table)
+        why = f" ({u.reason})" if u.reason else ""
+        out.print(
+            f"user {u.user_id}: {u.status}{why}, history {u.history_len} ({u.unknown_items} unknown), "
+            f"as of {_time(u.as_of) or 'never'}, revision {u.epoch}.{u.revision}, {'stale' if u.stale else 'fresh'}, "
+            f"vector[{len(u.vector)}] {head} …"
+        )
 
 
 @cli.command()

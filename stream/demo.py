@@ -18,6 +18,7 @@ from typing import Any, Final
 
 import numpy as np
 from confluent_kafka import Consumer, TopicPartition
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -34,6 +35,7 @@ from stream.items import ItemSpace
 from stream.keys import partition_of
 from stream.kv.base import KVReader
 from stream.kv.urls import open_reader
+from stream.progress import err, progress_bar
 from stream.records import kv_entry
 from stream.retrieval import EmbeddingReader, UserEmbedding
 
@@ -50,9 +52,9 @@ DRAIN_TIMEOUT_S: Final = 120.0
 LIVE_TIMEOUT_S: Final = 5.0
 _LIVE_RATE: Final = 50.0
 _DIM: Final = 48
+_ITEM_VERSION: Final = "demo_v1"
 
-err = Console(stderr=True, highlight=False)
-out = Console(highlight=False, soft_wrap=True)
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
 
 
 @dataclass(frozen=True)
@@ -309,15 +311,15 @@ def _await_processed(pipeline: Pipeline, count: int, stop: "_Stop") -> None:
 
 
 def _load(settings: Settings, events_file: Path | None) -> Dataset:
-    with err.status("fetching MovieLens-100K" if events_file is None else f"reading {events_file}"):
-        data = dataset.load(settings.cache_dir, events_file, on_note=err.print)
+    with progress_bar("bytes of MovieLens-100K fetched" if events_file is None else f"reading {events_file}") as update:
+        data = dataset.load(settings.cache_dir, events_file, update, err.print)
     err.print(f"{data.name}: {len(data.events):,} events of {len({e.user_id for e in data.events}):,} users")
     return data
 
 
 def _build_items(data: Dataset, folder: Path) -> ItemSpace:
-    with err.status("learning item vectors"):
-        space = build_space(data.events, folder, f"{'demo' if data.synthetic else 'films'}_v1", dim=_DIM)
+    with progress_bar("learning item vectors, steps") as update:
+        space = build_space(data.events, folder, _ITEM_VERSION, dim=_DIM, on_progress=update, on_note=err.print)
     err.print(f"item vectors: {len(space):,} items, {space.dim} dimensions, from the first 80 % of the stream")
     return space
 
@@ -342,9 +344,13 @@ def _shown(user: str, data: Dataset, live: Sequence[EventRow], before: Taste, af
 def _show(summary: Summary) -> None:
     for shown in summary.shown:
         table = Table(
-            "last seen", "nearest before", "nearest after",
-            title=f"user {shown['user']}: {shown['new_events']} new events", title_justify="left",
-        )  # fmt: skip
+            "last seen",
+            "nearest before",
+            "nearest after",
+            title=f"user {shown['user']}: {shown['new_events']} new events",
+            title_justify="left",
+            box=SIMPLE_HEAD if out.is_terminal else None,
+        )
         last = list(reversed(shown["last_items"]))
         for row in zip(last, shown["nearest_before"], shown["nearest_after"], strict=False):
             table.add_row(*row)

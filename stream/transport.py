@@ -21,7 +21,7 @@ from stream.errors import DeliveryError, OwnershipError, RecordTooLarge
 
 #: A fetch answers as soon as one of its partitions has data; a partition that was being consumed when it was sent is
 #: not in it and waits for the next. This bounds that wait.
-FETCH_MAX_WAIT_MS: Final = 25
+FETCH_MAX_WAIT_MS: Final = 10
 #: Uncompressed bytes of one produced batch; well below the broker's default limit of 1 MiB.
 MAX_BATCH_BYTES: Final = 512 * 1024
 

@@ -1,0 +1,29 @@
+"""Progress of long work: a bar on a terminal, one plain line elsewhere; always on stderr."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+err: Final = Console(stderr=True, highlight=False)
+
+
+@contextmanager
+def progress_bar(text: str) -> Iterator[Callable[[int, int | None], None]]:
+    """Yield ``update(done, total)``; a total of None means that it is not known."""
+    if not err.is_terminal:
+        last = [0]
+
+        def remember(done: int, _: int | None) -> None:
+            last[0] = done
+
+        yield remember
+        if last[0]:
+            err.print(f"{text}: {last[0]:,}")
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=err) as progress:
+        task = progress.add_task(text, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
