@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import faust
 from faust.types import TP
+from threadpoolctl import threadpool_limits
 
 from stream.agents import BatchProcessor, Owned
 from stream.config import Settings, load_settings
@@ -72,6 +73,7 @@ class EmbeddingApp(faust.App):
             topic_partitions=settings.partitions,
             topic_disable_leader=True,
             web_enabled=False,
+            web_bind="127.0.0.1",  # `faust worker` starts it all the same
             stream_buffer_maxsize=STREAM_BUFFER,
             stream_wait_empty=True,
             stream_recovery_delay=0.0,
@@ -101,6 +103,8 @@ class EmbeddingApp(faust.App):
     async def on_first_start(self) -> None:
         """Check items, topics and the store before the group is joined."""
         settings = self.settings
+        # Our products are small: BLAS threads cost up to 20 times what they save, and a core of the neighbours'.
+        threadpool_limits(limits=1, user_api="blas")
         if settings.items is None:
             msg = "UEMB_ITEMS is not set; point it to an item space folder (make one with `uemb items build`)"
             raise ConfigError(msg)

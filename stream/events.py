@@ -134,6 +134,8 @@ class EventDecoder:
     def __init__(self, rules: EventRules) -> None:
         self.rules = rules
         self._types = frozenset(rules.types)
+        self._mapped_topics = frozenset(rules.type_by_topic)
+        self._all_native = rules.native
         self._native = msgspec.json.Decoder(UserEvent)
         self._any = msgspec.json.Decoder()
         self._suffixes: dict[tuple[int | str, str], bytes | Reject | None] = {}
@@ -145,7 +147,8 @@ class EventDecoder:
         if value is None:
             return Reject(Reason.NULL_VALUE, "an event must have a value")
         try:
-            event = self._native.decode(value) if self._is_native(topic) else self._mapped(topic, value)
+            native = self._all_native and topic not in self._mapped_topics
+            event = self._native.decode(value) if native else self._mapped(topic, value)
         except _JSON_ERRORS as exc:
             return _json_reject(exc)
         except Rejected as exc:
@@ -161,9 +164,6 @@ class EventDecoder:
         if reject := check_time(event.ts, record_ts_ms):
             return reject
         return None if suffix is None else event.ts.to_bytes(TS_BYTES, "big") + suffix
-
-    def _is_native(self, topic: str) -> bool:
-        return self.rules.native and topic not in self.rules.type_by_topic
 
     def _suffix(self, memo: tuple[int | str, str]) -> bytes | Reject | None:
         item_id, type_name = memo

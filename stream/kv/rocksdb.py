@@ -201,8 +201,8 @@ class _Partition:
             header = os.pread(seq_fd, SEQ_HEADER.size, 0)
             announced = SEQ_HEADER.unpack(header)[1] if len(header) == SEQ_HEADER.size else 0
             # Counted on as news: an owner that was killed may have written without announcing it.
-            self._count = max(announced, read_count(counted))
-            self.write(WriteBatch(raw_mode=True))
+            self._count = max(announced, read_count(counted)) + 1
+            self.db[COUNT_KEY] = self._count.to_bytes(COUNT_BYTES, "little")
             os.pwrite(seq_fd, SEQ_HEADER.pack(incarnation, self._count), 0)
             self._identity_fd = os.open(identity_path(folder), os.O_RDONLY)
         except BaseException:
@@ -233,7 +233,7 @@ class _Partition:
             self.db.close()
         except Exception as exc:  # noqa: BLE001 - rocksdict raises bare exceptions
             # Closing tidies the log into tables; when that fails (a full disk) the log still holds every entry.
-            log.warning("partition folder %s was closed untidily, nothing is lost: %s", self._folder.name, exc)
+            log.warning("%s was closed untidily, its log keeps what was written: %s", self._folder.name, exc)
         finally:
             del self.db  # what a failed close has left open
             os.close(self._identity_fd)
