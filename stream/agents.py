@@ -79,10 +79,12 @@ class BatchProcessor:
         self._chain = DeliveryChain()
         self._probation = Probation()
 
-    def forget(self) -> None:
-        """Start anew after a rebalance."""
+    def give_up(self, seeks: int) -> list[Owned]:
+        """Own nothing any more; batches fetched before the consumer has sought `seeks` times are dropped."""
+        owned = list(self.owned.values())
         self.owned.clear()
-        self._chain.forget()
+        self._chain.restart(seeks)
+        return owned
 
     async def process(self, batch: RecordBatch) -> None:
         """Process a batch that Faust delivered; returns when it is queued, not when it is durable."""

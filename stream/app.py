@@ -61,7 +61,7 @@ class EmbeddingApp(faust.App):
         self._kv: KVWriter | None = None
         self._space: ItemSpace | None = None
         self._topics = Prepared(settings.partitions, settings.partitions, administered=True)
-        self._taking = asyncio.Lock()
+        self._taking: asyncio.Future[Any] | None = None
         self.lanes = Lanes(self.crash)
         self.processor = BatchProcessor(settings.deletion_topic, self.lanes, self._add, self._stage)
         super().__init__(
@@ -184,11 +184,16 @@ class EmbeddingApp(faust.App):
 
     async def take_partitions(self, partitions: Sequence[int]) -> None:
         """Restore and claim the assigned partitions and apply their pending erasures, before events flow."""
-        async with self._taking:
-            await self._give_up()
-            self.consumer.check_assignment([*self.settings.event_topics, self.settings.deletion_topic], partitions)
-            share = max(64, self.settings.hot_users // max(1, len(partitions)))
-            await asyncio.gather(*(self._take(partition, share) for partition in partitions))
+        await self._give_up()
+        self.consumer.check_assignment([*self.settings.event_topics, self.settings.deletion_topic], partitions)
+        share = max(64, self.settings.hot_users // max(1, len(partitions)))
+        self._taking = asyncio.gather(*(self._take(partition, share) for partition in partitions))
+        try:
+            await self._taking
+        except asyncio.CancelledError:
+            if not self.rebalancing:
+                raise
+            log.info("the assignment changed while partitions were being restored; starting over")
 
     async def _take(self, partition: int, hot_users: int) -> None:
         settings = self.settings
@@ -251,19 +256,22 @@ class EmbeddingApp(faust.App):
         )
 
     async def _on_revoked(self, app: Any, revoked: set[Any], **_: Any) -> None:
-        async with self._taking:
-            await self._give_up()
+        await self._give_up()
 
     async def _give_up(self) -> None:
-        """Stop the lanes and close the databases of all partitions."""
+        """Stop taking and publishing, and close the databases of all partitions."""
+        taking, self._taking = self._taking, None
+        if taking is not None and not taking.done():
+            taking.cancel()
+            await asyncio.gather(taking, return_exceptions=True)
+        owned = self.processor.give_up(0 if self._consumer is None else self._consumer.seeks + 1)
         await self.lanes.stop()
-        owned = list(self.processor.owned.values())
-        self.processor.forget()
         for partition in owned:
             partition.db.put({}, partition.changelog_offset)
-            self.history.data.close(partition.partition)
-            if self._kv is not None:
-                await self._kv.close_partition(partition.partition)
+        store: HistoryStore = self.history.data
+        for number in store.open_partitions:  # also those that were being taken
+            store.close(number)
+            await self._required_kv.close_partition(number)
 
     async def drain(self) -> None:
         """Wait until what the lanes hold is durable, at most the delivery timeout."""

@@ -138,6 +138,12 @@ class Lane:
         """Wait until all queued steps are durable."""
         await self._queue.join()
 
+    def abandon(self) -> None:
+        """Drop what is queued, so that nobody waits for room in a lane that has stopped."""
+        while not self._queue.empty():
+            self._queue.get_nowait()
+            self._queue.task_done()
+
     async def _make_durable(self, work: Work) -> None:
         batch, result, to = work.batch, work.result, self._to
         changelog: list[OutRecord] = [(key, state, []) for key, state in result.states.items()]
@@ -231,10 +237,13 @@ class Lanes:
 
     async def stop(self) -> None:
         """Cancel all lanes; what is queued is not durable and will be read again."""
-        tasks, self._tasks, self._lanes = list(self._tasks.values()), {}, {}
+        tasks, lanes = list(self._tasks.values()), list(self._lanes.values())
+        self._tasks, self._lanes = {}, {}
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        for lane in lanes:
+            lane.abandon()
 
     async def heartbeat(self) -> None:
         """Write the watermarks of idle partitions."""

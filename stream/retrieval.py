@@ -133,7 +133,7 @@ class EmbeddingReader:
         self._max_lag_s = max_lag_s
         self._clock = clock
         self._views: dict[_Pair, _View] = {}
-        self._progress: dict[bytes, tuple[float, float] | None] = {}
+        self._progress: dict[bytes, tuple[float, float]] = {}
         self._counted = _FallbackCount()
         self.fallbacks = self._counted.by_reason
         self._closed = threading.Event()
@@ -330,13 +330,14 @@ class EmbeddingReader:
         """Whether a partition's progress record makes its vectors stale, and how far behind it says they are."""
         if watermark is None:
             return _UNVOUCHED
-        if watermark not in self._progress:
-            if len(self._progress) >= _VIEWS:
-                self._progress.clear()
-            self._progress[watermark] = _progress(watermark)
         progress = self._progress.get(watermark)
         if progress is None:
-            return _UNVOUCHED
+            progress = _progress(watermark)
+            if progress is None:
+                return _UNVOUCHED
+            if len(self._progress) >= _VIEWS:
+                self._progress.clear()
+            self._progress[watermark] = progress
         lag_s, heartbeat_s = progress
         silent_s = self._clock() - heartbeat_s
         lag_s += max(0.0, silent_s - HEARTBEAT_S)

@@ -103,6 +103,11 @@ class HistoryStore(SerializedStore):
             self._open[partition] = PartitionDB(self.path(partition), self._cache)
         return self._open[partition]
 
+    @property
+    def open_partitions(self) -> list[int]:
+        """Numbers of the partitions that are open."""
+        return list(self._open)
+
     def close(self, partition: int) -> None:
         """Close a partition; harmless when it is not open."""
         if db := self._open.pop(partition, None):
@@ -119,7 +124,7 @@ class HistoryStore(SerializedStore):
 
     def reset_state(self) -> None:
         """Forget all local state."""
-        for partition in list(self._open):
+        for partition in self.open_partitions:
             self.wipe(partition)
 
     async def backup_partition(self, *args: Any, **kwargs: Any) -> None:

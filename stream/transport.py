@@ -122,10 +122,16 @@ class Consumer(driver.Consumer):
 
     async def getmany(self, timeout: float) -> AsyncIterator[tuple[TP, Any]]:
         """Fetch from the broker; yield one message per partition that had records."""
+        if not self.flow_active:
+            await self.wait(self.can_resume_flow)
         seeks, generation = self._seeks, self.app.consumer_generation_id
         fetched, _ = await self._wait_next_records(timeout)
-        if not fetched or self.should_stop or seeks != self._seeks:
-            return  # what was fetched before a seek is read again after it
+        if not fetched or self.should_stop:
+            return
+        if seeks != self._seeks:
+            # A seek happened meanwhile and nothing tells whether these are from before it: read them again.
+            await self.perform_seek()
+            return
         batches = [(tp, self._number(tp, records)) for tp, records in fetched.items()]
         for tp, batch in batches:
             if not self.flow_active or generation != self.app.consumer_generation_id:
@@ -150,6 +156,15 @@ class Consumer(driver.Consumer):
         self._numbers.clear()
         await super().perform_seek()
         self._seeks += 1  # a fetch that began meanwhile may hold records from before
+
+    @property
+    def seeks(self) -> int:
+        """How often the consumer was positioned anew."""
+        return self._seeks
+
+    def highwater(self, tp: TP) -> int | None:
+        """End of a partition's log as of the last fetch; None when it is not assigned or not known yet."""
+        return super().highwater(tp) if tp in self.assignment() else None
 
     # -- commits --------------------------------------------------------------------------------------------------
 
@@ -237,12 +252,13 @@ class DeliveryChain:
 
     def __init__(self) -> None:
         self._last: dict[tuple[str, int], tuple[int, int]] = {}
+        self._since = 0
 
     def check(self, batch: RecordBatch) -> bool:
-        """Return False for a batch from before the last seek; raise `OwnershipError` when one is missing."""
+        """Return False for a batch that will be read again; raise `OwnershipError` when one is missing."""
         place = (batch.topic, batch.partition)
         seeks, number = self._last.get(place, (-1, -1))
-        if batch.seeks < seeks:
+        if batch.seeks < max(seeks, self._since):
             return False
         expected = number + 1 if batch.seeks == seeks else 0
         if batch.number != expected:
@@ -251,9 +267,10 @@ class DeliveryChain:
         self._last[place] = (batch.seeks, batch.number)
         return True
 
-    def forget(self) -> None:
-        """Start anew after a rebalance."""
+    def restart(self, seeks: int) -> None:
+        """Partitions were given up: what was fetched before the consumer has sought `seeks` times is read again."""
         self._last.clear()
+        self._since = seeks
 
 
 class Producer(driver.Producer):

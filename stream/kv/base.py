@@ -45,6 +45,7 @@ class KVWriter(Protocol):
 
         Raises:
             StoreLocked: another process holds it, and went on to do so for the whole patience of the store.
+            StateError: what is stored is damaged.
         """
         ...
 
@@ -60,7 +61,11 @@ class KVWriter(Protocol):
         """Write each entry unless a stored one has a greater ``(epoch, revision)``; return how many were refused.
 
         Raises:
-            Fenced: a stored entry has a higher epoch than the one written: the partition has a newer owner.
+            Fenced: a stored entry has a higher epoch than the one written: the partition has a newer owner. Nothing of
+                the batch was written.
+            StateError: what is stored is damaged, or was removed under its owner; a restart rebuilds it.
+            StoreError: the partition is not open, or the store failed; what became of the batch is not known.
+            ValueError: an entry is shorter than its prefix; nothing was written.
         """
         ...
 
@@ -77,15 +82,16 @@ class KVReader(Protocol):
         ...
 
     def get(self, lookups: Sequence[tuple[bytes, bytes]]) -> list[bytes | None]:
-        """Entries for pairs of (canonical user id in UTF-8, key), in their order.
+        """Entries for pairs of (canonical user id in UTF-8, key), in their order; may wait for the store.
 
         Raises:
-            StoreError: the store can't be reached.
+            StoreError: the store, or the partition of one of the users, can't be read. Who wants the users of the other
+                partitions nevertheless asks for them apart.
         """
         ...
 
     def watermark(self, user_id: bytes) -> bytes | None:
-        """Progress record of the partition that owns `user_id`, as last seen; cheap."""
+        """Progress record of the partition that owns `user_id`, as last seen, None without one; cheap."""
         ...
 
     def close(self) -> None:

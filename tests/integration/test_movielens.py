@@ -45,11 +45,41 @@ def test_stopped_in_the_middle_and_started_again(
     assert 0 < left < 100_000, "it was not stopped in the middle"
     pipeline.start()
     pipeline.until_ready()
-    assert all(new > old for new, old in zip(pipeline.epochs(), first_epochs, strict=True))
+    assert _all_higher(pipeline.epochs(), first_epochs)
     pipeline.until_committed()
     check_end_state(pipeline, expected(films.events, space), space, USER_VERSION)
     assert pipeline.read(pipeline.dlq) == []
     assert pipeline.stop() == 0
+
+
+def test_a_worker_joins_and_another_leaves_while_events_flow(
+    films: Dataset, space: ItemSpace, make_pipeline: Callable[..., Pipeline], tmp_path: Path
+) -> None:
+    first = make_pipeline()
+    first.start()
+    first.until_ready()
+    epochs = [first.epochs()]
+    second = make_pipeline(state_dir=tmp_path / "second")
+    second.log = tmp_path / "second.log"
+    with Feeder(first.bootstrap, first.topics) as feeder:
+        feeding = threading.Thread(target=feeder.send, args=(films.events,), kwargs={"rate": 12_000})
+        feeding.start()
+        first.until(lambda: len(first.read(first.output)) > 10_000, "events flow")
+        second.start()
+        first.until(lambda: _all_higher(first.epochs(), epochs[-1]), "the second has joined")
+        epochs.append(first.epochs())
+        assert first.stop() == 0
+        assert feeding.is_alive(), "all events were sent before the first left"
+        second.until(lambda: _all_higher(second.epochs(), epochs[-1]), "the second owns all")
+        feeding.join()
+    second.until_committed()
+    check_end_state(second, expected(films.events, space), space, USER_VERSION)
+    assert second.read(second.dlq) == []
+    assert second.stop() == 0
+
+
+def _all_higher(new: list[int], old: list[int]) -> bool:
+    return all(n > o for n, o in zip(new, old, strict=True))
 
 
 def test_every_user_on_the_embedded_broker(
@@ -110,9 +140,7 @@ class Tail:
         while not self._stop.is_set():
             for message in self._reader.consume(1000, timeout=0.1):
                 assert message.error() is None, message.error()
-                assert message.offset() == self._next[message.partition()], (
-                    "the broker dropped unread output"
-                )
+                assert message.offset() == self._next[message.partition()], "the broker dropped unread output"
                 self._next[message.partition()] = message.offset() + 1
                 self.last[message.key().decode()] = message.value()
                 self.records += 1

@@ -1,0 +1,149 @@
+"""The consumer's promise: what is fetched is delivered in an unbroken chain or read again, never dropped."""
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from aiokafka.structs import TopicPartition
+
+from stream.errors import DeliveryError, OwnershipError, RecordTooLarge
+from stream.transport import Consumer, DeliveryChain, RecordBatch, acknowledged
+
+PLACE = TopicPartition("events", 0)
+
+
+class Flow(Consumer):
+    """The real `getmany` and `perform_seek` over a fetch that the test controls; no threads, no broker."""
+
+    should_stop = False
+
+    def __init__(self) -> None:
+        self._seeks = 0
+        self._numbers = {}
+        self._durable = {}
+        self._read_offset, self._committed_offset = {}, {}
+        self.flow_active = False
+        self.can_resume_flow = asyncio.Event()
+        self.fetch: asyncio.Future[dict[TopicPartition, list[Any]]] = asyncio.get_running_loop().create_future()
+        monitor = SimpleNamespace(track_tp_end_offset=lambda *_: None)
+        self.app = SimpleNamespace(consumer_generation_id=1, monitor=monitor)
+        self.sought = 0
+
+    async def wait(self, event: asyncio.Event) -> None:
+        await event.wait()
+
+    async def _wait_next_records(self, timeout: float) -> tuple[Any, Any]:
+        await self.can_resume_flow.wait()
+        return await self.fetch, None
+
+    async def seek_to_committed(self) -> dict[Any, int]:
+        self.sought += 1
+        await asyncio.sleep(0)
+        return {}
+
+    def highwater(self, tp: Any) -> int:
+        return 9
+
+    def _to_message(self, tp: Any, record: Any) -> Any:
+        return SimpleNamespace(key=b"k", value=b"v", offset=record.offset)
+
+    def resume(self) -> None:
+        self.flow_active = True
+        self.can_resume_flow.set()
+
+
+def records(*offsets: int) -> dict[TopicPartition, list[Any]]:
+    return {PLACE: [SimpleNamespace(offset=offset) for offset in offsets]}
+
+
+async def collect(flow: Flow) -> list[RecordBatch]:
+    return [message.value async for _, message in flow.getmany(timeout=1.0)]
+
+
+async def test_the_first_fetch_after_a_rebalance_is_delivered() -> None:
+    flow = Flow()
+    fetching = asyncio.create_task(collect(flow))  # as Faust does: asks while the flow is stopped
+    await asyncio.sleep(0)
+    await flow.perform_seek()
+    flow.resume()
+    flow.fetch.set_result(records(5, 6))
+    (batch,) = await fetching
+    assert [r.offset for r in batch.records] == [5, 6]
+    assert (batch.seeks, batch.number, batch.next_offset) == (flow.seeks, 0, 7)
+
+
+async def test_a_fetch_that_spans_a_seek_is_read_again() -> None:
+    flow = Flow()
+    flow.resume()
+    fetching = asyncio.create_task(collect(flow))
+    await asyncio.sleep(0)
+    await flow.perform_seek()
+    flow.fetch.set_result(records(5, 6))
+    assert await fetching == []
+    assert flow.sought == 2, "nobody will read these records"
+
+
+async def test_batches_of_a_partition_are_numbered_between_seeks() -> None:
+    flow = Flow()
+    flow.resume()
+    numbers = []
+    for offset in range(3):
+        flow.fetch = asyncio.get_running_loop().create_future()
+        flow.fetch.set_result(records(offset))
+        numbers += [batch.number for batch in await collect(flow)]
+    await flow.perform_seek()
+    numbers += [batch.number for batch in await collect(flow)]
+    assert numbers == [0, 1, 2, 0]
+
+
+async def test_commits_follow_the_durable_mark_alone() -> None:
+    flow = Flow()
+    assert list(flow._filter_tps_with_pending_acks()) == []
+    flow.mark_durable(PLACE, 10)
+    flow.mark_durable(PLACE, 7)  # never backward
+    assert list(flow._filter_tps_with_pending_acks()) == [PLACE]
+    assert flow._new_offset(PLACE) == 10
+
+
+def batch(number: int, seeks: int = 0) -> RecordBatch:
+    return RecordBatch("events", 0, [SimpleNamespace(offset=number)], seeks, number)
+
+
+def test_chain_stops_at_a_missing_batch() -> None:
+    chain = DeliveryChain()
+    assert chain.check(batch(0))
+    assert chain.check(batch(1))
+    with pytest.raises(OwnershipError, match="arrived where 2 was due"):
+        chain.check(batch(3))
+
+
+def test_chain_drops_what_will_be_read_again() -> None:
+    chain = DeliveryChain()
+    assert chain.check(batch(0, seeks=2))
+    assert chain.check(batch(0, seeks=4))
+    assert not chain.check(batch(1, seeks=2))
+    chain.restart(5)
+    assert not chain.check(batch(1, seeks=4)), "fetched before the partitions were given up"
+    assert chain.check(batch(0, seeks=6))
+
+
+def test_chain_demands_the_first_batch_after_a_seek() -> None:
+    with pytest.raises(OwnershipError):
+        DeliveryChain().check(batch(1))
+
+
+async def test_acknowledgements_are_awaited_with_a_bound() -> None:
+    never = asyncio.get_running_loop().create_future()
+    with pytest.raises(DeliveryError, match=r"out: no acknowledgement for 0\.01 s"):
+        await acknowledged([never], 0.01, "out")
+    assert await acknowledged([], 1.0, "out") == -1
+
+
+async def test_a_record_beyond_the_topics_limit_says_so() -> None:
+    from aiokafka.errors import MessageSizeTooLargeError
+
+    refused = asyncio.get_running_loop().create_future()
+    refused.set_exception(MessageSizeTooLargeError())
+    with pytest.raises(RecordTooLarge, match=r"max\.message\.bytes"):
+        await acknowledged([refused], 1.0, "dlq")
