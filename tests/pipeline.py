@@ -14,6 +14,7 @@ import numpy as np
 from confluent_kafka import Consumer, TopicPartition
 from confluent_kafka.admin import AdminClient
 
+from stream.errors import StoreError
 from stream.items import ItemSpace
 from stream.keys import partition_of
 from stream.kv.base import KVReader
@@ -52,6 +53,16 @@ class Pipeline:
         }
         self.log = folder / "worker.log"
         self.process: subprocess.Popen[bytes] | None = None
+        self._store: KVReader | None = None
+        self._group: Consumer | None = None
+
+    def close(self) -> None:
+        """End the worker and what watched it."""
+        self.kill()
+        if self._store is not None:
+            self._store.close()
+        if self._group is not None:
+            self._group.close()
 
     @property
     def kv_url(self) -> str:
@@ -123,29 +134,26 @@ class Pipeline:
 
     def lag(self) -> int:
         """Records of the input topics that are not committed."""
-        consumer = Consumer({"bootstrap.servers": self.bootstrap, "group.id": self.app_id, "log_level": 2})
-        try:
-            places = [TopicPartition(topic, p) for topic in self.inputs for p in range(self.partitions)]
-            total = 0
-            for place in consumer.committed(places, timeout=10):
-                low, high = consumer.get_watermark_offsets(place, timeout=10)
-                total += high - max(low, place.offset)
-            return total
-        finally:
-            consumer.close()
+        if self._group is None:
+            config = {"bootstrap.servers": self.bootstrap, "group.id": self.app_id, "log_level": 2}
+            self._group = Consumer(config)
+        places = [TopicPartition(topic, p) for topic in self.inputs for p in range(self.partitions)]
+        total = 0
+        for place in self._group.committed(places, timeout=10):
+            low, high = self._group.get_watermark_offsets(place, timeout=10)
+            total += high - max(low, place.offset)
+        return total
 
     def epochs(self) -> list[int]:
         """Newest claim of each partition in the store, 0 without one."""
-        try:
-            reader = open_reader(self.kv_url)
-        except Exception:
-            return [0] * self.partitions
-        try:
-            users = self.users_by_partition()
-            entries = [reader.watermark(users[p]) for p in range(self.partitions)]
-            return [kv_entry(entry)[0] if entry else 0 for entry in entries]
-        finally:
-            reader.close()
+        if self._store is None:
+            try:
+                self._store = open_reader(self.kv_url)
+            except StoreError:
+                return [0] * self.partitions
+        users = self.users_by_partition()
+        entries = [self._store.watermark(users[p]) for p in range(self.partitions)]
+        return [kv_entry(entry)[0] if entry else 0 for entry in entries]
 
     def users_by_partition(self) -> dict[int, bytes]:
         """One user id for each partition."""

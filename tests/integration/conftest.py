@@ -48,5 +48,5 @@ def make_pipeline(
 
     yield make
     for pipeline in made:
-        pipeline.kill()
+        pipeline.close()
     delete_topics(kafka.bootstrap, unique)

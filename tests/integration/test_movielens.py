@@ -104,7 +104,7 @@ def test_every_user_on_the_embedded_broker(
             assert pipeline.read(pipeline.dlq) == []
             assert pipeline.stop() == 0
         finally:
-            pipeline.kill()
+            pipeline.close()
 
 
 class Tail:

@@ -4,8 +4,10 @@ This file is also the program of the other process: commands as JSON lines in, o
 """
 
 import asyncio
+import itertools
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -22,6 +24,8 @@ import pytest
 
 from stream.errors import Fenced, StoreError, StoreLocked, UembError
 from stream.keys import fallback_key, partition_of, user_cache_key, watermark_key
+from stream.kv import rocksdb as embedded
+from stream.kv import rocksdb_reader
 from stream.kv.base import Serving
 from stream.kv.rocksdb import RocksKV
 from stream.kv.rocksdb_reader import RocksReader
@@ -83,17 +87,31 @@ class Worker:
     async def put(self, users: list[str], partition: int, epoch: int, revision: int) -> int:
         return await self.kv.put(partition, entries(users, partition, self.partitions, epoch, revision))
 
-    async def churn(self, users: list[str], seconds: float) -> int:
-        """Write rising revisions to partition 0, with memtables flushed and compacted all the time."""
+    async def small_tables(self) -> None:
+        """Let memtables be full after a few writes."""
+        embedded._WRITE_BUFFER_BYTES = 64 << 10
+
+    async def churn(self, users: list[str], seconds: float, flush: bool) -> int:
+        """Write rising revisions to partition 0, so that tables come and go; with `flush` also out of turn."""
         until, revision = time.monotonic() + seconds, 0
         while time.monotonic() < until:
             revision += 1
             await self.kv.put(0, entries(users, 0, self.partitions, 1, revision))
-            if revision % 5 == 0:
+            if flush and revision % 5 == 0:
                 self.kv._partitions[0].db.flush()
-            if revision % 50 == 0:
+            if flush and revision % 50 == 0:
                 self.kv._partitions[0].db.compact_range(None, None)
         return revision
+
+    async def rotate(self, users: list[str], newest: int) -> None:
+        """Write a few of many users at a time, so that most are found in tables, until so many files were made."""
+        every = entries(users, 0, self.partitions, 1, 1)
+        keys = list(every)
+        revision = 0
+        while revision % 10 or newest > max(int(f.stem) for f in (self.kv.path / "p-00000").glob("[0-9]*.*")):
+            revision += 1
+            at = revision * 100 % len(keys)
+            await self.kv.put(0, {key: kv_prefix(1, revision) + every[key][16:] for key in keys[at : at + 100]})
 
     async def close(self) -> None:
         await self.kv.close()
@@ -352,16 +370,18 @@ def test_partitions_that_appear_later_are_picked_up(
                 assert fails(reader, of[partition][0])
 
 
+@pytest.mark.parametrize("flush", [False, True])
 def test_no_reader_ever_sees_a_vector_go_backward(
-    spawn: Callable[[], Process], read: Callable[[], RocksReader]
+    spawn: Callable[[], Process], read: Callable[[], RocksReader], flush: bool
 ) -> None:
     users = [str(i) for i in range(100)]
     worker = spawn()
     worker.call("meta", 1)
+    worker.call("small_tables")
     worker.call("open", 0)
     worker.call("put", users, 0, 1, 0)
     reader = read()
-    worker.send("churn", users, 2.0)
+    worker.send("churn", users, 1.2, flush)
     stop = threading.Event()
     wrong: list[str] = []
     looks = [0] * 4
@@ -434,11 +454,13 @@ def test_lookups_from_many_threads_survive_reopening(
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files in /proc")
 def test_a_reader_does_not_keep_ever_more_removed_files_open(
-    spawn: Callable[[], Process], read: Callable[[], RocksReader]
+    spawn: Callable[[], Process], read: Callable[[], RocksReader], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    users = [str(i) for i in range(20)]
+    monkeypatch.setattr(rocksdb_reader, "_RENEW_FILES", 50)
+    users = [str(i) for i in range(5000)]
     worker = spawn()
     worker.call("meta", 1)
+    worker.call("small_tables")
     worker.call("open", 0)
     reader = read()
 
@@ -451,11 +473,16 @@ def test_a_reader_does_not_keep_ever_more_removed_files_open(
                 continue
         return sum(name.endswith(".sst (deleted)") for name in names)
 
-    worker.send("churn", users, 3.0)
-    written = worker.answer()
-    eventually(lambda: shows(reader, users, [written] * 20), 1.0)
-    assert written / 5 > 100, "too few table files came and went to prove anything"
-    assert removed() <= 64
+    worker.send("rotate", users, 1000)
+    counts = []
+    assert worker.popen.stdout is not None
+    while not select.select([worker.popen.stdout], [], [], 0)[0]:
+        revisions(reader, users[::50])  # and never an error
+        counts.append(removed())
+    worker.answer()
+    assert sum(new < old for old, new in itertools.pairwise(counts)) > 2, "files were let go of again and again"
+    print("MOST", max(counts), sum(new < old for old, new in itertools.pairwise(counts)))
+    assert max(counts) <= 25
 
 
 if __name__ == "__main__":

@@ -1,0 +1,25 @@
+"""``faust -A stream.app worker`` runs the same application as ``uemb worker``."""
+
+import sys
+import time
+from collections.abc import Callable
+
+from pipeline import Pipeline, check_end_state, expected
+
+from stream.config import load_settings
+from stream.dataset import EventRow
+from stream.feed import Feeder
+from stream.items import ItemSpace
+
+
+def test_the_faust_command_runs_the_application(space: ItemSpace, make_pipeline: Callable[..., Pipeline]) -> None:
+    now = time.time_ns() // 1_000_000
+    rows = [EventRow(f"u{i % 7}", str(i % 50 + 1), "like" if i % 3 else "view", now - 1000 + i) for i in range(200)]
+    pipeline = make_pipeline()
+    pipeline.start([sys.executable, "-m", "faust", "-A", "stream.app", "worker", "-l", "warn"])
+    pipeline.until_ready()
+    with Feeder(pipeline.bootstrap, pipeline.topics) as feeder:
+        feeder.send(rows)
+    pipeline.until_committed()
+    assert pipeline.stop() == 0
+    check_end_state(pipeline, expected(rows, space), space, load_settings().versioned_encoder.version)
