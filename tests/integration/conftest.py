@@ -7,9 +7,10 @@ import pytest
 from kafka_broker import KafkaBroker
 from pipeline import Pipeline, delete_topics
 
-from stream.dataset import Dataset, DatasetUnavailable, movielens
+from stream.dataset import Dataset, DatasetUnavailable
 from stream.itembuild import build_space
 from stream.items import ItemSpace
+from stream.movielens import movielens
 
 
 @pytest.fixture(scope="session")

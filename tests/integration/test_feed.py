@@ -12,15 +12,16 @@ from types import SimpleNamespace
 import pytest
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
-from stream import dataset, feed
+from stream import feed
 from stream.dataset import EventRow
 from stream.devbroker import DevBroker
 from stream.errors import ConfigError, DeliveryError
 from stream.feed import Feeder
 from stream.keys import partition_of
+from stream.synthetic import synthetic
 
 PARTITIONS = 4
-ROWS = dataset.synthetic(users=300, items=50, events=3000).events
+ROWS = synthetic(users=300, items=50, events=3000).events
 
 
 @pytest.fixture(scope="module")

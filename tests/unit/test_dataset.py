@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from stream import dataset
+from stream import movielens as ml
 from stream.dataset import DatasetUnavailable, EventRow
 from stream.errors import ConfigError
+from stream.synthetic import synthetic
 
 INTER = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
 ITEM = "item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq\n"
@@ -25,7 +27,7 @@ ITEM = "item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_se
 def test_movielens_is_complete_and_sorted():
     cache = os.environ.get("UEMB_CACHE_DIR", dataset.DEFAULT_CACHE_DIR)
     try:
-        data = dataset.movielens(cache)
+        data = ml.movielens(cache)
     except DatasetUnavailable as exc:
         pytest.skip(str(exc))
     assert len(data.events) == len(set(data.events)) == 100_000
@@ -58,7 +60,7 @@ def wheel(tmp_path, monkeypatch):
     index.mkdir()
     file = index / "recbole-1.2.1-py3-none-any.whl"
     file.write_bytes(buffer.getvalue())
-    monkeypatch.setattr(dataset, "_WHEEL_SHA256", hashlib.sha256(buffer.getvalue()).hexdigest())
+    monkeypatch.setattr(ml, "_WHEEL_SHA256", hashlib.sha256(buffer.getvalue()).hexdigest())
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(index))
@@ -68,7 +70,7 @@ def wheel(tmp_path, monkeypatch):
 def test_pip_fetches_once_and_a_damaged_cache_is_fetched_again(wheel, tmp_path):
     cache = tmp_path / "not" / "yet" / "there"
     seen = []
-    data = dataset.movielens(cache, lambda done, total: seen.append((done, total)))
+    data = ml.movielens(cache, lambda done, total: seen.append((done, total)))
     assert data.events == [
         EventRow("3", "9", "view", 10_000),
         EventRow("10", "9", "like", 20_000),  # text order: "10" before "7"
@@ -81,19 +83,19 @@ def test_pip_fetches_once_and_a_damaged_cache_is_fetched_again(wheel, tmp_path):
     assert [p.name for p in cache.iterdir()] == [wheel.name]
 
     (cache / wheel.name).write_bytes(b"damaged" + wheel.read_bytes())
-    assert dataset.movielens(cache).events == data.events
+    assert ml.movielens(cache).events == data.events
     assert (cache / wheel.name).read_bytes() == wheel.read_bytes()
 
     wheel.unlink()  # nothing to fetch any more: what is cached and whole suffices
     seen.clear()
-    assert dataset.movielens(cache, lambda done, total: seen.append((done, total))).events == data.events
+    assert ml.movielens(cache, lambda done, total: seen.append((done, total))).events == data.events
     assert seen == []
 
 
 def test_other_bytes_than_those_pinned_are_refused_and_not_kept(wheel, tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset, "_WHEEL_SHA256", "0" * 64)
+    monkeypatch.setattr(ml, "_WHEEL_SHA256", "0" * 64)
     with pytest.raises(DatasetUnavailable, match="not the pinned file"):
-        dataset.movielens(tmp_path / "cache")
+        ml.movielens(tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 
 
@@ -110,16 +112,16 @@ def test_without_the_data_one_line_says_so_and_the_stream_is_synthetic(wheel, tm
 
 
 def test_a_hanging_pip_is_given_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset.sys, "executable", str(_script(tmp_path, "exec sleep 60")))
+    monkeypatch.setattr(ml.sys, "executable", str(_script(tmp_path, "exec sleep 60")))
     with pytest.raises(DatasetUnavailable, match="in time"):
-        dataset.movielens(tmp_path / "cache", timeout_s=0.3)
+        ml.movielens(tmp_path / "cache", timeout_s=0.3)
 
 
 def test_credentials_of_an_index_stay_out_of_the_message(tmp_path, monkeypatch):
     said = "echo 'ERROR: 403 for url https://me:secret@index.example/simple/' >&2; exit 1"
-    monkeypatch.setattr(dataset.sys, "executable", str(_script(tmp_path, said)))
+    monkeypatch.setattr(ml.sys, "executable", str(_script(tmp_path, said)))
     with pytest.raises(DatasetUnavailable, match=r"https://\*\*\*@index\.example") as caught:
-        dataset.movielens(tmp_path / "cache")
+        ml.movielens(tmp_path / "cache")
     assert "secret" not in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -127,7 +129,7 @@ def test_credentials_of_an_index_stay_out_of_the_message(tmp_path, monkeypatch):
 def test_an_unusable_cache_folder_is_one_line(tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(DatasetUnavailable, match="can't be its cache"):
-        dataset.movielens(tmp_path / "file")
+        ml.movielens(tmp_path / "file")
 
 
 def _script(folder, body):
@@ -162,10 +164,10 @@ class FakeIndex:
 
 @pytest.fixture
 def no_pip(monkeypatch):
-    monkeypatch.setattr(dataset.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(ml.importlib.util, "find_spec", lambda name: None)
 
     def use(index):
-        monkeypatch.setattr(dataset, "_https_opener", lambda: index)
+        monkeypatch.setattr(ml, "_https_opener", lambda: index)
         return index
 
     return use
@@ -185,7 +187,7 @@ def test_without_pip_the_public_index_is_asked(wheel, tmp_path, no_pip):
     file = "https://pypi.org/files/recbole.whl"
     index = no_pip(FakeIndex({page: listing(hashlib.sha256(data).hexdigest()), file: data}, packet=100))
     seen = []
-    assert len(dataset.movielens(tmp_path / "cache", lambda done, total: seen.append((done, total))).events) == 4
+    assert len(ml.movielens(tmp_path / "cache", lambda done, total: seen.append((done, total))).events) == 4
     assert index.asked == [page, file]
     assert seen[1] == (100, len(data))
     assert seen[-1] == (len(data), len(data))
@@ -203,41 +205,41 @@ def test_without_pip_the_public_index_is_asked(wheel, tmp_path, no_pip):
 def test_without_pip_a_failure_is_one_line(page, says, tmp_path, no_pip):
     no_pip(FakeIndex({} if page is None else {"https://pypi.org/simple/recbole/": page}))
     with pytest.raises(DatasetUnavailable, match=says) as caught:
-        dataset.movielens(tmp_path / "cache")
+        ml.movielens(tmp_path / "cache")
     assert "\n" not in str(caught.value)
 
 
 def test_a_server_that_trickles_is_given_up(tmp_path, no_pip):
     no_pip(FakeIndex({"https://pypi.org/simple/recbole/": b""}, packet=0))
     with pytest.raises(DatasetUnavailable, match="too slow"):
-        dataset.movielens(tmp_path / "cache", timeout_s=0.2)
+        ml.movielens(tmp_path / "cache", timeout_s=0.2)
 
 
 def test_a_server_that_sends_too_much_is_given_up(tmp_path, no_pip, monkeypatch):
-    monkeypatch.setattr(dataset, "_WHEEL_MAX_BYTES", 1000)
+    monkeypatch.setattr(ml, "_WHEEL_MAX_BYTES", 1000)
     no_pip(FakeIndex({"https://pypi.org/simple/recbole/": b""}, packet=0))
     with pytest.raises(DatasetUnavailable, match="too large"):
-        dataset.movielens(tmp_path / "cache", timeout_s=20)
+        ml.movielens(tmp_path / "cache", timeout_s=20)
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9/", "file:///etc/hostname", "ftp://127.0.0.1/"])
 def test_nothing_but_https_is_opened(url):
     with pytest.raises(urllib.error.URLError, match="unknown url type"):
-        dataset._https_opener().open(url, timeout=1)
+        ml._https_opener().open(url, timeout=1)
 
 
 # -- the synthetic stream
 
 
 def test_the_synthetic_stream_is_a_function_of_its_arguments():
-    first = dataset.synthetic(users=50, items=80, events=3000)
-    assert dataset.synthetic(users=50, items=80, events=3000) == first
-    assert dataset.synthetic(seed=8, users=50, items=80, events=3000).events != first.events
+    first = synthetic(users=50, items=80, events=3000)
+    assert synthetic(users=50, items=80, events=3000) == first
+    assert synthetic(seed=8, users=50, items=80, events=3000).events != first.events
 
 
 @pytest.mark.parametrize(("users", "items", "events"), [(1, 1, 40), (3, 2, 500), (50, 80, 3000)])
 def test_the_synthetic_stream_has_the_size_asked_for_and_no_interaction_twice(users, items, events):
-    data = dataset.synthetic(users=users, items=items, events=events)
+    data = synthetic(users=users, items=items, events=events)
     assert data.synthetic
     assert len(data.events) == len({row[:2] + row[3:] for row in data.events}) == events
     assert data.events == sorted(data.events, key=dataset.event_order)
@@ -249,11 +251,11 @@ def test_the_synthetic_stream_has_the_size_asked_for_and_no_interaction_twice(us
 @pytest.mark.parametrize("wrong", [{"users": 0}, {"items": 0}, {"events": 0}])
 def test_an_empty_synthetic_stream_is_refused(wrong):
     with pytest.raises(ValueError, match="at least one"):
-        dataset.synthetic(**wrong)
+        synthetic(**wrong)
 
 
 def test_the_synthetic_stream_is_plausible():
-    data = dataset.synthetic()
+    data = synthetic()
     rows = data.events
     days = (rows[-1].ts_ms - rows[0].ts_ms) / 86_400_000
     assert 35 < days < 45

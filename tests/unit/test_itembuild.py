@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 
 from stream import dataset, itembuild
+from stream import movielens as ml
 from stream.dataset import EventRow
 from stream.encoders import Status, VersionedEncoder
 from stream.errors import ItemSpaceError
 from stream.itembuild import build_item_vectors, build_space, split_by_time
 from stream.items import ItemSpace
+from stream.synthetic import synthetic
 
-SMALL = dataset.synthetic(users=40, items=60, events=1500).events
+SMALL = synthetic(users=40, items=60, events=1500).events
 
 
 def oracle(events, *, dim, window, discount):
@@ -135,7 +137,7 @@ def test_a_space_is_built_saved_and_loads(tmp_path):
 
 
 def test_neighbours_in_the_synthetic_stream_share_their_topic():
-    data = dataset.synthetic(users=400, items=300, events=30_000)
+    data = synthetic(users=400, items=300, events=30_000)
     ids, vectors, _ = build_item_vectors(data.events, dim=24)
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     topic = np.array([data.titles[i].partition("(")[2] for i in ids])
@@ -151,7 +153,7 @@ def test_neighbours_in_the_synthetic_stream_share_their_topic():
 @pytest.fixture(scope="module")
 def movielens():
     try:
-        return dataset.movielens(os.environ.get("UEMB_CACHE_DIR", dataset.DEFAULT_CACHE_DIR))
+        return ml.movielens(os.environ.get("UEMB_CACHE_DIR", dataset.DEFAULT_CACHE_DIR))
     except dataset.DatasetUnavailable as exc:
         pytest.skip(str(exc))
 
