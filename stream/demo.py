@@ -1,17 +1,12 @@
 """`uemb demo`: embedded broker, worker, key-value store and reader on one machine, fed with real interactions."""
 
-import json
 import logging
-import os
 import shutil
-import signal
-import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -26,20 +21,16 @@ from rich.table import Table
 from stream import dataset
 from stream.config import ENV_PREFIX, Settings
 from stream.dataset import Dataset, EventRow
+from stream.demo_process import PARTITIONS, Pipeline, Stop, interruptible
 from stream.devbroker import DevBroker
 from stream.embedding import Float32
 from stream.errors import UembError
 from stream.feed import Feeder
 from stream.itembuild import build_space
 from stream.items import ItemSpace
-from stream.keys import partition_of
-from stream.kv.base import KVReader
-from stream.kv.urls import open_reader
 from stream.progress import err, progress_bar
-from stream.records import kv_entry
 from stream.retrieval import EmbeddingReader, UserEmbedding
 
-PARTITIONS: Final = 4  # the embedded broker knows no other number
 #: Events at the end of the stream that are sent one by one, to see how soon each can be read.
 LIVE_EVENTS: Final = 200
 SHOWN_USERS: Final = 3
@@ -47,7 +38,6 @@ SHOWN_ITEMS: Final = 5
 MIN_PAST: Final = 10
 #: Records on their way at most; the embedded broker drops what nobody has read for 5 MB.
 OUTSTANDING: Final = 20_000
-START_TIMEOUT_S: Final = 60.0
 DRAIN_TIMEOUT_S: Final = 120.0
 LIVE_TIMEOUT_S: Final = 5.0
 _LIVE_RATE: Final = 50.0
@@ -82,94 +72,17 @@ class Summary:
     kv_url: str
 
 
-class Pipeline:
-    """The worker process and a view on its progress."""
-
-    def __init__(self, settings: Settings, broker: DevBroker, folder: Path, items: Path) -> None:
-        self.kv_url = f"rocksdb://{folder / 'kv'}"
-        self._log = (folder / "worker.log").open("wb")
-        self._topics = settings.event_topics
-        environment = {
-            **{k: v for k, v in os.environ.items() if not k.startswith(ENV_PREFIX)},
-            f"{ENV_PREFIX}BOOTSTRAP_SERVERS": broker.bootstrap,
-            f"{ENV_PREFIX}ITEMS": str(items),
-            f"{ENV_PREFIX}KV_URL": self.kv_url,
-            f"{ENV_PREFIX}STATE_DIR": str(folder / "state"),
-        }
-        # A session of its own: Ctrl-C reaches this process only, which stops the worker in order.
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", "from stream.cli import main; main()", "worker"],
-            env=environment,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        self._store: KVReader | None = None
-        self._probes = _one_user_per_partition()
-
-    def check(self) -> None:
-        """Raise `UembError` with the worker's last words if it has ended."""
-        if self._process.poll() is not None:
-            lines = Path(self._log.name).read_text(errors="replace").strip().splitlines()
-            msg = f"the worker ended with code {self._process.returncode}: {lines[-1] if lines else 'no output'}"
-            raise UembError(msg)
-
-    def wait_until_ready(self) -> None:
-        """Wait until the worker owns all partitions."""
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while True:
-            self.check()
-            try:
-                self._store = self._store or open_reader(self.kv_url)
-                if all(self._store.watermark(user) for user in self._probes):
-                    return
-            except UembError:
-                pass  # nothing there yet
-            if time.monotonic() > deadline:
-                msg = f"the worker was not ready after {START_TIMEOUT_S:g} s; see {self._log.name}"
-                raise UembError(msg)
-            time.sleep(0.05)
-
-    def processed(self) -> int:
-        """Records of the event topics whose effects are durable."""
-        total = 0
-        for user in self._probes:
-            entry = self._store.watermark(user) if self._store else None
-            offsets = json.loads(kv_entry(entry)[2])["offsets"] if entry else {}
-            total += sum(offset for topic, offset in offsets.items() if topic in self._topics)
-        return total
-
-    def stop(self) -> None:
-        """Stop the worker in order, at once if that takes long."""
-        if self._store is not None:
-            self._store.close()
-            self._store = None
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
-            try:
-                self._process.wait(15)
-            except subprocess.TimeoutExpired:
-                self.kill()
-        self._log.close()
-
-    def kill(self) -> None:
-        """End the worker now."""
-        if self._process.poll() is None:
-            self._process.kill()
-            self._process.wait()
-
-
 def run_demo(settings: Settings, *, events_file: Path | None, rate: float | None, stay: bool, as_json: bool) -> int:
     """Run the demo; return the exit code."""
     folder = settings.cache_dir / "demo"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, mode=0o700)
     logging.getLogger("stream").setLevel(logging.ERROR)  # a fallback for a user not seen yet is no news here
-    with _interruptible() as stop:
+    with interruptible() as stop:
         data = _load(settings, events_file)
         space = _build_items(data, folder / "items")
         with DevBroker() as broker:
-            pipeline = Pipeline(settings, broker, folder, folder / "items")
+            pipeline = Pipeline(settings, broker.bootstrap, folder, folder / "items")
             stop.callbacks.append(pipeline.kill)
             try:
                 pipeline.wait_until_ready()
@@ -192,7 +105,7 @@ def _feed_and_watch(
     pipeline: Pipeline,
     broker: DevBroker,
     rate: float | None,
-    stop: "_Stop",
+    stop: Stop,
 ) -> Summary:
     live = data.events[-min(LIVE_EVENTS, max(1, len(data.events) // 10)) :]
     bulk = data.events[: len(data.events) - len(live)]
@@ -232,7 +145,7 @@ def _users_to_show(bulk: Sequence[EventRow], live: Sequence[EventRow]) -> list[s
     return sorted(news, key=lambda user: (past[user] < MIN_PAST, -news[user]))[:SHOWN_USERS]
 
 
-def _send_bulk(feeder: Feeder, bulk: Sequence[EventRow], pipeline: Pipeline, rate: float | None, stop: "_Stop") -> None:
+def _send_bulk(feeder: Feeder, bulk: Sequence[EventRow], pipeline: Pipeline, rate: float | None, stop: Stop) -> None:
     """Send all but the live tail while a display shows how far things are."""
     sent, users = [0], {row.user_id for row in bulk}
     failure: list[Exception] = []
@@ -276,7 +189,7 @@ def _send_bulk(feeder: Feeder, bulk: Sequence[EventRow], pipeline: Pipeline, rat
 
 
 def _send_live(
-    feeder: Feeder, live: Sequence[EventRow], reader: EmbeddingReader, pipeline: Pipeline, stop: "_Stop"
+    feeder: Feeder, live: Sequence[EventRow], reader: EmbeddingReader, pipeline: Pipeline, stop: Stop
 ) -> list[float]:
     """Send events one at a time; return milliseconds from each send until its effect was read."""
     latencies = []
@@ -299,7 +212,7 @@ def _order(found: UserEmbedding) -> tuple[int, int]:
     return found.epoch, found.revision
 
 
-def _await_processed(pipeline: Pipeline, count: int, stop: "_Stop") -> None:
+def _await_processed(pipeline: Pipeline, count: int, stop: Stop) -> None:
     deadline = time.monotonic() + DRAIN_TIMEOUT_S
     while pipeline.processed() < count:
         stop.check()
@@ -384,53 +297,3 @@ def _dead_letters(broker: DevBroker) -> int:
         return sum(consumer.get_watermark_offsets(place, timeout=5)[1] for place in places)
     finally:
         consumer.close()
-
-
-def _one_user_per_partition() -> list[bytes]:
-    found: dict[int, bytes] = {}
-    number = 0
-    while len(found) < PARTITIONS:
-        user = str(number).encode()
-        found.setdefault(partition_of(user, PARTITIONS), user)
-        number += 1
-    return [found[p] for p in range(PARTITIONS)]
-
-
-class _Stop:
-    """Ctrl-C: the first one winds the demo up, the second ends the worker at once."""
-
-    def __init__(self) -> None:
-        self.event = threading.Event()
-        self.callbacks: list[Callable[[], None]] = []
-        self._count = 0
-
-    def on_signal(self, *_: object) -> None:
-        """Count a Ctrl-C; act on the second."""
-        self._count += 1
-        self.event.set()
-        if self._count == 1:
-            err.print("stopping; once more to stop at once")
-        else:
-            for callback in self.callbacks:
-                callback()
-            os._exit(130)
-
-    def check(self) -> None:
-        """Leave through `KeyboardInterrupt` when Ctrl-C was pressed."""
-        if self.event.is_set():
-            raise KeyboardInterrupt
-
-    def wait(self) -> None:
-        """Wait for Ctrl-C."""
-        self.event.wait()
-
-
-@contextmanager
-def _interruptible() -> Iterator[_Stop]:
-    stop = _Stop()
-    before = {number: signal.signal(number, stop.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
