@@ -37,6 +37,7 @@ STALE_HEARTBEAT_S: Final = 5.0
 _LOG_EVERY_S: Final = 60.0
 _READ_THREADS: Final = 4
 _HELD_UP_S: Final = 0.002
+_OUTAGE: Final = 5  # timeouts that a read may take before its store counts as down for the whole of `DOWN_S`
 _WHOLE_STORE: Final = -1
 _VIEWS: Final = 256
 _STATUSES: Final = frozenset({"ok", "fallback"})
@@ -388,7 +389,8 @@ class _Job:
 class _Bounded:
     """Lookups that wait no longer than agreed; after a failure, a second of none at all.
 
-    What fails counts as down: the partition when it can't be read, the whole store when it is slow.
+    What fails counts as down: the partition when it can't be read, the whole store when it is slow (until the read
+    comes back after all, if that is soon).
     """
 
     def __init__(self, timeout_s: float) -> None:
@@ -461,8 +463,7 @@ class _Bounded:
         if job.done.acquire(timeout=max(0.0, deadline - time.monotonic())):
             return job.found
         # Woken late, this process was held up (other threads had the interpreter), which says nothing about the store.
-        late = time.monotonic() - deadline > _HELD_UP_S
-        if late and job.done.acquire(timeout=self._timeout_s):
+        if time.monotonic() - deadline > _HELD_UP_S and job.done.acquire(timeout=self._timeout_s):
             return job.found
         self._mark(_WHOLE_STORE, _TIMEOUT)
         job.abandoned = True
@@ -485,8 +486,8 @@ class _Bounded:
                     log.exception("a lookup failed in an unexpected way")
                 took_s = time.monotonic() - began
                 job.done.release()
-            if job.abandoned and took_s < self._timeout_s:
-                self._down.pop(_WHOLE_STORE, None)  # the process was slow, not the store
+            if job.abandoned and took_s < _OUTAGE * self._timeout_s:
+                self._down.pop(_WHOLE_STORE, None)  # it came, if late: a busy process or store, not one that is down
 
 
 def get_or_build_user_embedding(

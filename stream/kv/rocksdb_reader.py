@@ -34,9 +34,9 @@ _BACKOFF_S: Final = (0.05, 1.0)
 _STEADY_S: Final = 5.0  # open for so long, a failure is a new one
 _IDLE_SHARE: Final = 4  # at most a fifth of one core
 _BLOCK_CACHE_BYTES: Final = 64 << 20
-#: A secondary keeps the files of its table cache open after the owner has removed them: this bounds how many, and so
-#: the disk space they go on taking (unlimited, RocksDB's default, grows for as long as the reader lives).
-_MAX_OPEN_FILES: Final = 64
+#: A secondary keeps files open that the owner has removed since, and their disk space taken, for as long as it lives.
+#: Bounding its open files instead would let it lose one that it still needs. So it is renewed after so many new files.
+_RENEW_FILES: Final = 128
 
 log = logging.getLogger(__name__)
 log.addFilter(OncePerMinute())
@@ -48,6 +48,7 @@ class _Files(NamedTuple):
     seq_fd: int
     identity_fd: int
     incarnation: bytes
+    newest: int
     scratch: str
 
     def close(self) -> None:
@@ -85,7 +86,7 @@ class _Secondary:
                 msg = "a lookup failed"
                 raise StoreError(msg)
             incarnation, count = SEQ_HEADER.unpack(os.pread(files.seq_fd, SEQ_HEADER.size, 0))
-            if incarnation != files.incarnation or (look and not self._same(files)):
+            if incarnation != files.incarnation or (look and self._outdated(files)):
                 self._open(now)
             elif count != self._seen and now >= self._retry_at:
                 db.try_catch_up_with_primary()
@@ -114,8 +115,10 @@ class _Secondary:
         self._retry_at = now + self._backoff_s
         self._backoff_s = min(2 * self._backoff_s, _BACKOFF_S[1])
 
-    def _same(self, files: _Files) -> bool:
-        return _is(self._seq, files.seq_fd) and _is(identity_path(self._folder), files.identity_fd)
+    def _outdated(self, files: _Files) -> bool:
+        if not (_is(self._seq, files.seq_fd) and _is(identity_path(self._folder), files.identity_fd)):
+            return True
+        return _newest_file(self._folder) - files.newest > _RENEW_FILES
 
     def _open(self, now: float) -> None:
         """Open what is there now; what was open goes on serving until then."""
@@ -149,7 +152,8 @@ class _Secondary:
             identity_fd = os.open(identity_path(self._folder), os.O_RDONLY)
             undo.callback(os.close, identity_fd)
             os.makedirs(self._scratch, mode=0o700, exist_ok=True)  # cleaners of temporary folders take it
-            files = _Files(seq_fd, identity_fd, incarnation, tempfile.mkdtemp(dir=self._scratch))
+            newest = _newest_file(self._folder)
+            files = _Files(seq_fd, identity_fd, incarnation, newest, tempfile.mkdtemp(dir=self._scratch))
             undo.pop_all()
         return files, count
 
@@ -158,8 +162,7 @@ class _Secondary:
         table.set_block_cache(self._cache)
         options = Options(raw_mode=True)
         options.set_block_based_table_factory(table)
-        options.set_max_open_files(_MAX_OPEN_FILES)
-        options.set_table_cache_num_shard_bits(0)
+        options.set_max_open_files(-1)
         options.set_max_log_file_size(1 << 20)
         options.set_keep_log_file_num(1)
         options.set_stats_dump_period_sec(0)
@@ -301,6 +304,11 @@ class RocksReader:
         self._meta_stamp = stamp
         if meta is not None:
             self._meta = meta
+
+
+def _newest_file(folder: Path) -> int:
+    """The highest number in a database's file names; RocksDB counts on and on."""
+    return max((int(digits) for name in os.listdir(folder) if (digits := name.partition(".")[0]).isdigit()), default=0)
 
 
 def _is(path: Path, fd: int) -> bool:

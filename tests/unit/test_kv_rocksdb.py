@@ -379,6 +379,51 @@ class TestEmbedded:
         reader.close()
         await kv.close()
 
+    async def test_a_database_made_anew_between_the_same_names_is_noticed(self, tmp_path: Path) -> None:
+        kv = RocksKV(tmp_path)
+        await kv.update_meta(lambda _: Meta("app", 1))
+        await kv.open_partition(0)
+        await kv.put(0, {b"k": entry(1, 5), b"gone": entry(1, 5)})
+        reader = RocksReader(tmp_path)
+        lookups = [(b"u", b"k"), (b"u", b"gone")]
+        eventually(lambda: reader.get(lookups) == [entry(1, 5)] * 2)
+        await kv.close()
+        for file in (tmp_path / "p-00000").iterdir():
+            if file.name != "IDENTITY":
+                file.unlink()
+        await kv.open_partition(0)
+        await kv.put(0, {b"k": entry(1, 2)})
+        eventually(lambda: reader.get(lookups) == [entry(1, 2), None], 1.0)
+        reader.close()
+        await kv.close()
+
+    async def test_a_secondary_that_fails_a_lookup_is_replaced(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        class Broken:
+            def get(self, keys: list[bytes]) -> list[bytes | None]:
+                raise Exception("IO error: told so")  # as rocksdict raises it
+
+        kv = RocksKV(tmp_path)
+        await kv.update_meta(lambda _: Meta("app", 1))
+        await kv.open_partition(0)
+        await kv.put(0, {b"k": entry(1, 5)})
+        reader = RocksReader(tmp_path)
+        reader._parts[0].db = Broken()
+        with pytest.raises(StoreError, match="told so"):
+            reader.get([(b"u", b"k")])
+
+        def mended() -> bool:
+            try:
+                return reader.get([(b"u", b"k")]) == [entry(1, 5)]
+            except StoreError:
+                return False
+
+        eventually(mended, 1.0)
+        assert "tried again" in caplog.text
+        reader.close()
+        await kv.close()
+
     async def test_waiting_for_the_owner_leaves_its_folder_alone(self, tmp_path: Path) -> None:
         owner, other = RocksKV(tmp_path), RocksKV(tmp_path, lock_patience_s=0.3)
         await owner.open_partition(0)

@@ -326,8 +326,20 @@ def test_a_slow_store_times_out_once_and_is_asked_again_after_a_second() -> None
         assert fake.calls == calls, "answered at once"
         time.sleep(0.35)
         check_fallback(reader.get(7), "timeout")
+        assert fake.calls == calls, "for the whole second"
         fake.delay_s = 0.0
         eventually(lambda: reader.get(7).status == "ok", 1.5)
+
+
+def test_a_store_whose_answer_came_soon_after_is_asked_again_then() -> None:
+    fake = FakeStore()
+    with EmbeddingReader(lambda: fake, timeout_s=0.05) as reader:
+        fake.delay_s = 0.1
+        check_fallback(reader.get(7), "timeout")
+        check_fallback(reader.get(7), "timeout")
+        assert fake.calls == 1, "answered at once"
+        fake.delay_s = 0.0
+        eventually(lambda: reader.get(7).reason == "missing", 0.5)
 
 
 def test_a_store_that_hangs_for_ever_holds_nobody() -> None:
@@ -353,7 +365,7 @@ def test_a_process_that_was_held_up_does_not_blame_the_store() -> None:
         assert reader.get(7).reason == "missing"
 
 
-def test_a_partition_that_fails_costs_the_others_nothing() -> None:
+def test_a_partition_that_fails_costs_the_others_nothing(caplog: pytest.LogCaptureFixture) -> None:
     fake = FakeStore()
     users = [str(user) for user in range(20)]
     for user in users:
@@ -370,6 +382,7 @@ def test_a_partition_that_fails_costs_the_others_nothing() -> None:
         assert fake.calls == calls, "answered at once"
         fake.broken = set()
         eventually(lambda: all(a.status == "ok" for a in reader.get_many(users)[1]), 1.5)
+    assert "unexpected" not in caplog.text
 
 
 def test_a_store_that_breaks_in_unheard_of_ways_is_down() -> None:
