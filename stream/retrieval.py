@@ -6,108 +6,45 @@ import operator
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from queue import SimpleQueue
 from types import TracebackType
-from typing import Final, NamedTuple
+from typing import Final
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from stream.embedding import NORM_EPS, Float32, fallback_user_embedding, l2_normalize
+from stream.answers import (
+    Freshness,
+    Pair,
+    UserEmbedding,
+    View,
+    answer_for,
+    decoded_vector,
+    fallback_vector,
+    frozen,
+    record_vector,
+)
+from stream.embedding import Float32, fallback_user_embedding
 from stream.encoders import REASONS, Status, VersionedEncoder
 from stream.errors import ConfigError, StoreError, UembError
 from stream.items import ItemSpace
-from stream.keys import (
-    canonical_id,
-    check_version_name,
-    encoder_key,
-    fallback_key,
-    partition_of,
-    user_cache_key,
-)
+from stream.keys import canonical_id, check_version_name, encoder_key, partition_of, user_cache_key
 from stream.kv.base import KVReader, Meta
+from stream.kv.bounded import DOWN_S, STORE_DOWN, BoundedLookups, Found, Trouble
 from stream.kv.urls import open_reader, parse_kv_url
-from stream.records import CorruptRecord, decode, kv_entry
+from stream.records import kv_entry
 
-UNIT_TOLERANCE: Final = 1e-5
-DOWN_S: Final = 1.0  # for so long after a failure lookups are answered at once
+__all__ = ["EmbeddingReader", "UserEmbedding", "get_or_build_user_embedding"]
+
 HEARTBEAT_S: Final = 1.5  # a younger heartbeat adds nothing to the lag
 STALE_HEARTBEAT_S: Final = 5.0
 _LOG_EVERY_S: Final = 60.0
-_READ_THREADS: Final = 4
-_HELD_UP_S: Final = 0.002
-_OUTAGE: Final = 5  # timeouts that a read may take before its store counts as down for the whole of `DOWN_S`
-_WHOLE_STORE: Final = -1
 _VIEWS: Final = 256
-_STATUSES: Final = frozenset({"ok", "fallback"})
+
+MISSING: Final = Trouble("missing")
+VERSION_MISSING: Final = Trouble("version_missing")
+UNVOUCHED: Final[Freshness] = (True, None)
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class UserEmbedding:
-    """What retrieval gets for one user: always a unit vector to search with.
-
-    Attributes:
-        user_id: canonical id as asked for.
-        vector: unit float32 [d].
-        status: ``ok`` or ``fallback``.
-        reason: empty for ``ok``; else the record's own (``no_known_items``, ``too_short_history``, ``degenerate``,
-            ``encoder_error``) or the reader's (``missing``, ``erased``, ``corrupt``, ``store_down``, ``timeout``,
-            ``version_missing``).
-        stale: the pipeline is behind or silent; the vector is the last one known (law 10).
-        lag_s: how far the pipeline is behind, in seconds; None when nothing is known of it.
-        epoch: fencing token under which the record was written; 0 without one.
-        revision: changes of this user's state so far; 0 without a record.
-        as_of: event time of the newest interaction in epoch ms; None without one.
-        history_len: interactions retained.
-        unknown_items: retained interactions with items that this item version lacks.
-        user_embedding_version: None while a store that was never reached decides it.
-        item_embedding_version: the same.
-    """
-
-    user_id: str
-    vector: Float32
-    status: str
-    reason: str
-    stale: bool
-    lag_s: float | None
-    epoch: int
-    revision: int
-    as_of: int | None
-    history_len: int
-    unknown_items: int
-    user_embedding_version: str | None
-    item_embedding_version: str | None
-
-
-class _Trouble(NamedTuple):
-    """Stands for an entry that was not read."""
-
-    reason: str
-
-
-class _View(NamedTuple):
-    """A pair of versions in one state of the shared record; a call keeps to one view, so it never mixes pairs."""
-
-    meta: Meta | None
-    user_version: str | None
-    item_version: str | None
-    fallback: Float32
-    trouble: _Trouble | None
-
-
-_Lookup = tuple[bytes, bytes]
-_Found = bytes | _Trouble | None
-_Freshness = tuple[bool, float | None]
-_Pair = tuple[str | None, str | None]
-
-_MISSING: Final = _Trouble("missing")
-_STORE_DOWN: Final = _Trouble("store_down")
-_TIMEOUT: Final = _Trouble("timeout")
-_VERSION_MISSING: Final = _Trouble("version_missing")
-_UNVOUCHED: Final[_Freshness] = (True, None)
 
 
 class EmbeddingReader:
@@ -130,10 +67,10 @@ class EmbeddingReader:
     ) -> None:
         self._connect = connect
         self._pins = (_checked_name(user_version), _checked_name(item_version))
-        self._fallback = None if fallback is None else _fallback_vector(fallback, item_version)
+        self._fallback = None if fallback is None else fallback_vector(fallback, item_version)
         self._max_lag_s = max_lag_s
         self._clock = clock
-        self._views: dict[_Pair, _View] = {}
+        self._views: dict[Pair, View] = {}
         self._progress: dict[bytes, tuple[float, float]] = {}
         self._counted = _FallbackCount()
         self.fallbacks = self._counted.by_reason
@@ -141,7 +78,7 @@ class EmbeddingReader:
         self._connecting = threading.Lock()
         self._store: KVReader | None = None
         self._default = self._first_connect()
-        self._bounded = _Bounded(timeout_s)
+        self._bounded = BoundedLookups(timeout_s)
 
     @classmethod
     def open(
@@ -237,19 +174,19 @@ class EmbeddingReader:
             raise
 
     def _default_vector(self, meta: Meta) -> Float32:
-        own = _record_vector(meta, self._pair(meta, self._pins))
+        own = record_vector(meta, self._pair(meta, self._pins))
         if self._fallback is not None:
             if own is not None and own.shape != self._fallback.shape:
                 msg = f"the fallback has dimension {len(self._fallback)}, the store's vectors have {len(own)}"
                 raise ConfigError(msg)
             return self._fallback
         if own is None:
-            own = next((v for key in meta.fallbacks if (v := _decoded(meta.fallbacks[key])) is not None), None)
+            own = next((v for key in meta.fallbacks if (v := decoded_vector(meta.fallbacks[key])) is not None), None)
         if own is None:
             msg = "the store has no fallback vector yet; start a worker first, or open with fallback="
             raise StoreError(msg)
         # Not another pair's own fallback: that one lives in another space, this one in none.
-        return _frozen(fallback_user_embedding(len(own)))
+        return frozen(fallback_user_embedding(len(own)))
 
     def _connect_later(self) -> None:
         while not self._closed.wait(DOWN_S):
@@ -266,14 +203,14 @@ class EmbeddingReader:
             store.close()
 
     @staticmethod
-    def _pair(meta: Meta, asked: _Pair) -> _Pair:
+    def _pair(meta: Meta, asked: Pair) -> Pair:
         """The pair asked for, with what it leaves open from the one that is served."""
         current = meta.current
         if current is None:
             return asked
         return asked[0] or current.user_version, asked[1] or current.item_version
 
-    def _view(self, asked: _Pair) -> _View:
+    def _view(self, asked: Pair) -> View:
         store = self._store
         meta = None if store is None else store.meta()
         view = self._views.get(asked)
@@ -284,22 +221,22 @@ class EmbeddingReader:
             self._views[asked] = view
         return view
 
-    def _make_view(self, meta: Meta | None, asked: _Pair) -> _View:
+    def _make_view(self, meta: Meta | None, asked: Pair) -> View:
         if meta is None:
-            return _View(None, *asked, self._default, _STORE_DOWN)
+            return View(None, *asked, self._default, STORE_DOWN)
         pair = self._pair(meta, asked)
-        own = _record_vector(meta, pair)
+        own = record_vector(meta, pair)
         served = meta.current is not None and pair == (meta.current.user_version, meta.current.item_version)
-        trouble = None if own is not None or served else _VERSION_MISSING
-        return _View(meta, *pair, self._default if own is None else own, trouble)
+        trouble = None if own is not None or served else VERSION_MISSING
+        return View(meta, *pair, self._default if own is None else own, trouble)
 
-    def _lookup(self, user_ids: Sequence[int | str], view: _View) -> list[UserEmbedding]:
+    def _lookup(self, user_ids: Sequence[int | str], view: View) -> list[UserEmbedding]:
         names = [_canonical(user_id) for user_id in user_ids]
-        found: list[_Found] = [_MISSING if name is None else view.trouble for name in names]
+        found: list[Found] = [MISSING if name is None else view.trouble for name in names]
         places = [place for place, name in enumerate(names) if name is not None]
         store, partitions = self._store, (view.meta.partitions if view.meta is not None else None) or 1
         if store is None:
-            return [_answer(name, entry, view, _UNVOUCHED) for name, entry in zip(names, found, strict=True)]
+            return [answer_for(name, entry, view, UNVOUCHED) for name, entry in zip(names, found, strict=True)]
         if view.trouble is None:
             user_version, item_version = str(view.user_version), str(view.item_version)
             lookups = [
@@ -311,14 +248,14 @@ class EmbeddingReader:
                 found[place] = entry
         freshness = self._freshness(store, names, partitions)
         triples = zip(names, found, freshness, strict=True)
-        return [_answer(name, entry, view, fresh) for name, entry, fresh in triples]
+        return [answer_for(name, entry, view, fresh) for name, entry, fresh in triples]
 
-    def _freshness(self, store: KVReader, names: Sequence[str | None], partitions: int) -> list[_Freshness]:
-        known: dict[int, _Freshness] = {}
+    def _freshness(self, store: KVReader, names: Sequence[str | None], partitions: int) -> list[Freshness]:
+        known: dict[int, Freshness] = {}
         out = []
         for name in names:
             if name is None:
-                out.append(_UNVOUCHED)
+                out.append(UNVOUCHED)
                 continue
             user_id = name.encode()
             partition = partition_of(user_id, partitions)
@@ -327,15 +264,15 @@ class EmbeddingReader:
             out.append(known[partition])
         return out
 
-    def _judge(self, watermark: bytes | None) -> _Freshness:
+    def _judge(self, watermark: bytes | None) -> Freshness:
         """Whether a partition's progress record makes its vectors stale, and how far behind it says they are."""
         if watermark is None:
-            return _UNVOUCHED
+            return UNVOUCHED
         progress = self._progress.get(watermark)
         if progress is None:
             progress = _progress(watermark)
             if progress is None:
-                return _UNVOUCHED
+                return UNVOUCHED
             if len(self._progress) >= _VIEWS:
                 self._progress.clear()
             self._progress[watermark] = progress
@@ -374,122 +311,6 @@ class _FallbackCount:
         return answers
 
 
-class _Job:
-    __slots__ = ("abandoned", "done", "found", "lookups", "store")
-
-    def __init__(self, store: KVReader, lookups: Sequence[_Lookup]) -> None:
-        self.store = store
-        self.lookups = lookups
-        self.found: list[bytes | None] | _Trouble = _STORE_DOWN
-        self.abandoned = False
-        self.done = threading.Lock()
-        self.done.acquire()
-
-
-class _Bounded:
-    """Lookups that wait no longer than agreed; after a failure, a second of none at all.
-
-    What fails counts as down: the partition when it can't be read, the whole store when it is slow (until the read
-    comes back after all, if that is soon).
-    """
-
-    def __init__(self, timeout_s: float) -> None:
-        self._timeout_s = timeout_s
-        self._down: dict[int, tuple[float, _Trouble]] = {}
-        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
-        self._closed = False
-        for number in range(_READ_THREADS):
-            # Daemons: a read that hangs must not keep the process from ending.
-            threading.Thread(target=self._work, name=f"uemb-lookup-{number}", daemon=True).start()
-
-    def find(self, store: KVReader, lookups: Sequence[_Lookup], partitions: int) -> list[_Found]:
-        """What the store has under each of `lookups`, or why that is not known."""
-        if not lookups:
-            return []
-        deadline = time.monotonic() + self._timeout_s
-        if not self._down_now():
-            found = self._read(store, lookups, deadline)
-            if not isinstance(found, _Trouble):
-                return list(found)
-            if found is _TIMEOUT:
-                return [found] * len(lookups)
-            if len(lookups) == 1:
-                self._mark(partition_of(lookups[0][0], partitions), found)
-        return self._find_by_partition(store, lookups, partitions, deadline)
-
-    def close(self) -> None:
-        """Answer nothing more."""
-        self._closed = True
-        for _ in range(_READ_THREADS):
-            self._jobs.put(None)
-
-    def _find_by_partition(
-        self, store: KVReader, lookups: Sequence[_Lookup], partitions: int, deadline: float
-    ) -> list[_Found]:
-        """One partition that can't be read must not cost the users of the others their vectors."""
-        places: dict[int, list[int]] = {}
-        for place, (user_id, _) in enumerate(lookups):
-            places.setdefault(partition_of(user_id, partitions), []).append(place)
-        out: list[_Found] = [None] * len(lookups)
-        for partition, at in places.items():
-            down = self._down_now()
-            found: list[bytes | None] | _Trouble | None = down.get(_WHOLE_STORE) or down.get(partition)
-            if found is None:
-                found = self._read(store, [lookups[place] for place in at], deadline)
-                if found is _STORE_DOWN:
-                    self._mark(partition, found)
-            for n, place in enumerate(at):
-                out[place] = found if isinstance(found, _Trouble) else found[n]
-        return out
-
-    def _down_now(self) -> dict[int, _Trouble]:
-        if not self._down:
-            return {}
-        now = time.monotonic()
-        marks = list(self._down.items())
-        for key, mark in marks:
-            if mark[0] <= now and self._down.get(key) is mark:
-                self._down.pop(key, None)
-        return {key: trouble for key, (until, trouble) in marks if until > now}
-
-    def _mark(self, key: int, trouble: _Trouble) -> None:
-        self._down[key] = (time.monotonic() + DOWN_S, trouble)
-
-    def _read(self, store: KVReader, lookups: Sequence[_Lookup], deadline: float) -> list[bytes | None] | _Trouble:
-        if self._closed:
-            return _STORE_DOWN
-        job = _Job(store, lookups)
-        self._jobs.put(job)
-        if job.done.acquire(timeout=max(0.0, deadline - time.monotonic())):
-            return job.found
-        # Woken late, this process was held up (other threads had the interpreter), which says nothing about the store.
-        if time.monotonic() - deadline > _HELD_UP_S and job.done.acquire(timeout=self._timeout_s):
-            return job.found
-        self._mark(_WHOLE_STORE, _TIMEOUT)
-        job.abandoned = True
-        if job.done.acquire(blocking=False):  # done before it could see that it was abandoned
-            self._down.pop(_WHOLE_STORE, None)
-            return job.found
-        return _TIMEOUT
-
-    def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            took_s = 0.0
-            if not job.abandoned:
-                began = time.monotonic()
-                try:
-                    found = job.store.get(job.lookups)
-                    job.found = found if len(found) == len(job.lookups) else _STORE_DOWN
-                except StoreError:
-                    pass  # what a job holds from the start
-                except Exception:
-                    log.exception("a lookup failed in an unexpected way")
-                took_s = time.monotonic() - began
-                job.done.release()
-            if job.abandoned and took_s < _OUTAGE * self._timeout_s:
-                self._down.pop(_WHOLE_STORE, None)  # it came, if late: a busy process or store, not one that is down
-
-
 def get_or_build_user_embedding(
     user_id: int | str,
     item_emb_version: str,
@@ -522,7 +343,7 @@ def get_or_build_user_embedding(
 
 
 def _built(
-    stored: UserEmbedding, view: _View, history: Sequence[int | str], items: ItemSpace, encoder: VersionedEncoder
+    stored: UserEmbedding, view: View, history: Sequence[int | str], items: ItemSpace, encoder: VersionedEncoder
 ) -> UserEmbedding | None:
     """A vector from the caller's history, or None when its parts are not of the versions asked for."""
     try:
@@ -556,66 +377,6 @@ def _built(
     )
 
 
-def _answer(name: str | None, entry: _Found, view: _View, fresh: _Freshness) -> UserEmbedding:
-    if isinstance(entry, _Trouble):
-        return _fallback_answer(name, entry.reason, view, fresh)
-    if entry is None:
-        return _fallback_answer(name, "missing", view, fresh)
-    try:
-        epoch, revision, body = kv_entry(entry)
-        if not body:
-            return _fallback_answer(name, "erased", view, fresh, epoch, revision)
-        record = decode(body)
-    except CorruptRecord:
-        return _fallback_answer(name, "corrupt", view, fresh)
-    asked = (name, view.user_version, view.item_version, epoch, revision, view.fallback.shape)
-    got = (
-        record.user_id,
-        record.user_embedding_version,
-        record.item_embedding_version,
-        record.epoch,
-        record.revision,
-        record.vector.shape,
-    )
-    if asked != got or record.status not in _STATUSES or not _is_unit(record.vector):
-        return _fallback_answer(name, "corrupt", view, fresh)
-    return UserEmbedding(
-        record.user_id,
-        record.vector,
-        record.status,
-        record.reason,
-        *fresh,
-        record.epoch,
-        record.revision,
-        record.as_of,
-        record.history_len,
-        record.unknown_items,
-        record.user_embedding_version,
-        record.item_embedding_version,
-    )
-
-
-def _fallback_answer(
-    name: str | None, reason: str, view: _View, fresh: _Freshness, epoch: int = 0, revision: int = 0
-) -> UserEmbedding:
-    stale, lag_s = fresh
-    return UserEmbedding(
-        user_id=name or "",
-        vector=view.fallback,
-        status="fallback",
-        reason=reason,
-        stale=stale,
-        lag_s=lag_s,
-        epoch=epoch,
-        revision=revision,
-        as_of=None,
-        history_len=0,
-        unknown_items=0,
-        user_embedding_version=view.user_version,
-        item_embedding_version=view.item_version,
-    )
-
-
 def _canonical(user_id: object) -> str | None:
     """The canonical id, or None for what is no id; takes numpy's integers too."""
     try:
@@ -631,55 +392,6 @@ def _progress(watermark: bytes) -> tuple[float, float] | None:
         return body["lag_ms"] / 1000, body["heartbeat_ms"] / 1000
     except (ValueError, KeyError, TypeError):
         return None
-
-
-def _record_vector(meta: Meta, pair: _Pair) -> Float32 | None:
-    """The fallback vector that the store holds for a pair; None when it has none that can be used."""
-    user_version, item_version = pair
-    if user_version is None or item_version is None:
-        return None
-    data = meta.fallbacks.get(fallback_key(item_version, user_version))
-    return None if data is None else _decoded(data, pair)
-
-
-def _decoded(data: bytes, pair: _Pair | None = None) -> Float32 | None:
-    try:
-        record = decode(data)
-    except CorruptRecord:
-        return None
-    if pair not in (None, (record.user_embedding_version, record.item_embedding_version)):
-        return None
-    return _frozen(record.vector) if _is_unit(record.vector) else None
-
-
-def _fallback_vector(fallback: ArrayLike | ItemSpace, item_version: str | None) -> Float32:
-    if isinstance(fallback, ItemSpace):
-        if item_version not in (None, fallback.version):
-            msg = f"the fallback is of item version {fallback.version!r}, the reader is pinned to {item_version!r}"
-            raise ConfigError(msg)
-        return _frozen(fallback.fallback)
-    try:
-        vector = np.array(fallback, dtype=np.float32)
-    except (TypeError, ValueError) as exc:
-        msg = "the fallback must be one vector of numbers, or an ItemSpace"
-        raise ConfigError(msg) from exc
-    if vector.ndim != 1 or not np.isfinite(vector).all() or not np.linalg.norm(vector) > NORM_EPS:
-        msg = "the fallback must be one finite vector that is not zero"
-        raise ConfigError(msg)
-    if not _is_unit(vector):
-        vector = l2_normalize(vector.astype(np.float64)).astype(np.float32)
-    return _frozen(vector)
-
-
-def _frozen(vector: Float32) -> Float32:
-    """A copy that callers share and can't change."""
-    copy = vector.copy()
-    copy.flags.writeable = False
-    return copy
-
-
-def _is_unit(vector: Float32) -> bool:
-    return abs(float(vector @ vector) - 1.0) <= 2 * UNIT_TOLERANCE
 
 
 def _checked_name(version: str | None) -> str | None:
