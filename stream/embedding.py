@@ -164,17 +164,23 @@ def build_user_embedding(
 
     Indices that the matrix lacks are dropped; fewer than two that it has give the fallback.
     """
-    matrix = item_emb if isinstance(item_emb, np.ndarray) else item_emb.vectors
+    matrix, longest = (
+        (item_emb, None) if isinstance(item_emb, np.ndarray) else (item_emb.vectors, item_emb.max_row_norm)
+    )
     try:
         known = [i for i in map(int, history_item_ids) if 0 <= i < matrix.shape[0]]
-        if len(known) < 2:
-            msg = "too_short_history"
-            raise ValueError(msg)
-        u = user_embed_mix(np.asarray(known, dtype=np.int64), matrix)
-        if not abs(float(np.linalg.norm(u)) - 1.0) <= 1e-5:
-            msg = "degenerate"
-            raise ValueError(msg)
-        return u
+        if len(known) >= 2 and _has_direction(matrix[known], longest):
+            return user_embed_mix(known, matrix)
+        reason = "too_short_history" if len(known) < 2 else "degenerate"
     except Exception as exc:  # noqa: BLE001 - retrieval must get a vector whatever the caller passed
-        log.warning("user_embed_fallback: %s", exc if isinstance(exc, ValueError) else type(exc).__name__)
-        return fallback_user_embedding(matrix.shape[1] if isinstance(item_emb, np.ndarray) else item_emb)
+        reason = type(exc).__name__  # its text may hold what the caller passed
+    log.warning("user_embed_fallback: %s", reason)
+    return fallback_user_embedding(matrix.shape[1] if isinstance(item_emb, np.ndarray) else item_emb)
+
+
+def _has_direction(rows: NDArray[Any], longest: float | None) -> bool:
+    """Whether the mixture of `rows` [L, d], oldest first, is more than rounding (law 3)."""
+    scale = longest if longest is not None else float(np.linalg.norm(rows.astype(np.float64), axis=1).max())
+    means = [decayed_mean(rows, decay) / scale for decay in (DECAY_LONG, DECAY_SHORT)]
+    mixed = (1 - ALPHA_SHORT) * l2_normalize(means[0]) + ALPHA_SHORT * l2_normalize(means[1])
+    return all(float(np.linalg.norm(part)) >= DEGENERATE_NORM for part in (*means, mixed))

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from stream.items import ItemSpace
 
 
+#: Weights further apart would leave rounding of the heavy ones behind in running sums.
+MIN_WEIGHT: Final = 1e-3
+
+
 class Status(IntEnum):
     """What a vector is; the text that records carry is in `REASONS`."""
 
@@ -66,14 +70,14 @@ class Encoder(Protocol):
         """Every parameter, written out."""
         ...
 
-    def combine(self, means: Float64, shortest: float) -> tuple[Float64, NDArray[np.bool_]]:
-        """Directions [N, d] from means [N, K, d], and which of them are too short to have one."""
+    def combine(self, means: Float64) -> tuple[Float64, NDArray[np.bool_]]:
+        """Directions [N, d] from means [N, K, d] of rows of length 1 at most, and which of them have none."""
         ...
 
 
-def _unit(vectors: Float64, shortest: float) -> tuple[Float64, NDArray[np.bool_]]:
+def _unit(vectors: Float64) -> tuple[Float64, NDArray[np.bool_]]:
     norms = np.sqrt(np.einsum("...d,...d->...", vectors, vectors))
-    return vectors / (norms + embedding.NORM_EPS)[..., None], norms < shortest
+    return vectors / (norms + embedding.NORM_EPS)[..., None], norms < DEGENERATE_NORM
 
 
 @dataclass(frozen=True)
@@ -94,9 +98,9 @@ class AvgEncoder:
         """Every parameter, written out."""
         return {"decay": float(self.decay)}
 
-    def combine(self, means: Float64, shortest: float) -> tuple[Float64, NDArray[np.bool_]]:
+    def combine(self, means: Float64) -> tuple[Float64, NDArray[np.bool_]]:
         """The one mean, normalised."""
-        return _unit(means[:, 0], shortest)
+        return _unit(means[:, 0])
 
 
 @dataclass(frozen=True)
@@ -123,11 +127,11 @@ class MixEncoder:
             "decay_short": float(self.decay_short),
         }
 
-    def combine(self, means: Float64, shortest: float) -> tuple[Float64, NDArray[np.bool_]]:
+    def combine(self, means: Float64) -> tuple[Float64, NDArray[np.bool_]]:
         """Mixture of the two directions."""
-        parts, short_parts = _unit(means, shortest)
+        parts, short_parts = _unit(means)
         mixed = (1 - self.alpha_short) * parts[:, 0] + self.alpha_short * parts[:, 1]
-        u, short_mix = _unit(mixed, shortest)
+        u, short_mix = _unit(mixed)
         return u, short_mix | short_parts.any(axis=1)
 
 
@@ -141,17 +145,16 @@ def make_encoder(name: str, params: Mapping[str, float], type_weights: Mapping[s
     if name not in kinds:
         msg = f"unknown encoder {name!r}; choose one of {', '.join(sorted(kinds))}"
         raise ValueError(msg)
-    if not all(np.isfinite(v) and v > 0 for v in type_weights.values()):
-        msg = "type weights must be finite and above 0"
+    if not all(MIN_WEIGHT <= v <= 1 / MIN_WEIGHT for v in type_weights.values()):
+        msg = f"type weights must be from {MIN_WEIGHT:g} to {1 / MIN_WEIGHT:g}"
+        raise ValueError(msg)
+    if unknown := set(params) - set(kinds[name]().params):
+        msg = f"encoder {name!r} has the parameters {', '.join(kinds[name]().params)}, not {sorted(unknown)[0]!r}"
         raise ValueError(msg)
     if not all(np.isfinite(v) and v >= 0 for v in params.values()) or not 0 <= params.get("alpha_short", 0) <= 1:
         msg = "encoder parameters must be finite and not negative, alpha_short at most 1"
         raise ValueError(msg)
-    try:
-        return kinds[name](**params, type_weights=dict(type_weights))
-    except TypeError:
-        msg = f"encoder {name!r} has the parameters {', '.join(kinds[name]().params)}"
-        raise ValueError(msg) from None
+    return kinds[name](**params, type_weights=dict(type_weights))
 
 
 def encoder_hash(encoder: Encoder, history_limit: int) -> str:
@@ -189,8 +192,9 @@ def finish(
     Returns:
         float32 [N, d] unit vectors, and [N] statuses.
     """
-    means = sums / (totals + WEIGHT_EPS)[:, :, None]
-    u, degenerate = encoder.combine(means, DEGENERATE_NORM * max_row_norm)
+    # In units of the longest row, so that the unit of a dot space decides nothing; 1 in a cosine space.
+    means = sums / ((totals + WEIGHT_EPS) * max_row_norm)[:, :, None]
+    u, degenerate = encoder.combine(means)
     status = np.zeros(len(known), dtype=np.int8)
     status[degenerate | ~np.isfinite(u).all(axis=1)] = Status.DEGENERATE
     status[known == 1] = Status.TOO_SHORT_HISTORY
@@ -219,8 +223,8 @@ def reference(
     """
     if len(rows) < 2:
         return fallback, Status.TOO_SHORT_HISTORY if len(rows) else Status.NO_KNOWN_ITEMS
-    means = np.stack([decayed_mean(rows, decay, weights) for decay in encoder.decays])
-    u, degenerate = encoder.combine(means[None], DEGENERATE_NORM * max_row_norm)
+    means = np.stack([decayed_mean(rows, decay, weights) for decay in encoder.decays]) / max_row_norm
+    u, degenerate = encoder.combine(means[None])
     if degenerate[0] or not np.isfinite(u).all():
         return fallback, Status.DEGENERATE
     return u[0].astype(np.float32), Status.OK

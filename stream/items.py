@@ -15,7 +15,7 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from stream.embedding import NORM_EPS, Float32, fallback_user_embedding, l2_normalize
+from stream.embedding import DEGENERATE_NORM, Float32, fallback_user_embedding, l2_normalize
 from stream.errors import ItemSpaceError
 from stream.keys import canonical_id, check_version_name
 
@@ -92,7 +92,7 @@ class ItemSpace:
         ids = _read_ids(folder, manifest["count"])
         vectors = _open_array(folder / "vectors.npy", (manifest["count"], manifest["dim"]))
         longest = check_rows(vectors, manifest["metric"], folder)
-        if abs(longest - manifest["max_row_norm"]) > 1e-6 * max(1.0, longest):
+        if abs(longest - manifest["max_row_norm"]) > 1e-6 * longest:
             raise _bad(folder, f"max_row_norm is {manifest['max_row_norm']}, the rows say {longest}")
         fallback = np.asarray(manifest["fallback"], dtype=np.float32)
         if fallback.shape != (manifest["dim"],) or not abs(float(np.linalg.norm(fallback)) - 1) <= 1e-5:
@@ -150,10 +150,10 @@ class ItemSpace:
         if not (finite := np.asarray(np.isfinite(matrix).all(axis=1))).all():
             raise _bad(folder, f"row {_first(~finite)} is not finite")
         if metric == "cosine":
-            zero = np.asarray(np.linalg.norm(matrix, axis=1) <= NORM_EPS)
-            if zero.any():
+            norms = np.linalg.norm(matrix, axis=1)
+            if (zero := np.asarray(norms == 0)).any():
                 raise _bad(folder, f"row {_first(zero)} is zero and has no direction; drop the item")
-            matrix = l2_normalize(matrix)
+            matrix = matrix / norms[:, None]
         matrix32 = matrix.astype(np.float32)
         longest = check_rows(matrix32, metric, folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -176,7 +176,7 @@ class ItemSpace:
                 "dtype": "float32",
                 "metric": metric,
                 "max_row_norm": longest,
-                "fallback": [float(x) for x in centroid_fallback(matrix32)],
+                "fallback": [float(x) for x in centroid_fallback(matrix32, longest)],
                 "sha256": {name: _sha256(staging / name) for name in sorted(files)},
             }
             (staging / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
@@ -188,10 +188,10 @@ class ItemSpace:
         return cls.load(folder)
 
 
-def centroid_fallback(vectors: Float32) -> Float32:
-    """Normalised centroid of the rows; the seed's ``ones/√d`` where it vanishes."""
-    centroid = vectors.mean(axis=0, dtype=np.float64)
-    if np.linalg.norm(centroid) <= 1e-6 * np.linalg.norm(vectors, axis=1).max():
+def centroid_fallback(vectors: Float32, longest: float) -> Float32:
+    """Normalised centroid of rows of at most the length `longest`; the seed's ``ones/√d`` where it vanishes."""
+    centroid = vectors.mean(axis=0, dtype=np.float64) / longest
+    if np.linalg.norm(centroid) < DEGENERATE_NORM:
         return fallback_user_embedding(int(vectors.shape[1]))
     return l2_normalize(centroid).astype(np.float32)
 
