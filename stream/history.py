@@ -4,22 +4,25 @@ An interaction is held as one *sort key*: 6 bytes of event time (ms, big-endian)
 the type's UTF-8 text. No id holds a control character, so comparing these bytes compares ``(ts, item, type)``.
 """
 
+import operator
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping
 from enum import Enum
+from itertools import islice
 from typing import Final, NamedTuple
 from uuid import UUID
 
 from stream.errors import StateError
-from stream.keys import INT64_MAX, INT64_MIN
+from stream.keys import INT64_MAX, INT64_MIN, canonical_id
 
 LAYOUT_VERSION: Final = 1
 TS_BYTES: Final = 6
 MAX_TS_MS: Final = (1 << (8 * TS_BYTES)) - 1
 NEVER: Final = -1  # erased_at of a user who was never erased
 
-_HEADER_BYTES: Final = 1 + 8 + 8 + 8
+_COUNT_AT: Final = 1 + 8 + 8 + 8
+_HEADER_BYTES: Final = _COUNT_AT + 2
 _INTEGER = re.compile(rb"0|-?[1-9][0-9]{0,18}")
 _UUID = re.compile(rb"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 _TAG_INTEGER, _TAG_UUID, _TAG_TEXT = 0, 1, 2
@@ -82,9 +85,9 @@ def _read_varint(data: bytes, pos: int) -> tuple[int, int]:
 class HistoryCodec:
     """Turns sort keys into the stored layout and back, for one table of permanent type codes.
 
-    Layout: version byte, epoch, revision, erased_at (8 bytes each, big-endian; erased_at -1 for never), then one entry
-    an interaction, oldest first: event time (6 bytes, big-endian), a varint length, and that many bytes of type code
-    (varint) and tagged item (0 integer as zigzag varint, 1 UUID as 16 bytes, 2 other text).
+    Layout: version byte, epoch, revision, erased_at (8 bytes each, big-endian; erased_at -1 for never), number of
+    interactions (2 bytes), then one entry each, oldest first: event time (6 bytes, big-endian), a varint length, and
+    that many bytes of type code (varint) and tagged item (0 integer as zigzag varint, 1 UUID as 16 bytes, 2 text).
     """
 
     def __init__(self, type_codes: Mapping[str, int]) -> None:
@@ -117,11 +120,12 @@ class HistoryCodec:
             item = str((raw >> 1) ^ -(raw & 1)).encode()
         elif tag == _TAG_UUID:
             item = str(UUID(bytes=payload)).encode()
-        elif tag == _TAG_TEXT:
-            item = payload
         else:
-            raise ValueError(tag)
-        suffix = item + b"\0" + self._type_of[code]
+            item = payload
+        suffix = canonical_id(item.decode()).encode() + b"\0" + self._type_of[code]
+        if self._tail(suffix) != _varint(len(body)) + body:  # not what this codec writes: damaged
+            msg = "an entry that no worker writes"
+            raise ValueError(msg)
         if len(self._suffixes) >= _MEMO_LIMIT:
             self._suffixes.clear()
         self._suffixes[body] = suffix
@@ -254,6 +258,7 @@ class History:
             + epoch.to_bytes(8, "big")
             + self.revision.to_bytes(8, "big")
             + self.erased_at.to_bytes(8, "big", signed=True)
+            + len(self.keys).to_bytes(2, "big")
             + self._body
         )
 
@@ -268,10 +273,15 @@ class History:
             msg = f"history layout {data[0] if data else 'empty'} is not readable by this release; upgrade the worker"
             raise StateError(msg)
         try:
+            keys = codec.keys(data, _HEADER_BYTES)
+            if len(keys) != int.from_bytes(data[_COUNT_AT:_HEADER_BYTES], "big") or len(keys) > limit:
+                raise ValueError
+            if any(map(operator.ge, keys, islice(keys, 1, None))):
+                raise ValueError
             history = cls(
                 codec,
                 limit,
-                codec.keys(data, _HEADER_BYTES),
+                keys,
                 revision=int.from_bytes(data[9:17], "big"),
                 erased_at=int.from_bytes(data[17:25], "big", signed=True),
             )

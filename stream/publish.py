@@ -36,6 +36,12 @@ class BatchProducer(Protocol):
         """Queue records for one partition; a future per batch."""
         ...
 
+    async def send_dead_letters(
+        self, topic: str, partition: int, records: Sequence[OutRecord]
+    ) -> list[asyncio.Future[Any]]:
+        """The same for dead letters."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Work:
@@ -180,11 +186,11 @@ class Lane:
         to, partition = self._to, self.partition % self._to.dead_letter_partitions
         letters = [dead_letter(work.batch, i, reject, to.dead_letter_max_bytes) for i, reject in work.rejects]
         try:
-            futures = await self._producer.send_records(to.dead_letters, partition, letters)
+            futures = await self._producer.send_dead_letters(to.dead_letters, partition, letters)
             await acknowledged(futures, to.timeout_s, to.dead_letters)
         except RecordTooLarge:  # the topic admits less than we do: keep the reason and where the record lies
             references = [dead_letter(work.batch, i, reject, 0) for i, reject in work.rejects]
-            futures = await self._producer.send_records(to.dead_letters, partition, references)
+            futures = await self._producer.send_dead_letters(to.dead_letters, partition, references)
             await acknowledged(futures, to.timeout_s, to.dead_letters)
 
 

@@ -277,6 +277,7 @@ class Producer(driver.Producer):
     """Idempotent producer that sends whole batches to a given partition."""
 
     logger = FAUST_LOG
+    _letters: aiokafka.AIOKafkaProducer | None = None
 
     async def create_topic(self, topic: str, *args: Any, **kwargs: Any) -> None:
         """Nothing to do: `stream.topics` has created and checked every topic."""
@@ -296,9 +297,36 @@ class Producer(driver.Producer):
     def _settings_auth(self) -> Mapping[str, Any]:
         return {}  # part of app.kafka_client
 
+    async def on_start(self) -> None:
+        """Start both clients."""
+        await super().on_start()
+        # An idempotent producer is lost after a refusal (its sequence has a hole), and dead letters may be refused.
+        self._letters = aiokafka.AIOKafkaProducer(**{**self._settings_default(), "enable_idempotence": False})
+        await self._letters.start()
+
+    async def on_stop(self) -> None:
+        """Stop both clients."""
+        await super().on_stop()
+        if self._letters is not None:
+            await self._letters.stop()
+
     async def send_records(self, topic: str, partition: int, records: Sequence[OutRecord]) -> list[asyncio.Future[Any]]:
         """Queue records for one partition, in order; return a future per batch, done when it is acknowledged."""
-        producer = self._ensure_producer()
+        return await self._send(self._ensure_producer(), topic, partition, records)
+
+    async def send_dead_letters(
+        self, topic: str, partition: int, records: Sequence[OutRecord]
+    ) -> list[asyncio.Future[Any]]:
+        """The same for dead letters, which may be refused for their size without harm to what follows."""
+        if self._letters is None:
+            msg = "the producer is not started"
+            raise OwnershipError(msg)
+        return await self._send(self._letters, topic, partition, records)
+
+    @staticmethod
+    async def _send(
+        producer: aiokafka.AIOKafkaProducer, topic: str, partition: int, records: Sequence[OutRecord]
+    ) -> list[asyncio.Future[Any]]:
         futures: list[asyncio.Future[Any]] = []
         builder = producer.create_batch()
         for key, value, headers in records:
