@@ -1,5 +1,6 @@
 """The agent's work on one fetched batch: decode, fold, store locally, queue for durability. Order, nothing else."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -32,32 +33,48 @@ class Owned:
 
 
 class Probation:
-    """Watches whether a topic's first records are where their keys belong."""
+    """Watches whether a topic's first records are where their keys belong; holds its commits until one was.
 
-    def __init__(self) -> None:
+    Args:
+        mark_durable: called with topic, partition and next offset once they may be committed.
+    """
+
+    def __init__(self, mark_durable: Callable[[str, int, int], None]) -> None:
+        self._mark_durable = mark_durable
         self._passed: set[str] = set()
-        self._wrong: dict[str, int] = {}
+        self._wrong: Counter[str] = Counter()
+        self._held: dict[tuple[str, int], int] = {}
 
-    def passes(self, topic: str, right: int, wrong: int) -> bool:
-        """Return whether the topic has shown a well-placed record, or nothing wrong yet.
+    def saw(self, topic: str, right: int, wrong: int) -> None:
+        """Take note of a batch's well-keyed records.
 
         Raises:
-            TopicMismatch: none of its first 1,000 well-keyed records was on the right partition.
+            TopicMismatch: none of the topic's first 1,000 well-keyed records was on the right partition.
         """
         if topic in self._passed:
-            return True
+            return
+        self._wrong[topic] += wrong
         if right:
             self._passed.add(topic)
-            return True
-        if wrong:
-            self._wrong[topic] = self._wrong.get(topic, 0) + wrong
-            if self._wrong[topic] >= PROBATION_RECORDS:
-                msg = (
-                    f"all of the first {self._wrong[topic]} records of {topic} are on wrong partitions; "
-                    "its producer must partition by murmur2 of the key (librdkafka: partitioner=murmur2_random)"
-                )
-                raise TopicMismatch(msg)
-        return topic not in self._wrong
+            for held, partition in [place for place in self._held if place[0] == topic]:
+                self._mark_durable(topic, partition, self._held.pop((held, partition)))
+        elif self._wrong[topic] >= PROBATION_RECORDS:
+            msg = (
+                f"all of the first {self._wrong[topic]} records of {topic} are on wrong partitions; "
+                "its producer must partition by murmur2 of the key (librdkafka: partitioner=murmur2_random)"
+            )
+            raise TopicMismatch(msg)
+
+    def durable(self, topic: str, partition: int, next_offset: int) -> None:
+        """Mark a batch durable, or hold the mark while all that the topic has shown is misplaced."""
+        if topic in self._passed or not self._wrong[topic]:
+            self._mark_durable(topic, partition, next_offset)
+        else:
+            self._held[topic, partition] = next_offset
+
+    def release(self) -> None:
+        """Forget held marks: their partitions were given up and will be read again."""
+        self._held.clear()
 
 
 class BatchProcessor:
@@ -68,22 +85,31 @@ class BatchProcessor:
         lanes: where finished steps go.
         count: adds a batch's counters to the worker's.
         on_stage: see `publish.Stage`.
+        mark_durable: see `Probation`.
     """
 
-    def __init__(self, deletion_topic: str, lanes: Lanes, count: Callable[[str, int], None], on_stage: Stage) -> None:
+    def __init__(
+        self,
+        deletion_topic: str,
+        lanes: Lanes,
+        count: Callable[[str, int], None],
+        on_stage: Stage,
+        mark_durable: Callable[[str, int, int], None],
+    ) -> None:
         self.owned: dict[int, Owned] = {}
         self._deletion_topic = deletion_topic
         self._lanes = lanes
         self._count = count
         self._on_stage = on_stage
         self._chain = DeliveryChain()
-        self._probation = Probation()
+        self.probation = Probation(mark_durable)
 
     def give_up(self, seeks: int) -> list[Owned]:
         """Own nothing any more; batches fetched before the consumer has sought `seeks` times are dropped."""
         owned = list(self.owned.values())
         self.owned.clear()
         self._chain.restart(seeks)
+        self.probation.release()
         return owned
 
     async def process(self, batch: RecordBatch) -> None:
@@ -109,7 +135,7 @@ class BatchProcessor:
         else:
             decoded = engine.decode_events(batch.topic, batch.records)
         wrong = sum(reject.reason is Reason.WRONG_PARTITION for _, reject in decoded.rejects)
-        commit = self._probation.passes(batch.topic, len(decoded.ops), wrong)
+        self.probation.saw(batch.topic, len(decoded.ops), wrong)
         missing = engine.missing(decoded)
         stored = dict(zip(missing, owned.db.get(missing), strict=True))
         result = engine.apply(decoded, stored, owned.epoch)
@@ -118,4 +144,4 @@ class BatchProcessor:
         for name, n in result.counts.items():
             self._count(name, n)
         self._count("records", len(batch.records))
-        await self._lanes[batch.partition].put(Work(batch, decoded.rejects, result, commit))
+        await self._lanes[batch.partition].put(Work(batch, decoded.rejects, result))

@@ -63,7 +63,7 @@ class EmbeddingApp(faust.App):
         self._topics = Prepared(settings.partitions, settings.partitions, administered=True)
         self._taking: asyncio.Future[Any] | None = None
         self.lanes = Lanes(self.crash)
-        self.processor = BatchProcessor(settings.deletion_topic, self.lanes, self._add, self._stage)
+        self.processor = BatchProcessor(settings.deletion_topic, self.lanes, self._add, self._stage, self._mark_durable)
         super().__init__(
             settings.app_id,
             broker=f"uemb://{settings.bootstrap_servers.split(',')[0]}",
@@ -248,7 +248,7 @@ class EmbeddingApp(faust.App):
             ),
             self.producer,
             self._required_kv,
-            mark_durable=lambda topic, offset: self.consumer.mark_durable(TP(topic, partition), offset),
+            mark_durable=lambda topic, offset: self.processor.probation.durable(topic, partition, offset),
             changelog_at=owned.changelog_at,
             lag_ms=lambda progress: self._lag_ms(partition, progress),
             now_ms=_now_ms,
@@ -318,6 +318,9 @@ class EmbeddingApp(faust.App):
     async def _send_one(self, topic: str, partition: int, key: bytes, value: bytes) -> int:
         futures = await self.producer.send_records(topic, partition, [(key, value, [])])
         return await acknowledged(futures, self.settings.delivery_timeout_s, topic)
+
+    def _mark_durable(self, topic: str, partition: int, next_offset: int) -> None:
+        self.consumer.mark_durable(TP(topic, partition), next_offset)
 
     def _add(self, name: str, by: int) -> None:
         self.counts[name] += by

@@ -5,13 +5,13 @@ id per line, row order) and ``vectors.npy`` (float32 [n, d], memory-mapped); opt
 """
 
 import hashlib
-import json
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Final, Literal
 
+import msgspec
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -19,12 +19,25 @@ from stream.embedding import DEGENERATE_NORM, Float32, fallback_user_embedding, 
 from stream.errors import ItemSpaceError
 from stream.keys import canonical_id, check_version_name
 
-FORMAT: Final = 1
 UNIT_TOLERANCE: Final = 1e-4
 _CHUNK_ROWS: Final = 65_536
 
 Metric = Literal["cosine", "dot"]
 Progress = Callable[[int, int], None]
+
+
+class Manifest(msgspec.Struct):
+    """``manifest.json``."""
+
+    format: Literal[1]
+    version: str
+    dim: Annotated[int, msgspec.Meta(ge=1)]
+    count: Annotated[int, msgspec.Meta(ge=1)]
+    dtype: Literal["float32"]
+    metric: Metric
+    max_row_norm: Annotated[float, msgspec.Meta(gt=0)]
+    fallback: list[float]
+    sha256: dict[str, str]
 
 
 class ItemSpace:
@@ -86,25 +99,25 @@ class ItemSpace:
         """
         folder = Path(path)
         manifest, manifest_sha = _read_manifest(folder)
-        for name, digest in manifest["sha256"].items():
+        for name, digest in manifest.sha256.items():
             if _sha256(folder / name) != digest:
                 raise _bad(folder, f"{name} is not the file its manifest describes (sha256 differs); publish it again")
-        ids = _read_ids(folder, manifest["count"])
-        vectors = _open_array(folder / "vectors.npy", (manifest["count"], manifest["dim"]))
-        longest = check_rows(vectors, manifest["metric"], folder)
-        if abs(longest - manifest["max_row_norm"]) > 1e-6 * longest:
-            raise _bad(folder, f"max_row_norm is {manifest['max_row_norm']}, the rows say {longest}")
-        fallback = np.asarray(manifest["fallback"], dtype=np.float32)
-        if fallback.shape != (manifest["dim"],) or not abs(float(np.linalg.norm(fallback)) - 1) <= 1e-5:
-            raise _bad(folder, f"the fallback must be one unit vector of dimension {manifest['dim']}")
+        ids = _read_ids(folder, manifest.count)
+        vectors = _open_array(folder / "vectors.npy", (manifest.count, manifest.dim))
+        longest = check_rows(vectors, manifest.metric, folder)
+        if abs(longest - manifest.max_row_norm) > 1e-6 * longest:
+            raise _bad(folder, f"max_row_norm is {manifest.max_row_norm}, the rows say {longest}")
+        fallback = np.asarray(manifest.fallback, dtype=np.float32)
+        if fallback.shape != (manifest.dim,) or not abs(float(np.linalg.norm(fallback)) - 1) <= 1e-5:
+            raise _bad(folder, f"the fallback must be one unit vector of dimension {manifest.dim}")
         popularity = None
-        if "popularity.npy" in manifest["sha256"]:
-            popularity = _open_array(folder / "popularity.npy", (manifest["count"],))
+        if "popularity.npy" in manifest.sha256:
+            popularity = _open_array(folder / "popularity.npy", (manifest.count,))
         return cls(
-            manifest["version"],
+            manifest.version,
             ids,
             vectors,
-            metric=manifest["metric"],
+            metric=manifest.metric,
             fallback=fallback,
             max_row_norm=longest,
             sha256=manifest_sha,
@@ -154,7 +167,10 @@ class ItemSpace:
             if (zero := np.asarray(norms == 0)).any():
                 raise _bad(folder, f"row {_first(zero)} is zero and has no direction; drop the item")
             matrix = matrix / norms[:, None]
-        matrix32 = matrix.astype(np.float32)
+        if metric not in ("cosine", "dot"):
+            raise _bad(folder, f"metric must be cosine or dot, not {metric!r}")
+        with np.errstate(over="ignore"):  # what float32 can't hold is infinite there, and refused by its row
+            matrix32 = matrix.astype(np.float32)
         longest = check_rows(matrix32, metric, folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -168,18 +184,18 @@ class ItemSpace:
                     raise _bad(folder, "popularity must be one finite number per item")
                 np.save(staging / "popularity.npy", weights, allow_pickle=False)
                 files.add("popularity.npy")
-            manifest = {
-                "format": FORMAT,
-                "version": version,
-                "dim": int(matrix32.shape[1]),
-                "count": len(canonical),
-                "dtype": "float32",
-                "metric": metric,
-                "max_row_norm": longest,
-                "fallback": [float(x) for x in centroid_fallback(matrix32, longest)],
-                "sha256": {name: _sha256(staging / name) for name in sorted(files)},
-            }
-            (staging / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+            manifest = Manifest(
+                format=1,
+                version=version,
+                dim=int(matrix32.shape[1]),
+                count=len(canonical),
+                dtype="float32",
+                metric=metric,
+                max_row_norm=longest,
+                fallback=[float(x) for x in centroid_fallback(matrix32, longest)],
+                sha256={name: _sha256(staging / name) for name in sorted(files)},
+            )
+            (staging / "manifest.json").write_bytes(msgspec.json.format(msgspec.json.encode(manifest)) + b"\n")
             staging.chmod(0o755)
             staging.rename(folder)
         except BaseException:
@@ -227,21 +243,16 @@ def _sha256(path: Path) -> str:
         raise _bad(path.parent, f"{path.name} can't be read ({exc.strerror})") from exc
 
 
-def _read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
-    path = folder / "manifest.json"
-    digest = _sha256(path)
+def _read_manifest(folder: Path) -> tuple[Manifest, str]:
+    digest = _sha256(folder / "manifest.json")
     try:
-        manifest = json.loads(path.read_bytes())
-        known = manifest["format"] == FORMAT and manifest["dtype"] == "float32"
-        check_version_name(manifest["version"])
-        shape = (int(manifest["count"]), int(manifest["dim"]), float(manifest["max_row_norm"]))
-        complete = min(shape) > 0 and {"ids.txt", "vectors.npy"} <= set(manifest["sha256"])
-        if not known or not complete or manifest["metric"] not in ("cosine", "dot") or "fallback" not in manifest:
-            raise KeyError
-        if not set(manifest["sha256"]) <= {"ids.txt", "vectors.npy", "popularity.npy"}:
-            raise KeyError
-    except (ValueError, KeyError, TypeError) as exc:
+        manifest = msgspec.json.decode((folder / "manifest.json").read_bytes(), type=Manifest)
+        check_version_name(manifest.version)
+    except (ValueError, RecursionError) as exc:  # msgspec's errors are ValueErrors
         raise _bad(folder, "manifest.json is not a manifest of this format; make it with `uemb items`") from exc
+    files = set(manifest.sha256)
+    if not {"ids.txt", "vectors.npy"} <= files <= {"ids.txt", "vectors.npy", "popularity.npy"}:
+        raise _bad(folder, "manifest.json must list ids.txt, vectors.npy and at most popularity.npy")
     return manifest, digest
 
 
@@ -268,8 +279,8 @@ def _read_ids(folder: Path, count: int) -> list[bytes]:
 
 def _open_array(path: Path, shape: tuple[int, ...]) -> Float32:
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as exc:
+        array = np.lib.format.open_memmap(path, mode="r")  # plain arrays only: no archives, no pickled objects
+    except (OSError, ValueError, EOFError) as exc:
         raise _bad(path.parent, f"{path.name} is not a plain .npy array") from exc
     if array.dtype != np.float32 or array.shape != shape:
         raise _bad(path.parent, f"{path.name} is {array.dtype} {array.shape}, the manifest says float32 {shape}")

@@ -31,6 +31,9 @@ def canonical_id(value: int | str) -> str:
             msg = "an integer id must fit in 64 bits"
             raise ValueError(msg)
         return str(value)
+    if not isinstance(value, str):
+        msg = "an id must be a string or an integer"
+        raise ValueError(msg)  # noqa: TRY004 - callers turn every wrong id into one kind of error
     if not value.isprintable() and _CONTROL.search(value):
         msg = "an id must hold no control characters"
         raise ValueError(msg)

@@ -50,7 +50,6 @@ class Work:
     batch: RecordBatch
     rejects: Sequence[tuple[int, Reject]]
     result: StepResult
-    commit: bool = True
 
 
 @dataclass
@@ -165,8 +164,7 @@ class Lane:
         self.progress.kafka_time_ms = max(self.progress.kafka_time_ms or 0, batch.records[-1].timestamp)
         await self._kv.put(self.partition, {**result.entries, self._watermark_key: self._watermark()})
         self._on_stage("kv", batch, result)
-        if work.commit:
-            self._mark_durable(batch.topic, batch.next_offset)
+        self._mark_durable(batch.topic, batch.next_offset)
 
     def _watermark(self) -> bytes:
         return self.progress.entry(self._lag_ms(self.progress), self._now_ms())

@@ -20,6 +20,7 @@ from stream.embedding import Float32
 
 AVRO_MARKER: Final = b"\xc3\x01"
 PREFIX_BYTES: Final = 16
+UNIT_TOLERANCE: Final = 1e-5
 SCHEMA_FILES: Final = ("user_embedding.v1.avsc",)  # oldest first; the last one is written
 
 _PREFIX = struct.Struct(">QQ")
@@ -155,10 +156,12 @@ def decode(data: bytes) -> EmbeddingRecord:
         msg = "not an embedding record of a schema this release carries"
         raise CorruptRecord(msg)
     try:
-        raw: Mapping[str, Any] = fastavro.schemaless_reader(io.BytesIO(data[_HEADER_BYTES:]), writer, readable[newest])
+        body_bytes = io.BytesIO(data[_HEADER_BYTES:])
+        raw: Mapping[str, Any] = fastavro.schemaless_reader(body_bytes, writer, readable[newest])
         body = raw["user_embedding"]
         vector = np.frombuffer(body["vector"], dtype="<f4").astype(np.float32)
-        if len(vector) != body["dim"] or not np.isfinite(vector).all():
+        is_unit = abs(float(np.sqrt(np.dot(vector, vector))) - 1) <= UNIT_TOLERANCE  # False for NaN
+        if len(vector) != body["dim"] or not is_unit or body_bytes.read(1):
             raise ValueError
     except Exception as exc:  # fastavro raises many kinds on damaged bytes
         msg = "damaged embedding record"

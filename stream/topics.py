@@ -68,7 +68,11 @@ def prepare_topics(settings: Settings, dim: int) -> Prepared:
         TopicMismatch: a topic has the wrong partition count, cleanup policy or size limit.
         ConfigError: the broker can't be reached.
     """
-    admin = AdminClient({**settings.librdkafka_client, "log_level": 0})
+    try:
+        admin = AdminClient({**settings.librdkafka_client, "log_level": 0})
+    except KafkaException as exc:
+        msg = f"the Kafka client refuses its settings: {exc.args[0].str()}"
+        raise ConfigError(msg) from exc
     found = _partition_counts(admin, settings)
     cluster = admin.list_topics(timeout=TIMEOUT_S)
     administered = cluster.controller_id in cluster.brokers
