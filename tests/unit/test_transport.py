@@ -23,6 +23,9 @@ class Flow(Consumer):
         self._numbers = {}
         self._durable = {}
         self._read_offset, self._committed_offset = {}, {}
+        self._thread = SimpleNamespace(seek_to_beginning=self.seek_to_beginning)
+        self.committed_at: int | None = 5
+        self.begun: list[TopicPartition] = []
         self.flow_active = False
         self.can_resume_flow = asyncio.Event()
         self.fetch: asyncio.Future[dict[TopicPartition, list[Any]]] = asyncio.get_running_loop().create_future()
@@ -40,7 +43,16 @@ class Flow(Consumer):
     async def seek_to_committed(self) -> dict[Any, int]:
         self.sought += 1
         await asyncio.sleep(0)
-        return {}
+        return {PLACE: self.committed_at}
+
+    async def seek_to_beginning(self, *places: TopicPartition) -> None:
+        self.begun += places
+
+    def assignment(self) -> set[TopicPartition]:
+        return {PLACE}
+
+    def _is_changelog_tp(self, tp: TopicPartition) -> bool:
+        return False
 
     def highwater(self, tp: Any) -> int:
         return 9
@@ -82,6 +94,15 @@ async def test_a_fetch_that_spans_a_seek_is_read_again() -> None:
     flow.fetch.set_result(records(5, 6))
     assert await fetching == []
     assert flow.sought == 2, "nobody will read these records"
+
+
+async def test_a_partition_that_was_never_committed_is_read_from_its_beginning() -> None:
+    flow = Flow()
+    await flow.perform_seek()
+    assert flow.begun == []
+    flow.committed_at = None  # the client's own seek leaves the position where it is
+    await flow.perform_seek()
+    assert flow.begun == [PLACE]
 
 
 async def test_batches_of_a_partition_are_numbered_between_seeks() -> None:
