@@ -158,7 +158,7 @@ class Consumer(driver.Consumer):
         # The client leaves a partition without a committed offset where it is, which may be past what was dropped.
         never = [tp for tp in self.assignment() if self._read_offset[tp] is None and not self._is_changelog_tp(tp)]
         if never:
-            await self._thread.seek_to_beginning(*never)
+            await self._thread.seek_to_beginning(*[TopicPartition(tp.topic, tp.partition) for tp in never])
         self._seeks += 1  # a fetch that began meanwhile may hold records from before
 
     @property
