@@ -113,8 +113,12 @@ class EmbeddingApp(faust.App):
         self.conf.topic_partitions = self._topics.partitions
         self._kv = open_writer(settings.kv_url, lock_patience_s=settings.kv_lock_patience_s)
         await self._kv.update_meta(self._register)
-        settings.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        await super().on_first_start()
+        try:
+            settings.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+            await super().on_first_start()
+        except OSError as exc:
+            msg = f"UEMB_STATE_DIR {settings.state_dir} can't be used ({exc.strerror})"
+            raise ConfigError(msg) from exc
         log.info(
             "app %s: %s partitions, user version %s, item version %s (%s items, %s dims)",
             settings.app_id,
@@ -127,7 +131,7 @@ class EmbeddingApp(faust.App):
 
     def _register(self, meta: Meta) -> Meta:
         """Enter this application into the store's shared record, or refuse a store that belongs to another."""
-        settings, space = self.settings, self._required_space
+        settings = self.settings
         encoder = settings.versioned_encoder
         if meta.app not in (None, settings.app_id):
             msg = f"the key-value store belongs to application {meta.app!r}; choose another UEMB_KV_URL"
@@ -139,16 +143,19 @@ class EmbeddingApp(faust.App):
         if meta.encoders.get(name, encoder.hash) != encoder.hash:
             msg = f"user version {encoder.version!r} names other parameters in the store; set a new UEMB_USER_VERSION"
             raise StateError(msg)
+        return replace(meta, app=settings.app_id, partitions=self._topics.partitions)
+
+    def _announce(self, meta: Meta) -> Meta:
+        """Let readers follow this worker's versions, once it owns partitions whose state was made for them."""
+        space, encoder = self._required_space, self.settings.versioned_encoder
         current = meta.current
         if current is None or current.offset <= _KEEP_OFFSET:
             current = Serving(encoder.version, space.version, _KEEP_OFFSET)
         fallback = encode(fallback_record(space, encoder))
         return replace(
             meta,
-            app=settings.app_id,
-            partitions=self._topics.partitions,
             current=current,
-            encoders={**meta.encoders, name: encoder.hash},
+            encoders={**meta.encoders, encoder_key(encoder.version): encoder.hash},
             fallbacks={**meta.fallbacks, fallback_key(space.version, encoder.version): fallback},
         )
 
@@ -190,6 +197,8 @@ class EmbeddingApp(faust.App):
         self._taking = asyncio.gather(*(self._take(partition, share) for partition in partitions))
         try:
             await self._taking
+            if partitions:
+                await self._required_kv.update_meta(self._announce)
         except asyncio.CancelledError:
             if not self.rebalancing:
                 raise

@@ -10,6 +10,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from stream.encoders import VersionedEncoder, make_encoder
 from stream.errors import ConfigError
 from stream.events import FIELDS, EventRules
+from stream.kv.urls import parse_kv_url
 
 _TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
 ENV_PREFIX: Final = "UEMB_"
@@ -111,6 +112,15 @@ class Settings(BaseSettings):
     def _home(cls, value: Path | None) -> Path | None:
         return value.expanduser() if value is not None else None
 
+    @field_validator("kv_url")
+    @classmethod
+    def _known_store(cls, value: str) -> str:
+        try:
+            parse_kv_url(value)
+        except ConfigError as exc:
+            raise ValueError(str(exc)) from exc
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> "Settings":
         topics = [*self.event_topics, self.deletion_topic, self.output_topic, self.dlq_topic]
@@ -136,6 +146,9 @@ class Settings(BaseSettings):
             raise ValueError(msg)
         if unknown := set(self.type_weights) - set(self.event_types):
             msg = f"type_weights names {sorted(unknown)[0]!r}, which is not among event_types"
+            raise ValueError(msg)
+        if self.security_protocol.startswith("SASL") and not (self.sasl_username and self.sasl_password):
+            msg = "UEMB_SECURITY_PROTOCOL with SASL needs UEMB_SASL_USERNAME and UEMB_SASL_PASSWORD"
             raise ValueError(msg)
         _ = self.versioned_encoder.version  # an unknown encoder, parameter or name fails here
         return self

@@ -1,0 +1,328 @@
+"""What a worker refuses at its start: wrong topics, items, stores, and settings that existing state was not made for.
+
+A refusal is one clear line and a non-zero exit, and leaves everything as it was.
+"""
+
+import asyncio
+import os
+import shutil
+import signal
+import subprocess
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic
+from kafka_broker import KafkaBroker
+from pipeline import UEMB, Event, Pipeline, check_end_state, delete_topics, expected
+
+from stream.config import load_settings
+from stream.dataset import EventRow
+from stream.feed import Feeder
+from stream.items import ItemSpace
+from stream.kv.rocksdb import RocksKV
+from stream.retrieval import EmbeddingReader
+
+USER_VERSION = load_settings().versioned_encoder.version
+COMPACT, DELETE = {"cleanup.policy": "compact"}, {"cleanup.policy": "delete"}
+LARGE = {"max.message.bytes": "2000000"}
+#: A refused start that takes longer is one that hangs.
+PATIENCE_S = 25
+NOW_MS = time.time_ns() // 1_000_000
+
+
+class Case(NamedTuple):
+    """One wrong thing, and what the error must name; {topic} is the wrong topic's name."""
+
+    says: tuple[str, ...]
+    kind: str = ""
+    partitions: int = 4
+    config: Mapping[str, str] = {}
+    settings: Mapping[str, str] = {}
+    code: int | None = 2  # None: any but 0
+
+
+RIGHT = {
+    "view": Case((), "view", 4, DELETE),
+    "like": Case((), "like", 4, DELETE),
+    "deletions": Case((), "deletions", 4, COMPACT),
+    "changelog": Case((), "changelog", 4, COMPACT),
+    "output": Case((), "output", 4, COMPACT),
+    "dlq": Case((), "dlq", 1, {**DELETE, **LARGE}),
+}
+CASES = {
+    "no_broker": Case(("127.0.0.1:1", "UEMB_BOOTSTRAP_SERVERS"), settings={"UEMB_BOOTSTRAP_SERVERS": "127.0.0.1:1"}),
+    "session_timeout_that_the_broker_refuses": Case(
+        ("UEMB_SESSION_TIMEOUT_S",), settings={"UEMB_SESSION_TIMEOUT_S": "0.5"}, code=None
+    ),
+    "event_topic_has_3_partitions": Case(("{topic}", "3 partitions"), "like", 3, DELETE),
+    "deletion_topic_has_2_partitions": Case(("{topic}", "2 partitions"), "deletions", 2, COMPACT),
+    "changelog_has_5_partitions": Case(("{topic}", "5 partitions"), "changelog", 5, COMPACT),
+    "output_has_1_partition": Case(("{topic}", "1 partition"), "output", 1, COMPACT),
+    "output_not_compacted": Case(("{topic}", "must be compact"), "output", 4, DELETE),
+    "output_compacted_and_deleted": Case(
+        ("{topic}", "must be compact"), "output", 4, {"cleanup.policy": "compact,delete"}
+    ),
+    "changelog_not_compacted": Case(("{topic}", "must be compact"), "changelog", 4, DELETE),
+    "deletion_topic_not_compacted": Case(("{topic}", "must be compact"), "deletions", 4, DELETE),
+    "event_topic_compacted": Case(("{topic}", "is compacted"), "view", 4, COMPACT),
+    "dead_letters_compacted": Case(("{topic}", "is compacted"), "dlq", 1, {**COMPACT, **LARGE}),
+    "dead_letters_admit_too_little": Case(("{topic}", "max.message.bytes"), "dlq", 1, DELETE),
+    "changelog_admits_too_little": Case(
+        ("{topic}", "max.message.bytes"), "changelog", 4, {**COMPACT, "max.message.bytes": "20000"}
+    ),
+    "output_admits_too_little": Case(
+        ("{topic}", "max.message.bytes"), "output", 4, {**COMPACT, "max.message.bytes": "16000"}
+    ),
+    "items_missing": Case(("{folder}/nowhere", "manifest.json"), settings={"UEMB_ITEMS": "{folder}/nowhere"}),
+    "items_damaged": Case(("{folder}/damaged", "vectors.npy"), settings={"UEMB_ITEMS": "{folder}/damaged"}),
+    "store_of_another_application": Case(
+        ("'another'", "UEMB_KV_URL"), settings={"UEMB_KV_URL": "rocksdb://{folder}/others"}, code=None
+    ),
+    "store_of_another_partition_count": Case(
+        ("7 partitions",), settings={"UEMB_KV_URL": "rocksdb://{folder}/sevens"}, code=None
+    ),
+    "store_of_no_known_kind": Case(("UEMB_KV_URL",), settings={"UEMB_KV_URL": "leveldb:///x"}),
+    "state_folder_that_can_not_be": Case(("{folder}/file",), settings={"UEMB_STATE_DIR": "{folder}/file/state"}),
+    "credentials_missing": Case(("UEMB_SASL_",), settings={"UEMB_SECURITY_PROTOCOL": "SASL_PLAINTEXT"}),
+}
+
+
+class Ended(NamedTuple):
+    """How a start ended; a code of None: it went on running."""
+
+    code: int | None
+    stderr: str
+    took_s: float
+
+
+def start_and_wait(environment: Mapping[str, str], patience_s: float = PATIENCE_S) -> Ended:
+    """Run a worker that should end by itself."""
+    began = time.monotonic()
+    with subprocess.Popen([*UEMB, "worker"], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as run:
+        assert run.stderr is not None
+        try:
+            _, said = run.communicate(timeout=patience_s)
+            code: int | None = run.returncode
+        except subprocess.TimeoutExpired:
+            run.kill()
+            _, said = run.communicate()
+            code = None
+    return Ended(code, said.decode(), time.monotonic() - began)
+
+
+def check_refusal(ended: Ended, *says: str, code: int | None = 2, logged: bool = False) -> None:
+    """One line that names what is wrong, no traceback, and the right exit code; `logged`: beside a line in the log."""
+    assert ended.code is not None, f"it went on running:\n{ended.stderr}"
+    assert "Traceback" not in ended.stderr, ended.stderr
+    lines = [line for line in ended.stderr.splitlines() if not (logged and " CRITICAL stream.app: stopping: " in line)]
+    assert [line[:6] for line in lines] == ["uemb: "], ended.stderr
+    assert not [what for what in says if what not in lines[0]], lines[0]
+    assert ended.code == code if code is not None else ended.code > 0
+
+
+def create(admin: AdminClient, topics: Mapping[str, Case]) -> None:
+    new = [NewTopic(name, t.partitions, 1, config=dict(t.config)) for name, t in topics.items()]
+    for future in admin.create_topics(new, operation_timeout=20).values():
+        future.result()
+
+
+def topic_configs(admin: AdminClient, names: list[str]) -> dict[str, dict[str, str]]:
+    asked = admin.describe_configs([ConfigResource(ConfigResource.Type.TOPIC, name) for name in names])
+    return {topic.name: {k: v.value for k, v in future.result().items()} for topic, future in asked.items()}
+
+
+@pytest.fixture(scope="module")
+def item_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Fifty items in eight dimensions: what is tested here needs no real ones."""
+    folder = tmp_path_factory.mktemp("items") / "v1"
+    ItemSpace.save(folder, "items_v1", range(50), np.random.default_rng(3).normal(size=(50, 8)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def space(item_folder: Path) -> ItemSpace:
+    """The item space in `item_folder`."""
+    return ItemSpace.load(item_folder)
+
+
+@pytest.fixture(scope="module")
+def prefix() -> str:
+    """What all names of `CASES` on the broker begin with."""
+    return f"t{uuid.uuid4().hex[:10]}"
+
+
+@pytest.fixture(scope="module")
+def started(
+    kafka: KafkaBroker, item_folder: Path, prefix: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, tuple[Case, dict[str, str], Future[Ended]]]]:
+    """Starts of all `CASES`, under way while the tests run: one waits 20 s for a broker that isn't there."""
+    folder = tmp_path_factory.mktemp("start")
+    shutil.copytree(item_folder, folder / "damaged")
+    vectors = bytearray((folder / "damaged" / "vectors.npy").read_bytes())
+    vectors[-3] ^= 1
+    (folder / "damaged" / "vectors.npy").write_bytes(vectors)
+    (folder / "file").write_text("not a folder")
+    asyncio.run(RocksKV(folder / "others").update_meta(lambda meta: replace(meta, app="another")))
+    asyncio.run(RocksKV(folder / "sevens").update_meta(lambda meta: replace(meta, app=prefix, partitions=7)))
+    right = {f"{prefix}.{kind}": topic for kind, topic in RIGHT.items() if kind != "changelog"}
+    right[f"{prefix}-user-history-changelog"] = RIGHT["changelog"]
+    wrong: dict[str, Case] = {}
+    environments, names = {}, {}
+    for number, (name, case) in enumerate(CASES.items()):
+        topic = dict.fromkeys(RIGHT, "") | {kind: f"{prefix}.{kind}" for kind in RIGHT}
+        app = prefix
+        if case.kind == "changelog":
+            app = f"{prefix}{number}"
+            topic["changelog"] = f"{app}-user-history-changelog"
+        elif case.kind:
+            topic[case.kind] = f"{prefix}.{name}"
+        if case.kind:
+            wrong[topic[case.kind]] = case
+        names[name] = {"topic": topic.get(case.kind, ""), "folder": str(folder)}
+        environments[name] = {
+            **{k: v for k, v in os.environ.items() if not k.startswith("UEMB_")},
+            "UEMB_BOOTSTRAP_SERVERS": kafka.bootstrap,
+            "UEMB_APP_ID": app,
+            "UEMB_EVENT_TOPICS": f"{topic['view']},{topic['like']}",
+            "UEMB_DELETION_TOPIC": topic["deletions"],
+            "UEMB_OUTPUT_TOPIC": topic["output"],
+            "UEMB_DLQ_TOPIC": topic["dlq"],
+            "UEMB_ITEMS": str(item_folder),
+            "UEMB_KV_URL": f"rocksdb://{folder}/kv",
+            "UEMB_STATE_DIR": str(folder / "state"),
+            "UEMB_LOG_LEVEL": "warning",
+            **{k: v.format(**names[name]) for k, v in case.settings.items()},
+        }
+    admin = AdminClient({"bootstrap.servers": kafka.bootstrap, "log_level": 2})
+    create(admin, right | wrong)
+    there = {name for name in admin.list_topics(timeout=10).topics if name.startswith(prefix)}
+    with ThreadPoolExecutor(3) as pool:
+        yield {
+            name: (case, names[name], pool.submit(start_and_wait, environments[name])) for name, case in CASES.items()
+        }
+    now = {name for name in admin.list_topics(timeout=10).topics if name.startswith(prefix)}
+    delete_topics(kafka.bootstrap, prefix)
+    assert now == there, "a worker that refused has made topics"
+
+
+@pytest.fixture(autouse=True)
+def _starts_run_meanwhile(started: object) -> None:
+    """Have the starts of `CASES` under way from the first test on."""
+
+
+def events_of(users: range, count: int, kind: str = "view") -> list[Event]:
+    """`count` events of each user, an hour to a day ago."""
+    rng = np.random.default_rng(len(users) + count)
+    ts = NOW_MS - rng.integers(3_600_000, 86_400_000, size=(len(users), count))
+    items = rng.integers(50, size=(len(users), count))
+    return [(str(u), str(items[i, n]), kind, int(ts[i, n])) for n in range(count) for i, u in enumerate(users)]
+
+
+def test_settings_that_existing_state_was_not_made_for(
+    space: ItemSpace, make_pipeline: Callable[..., Pipeline], subtests: pytest.Subtests
+) -> None:
+    pipeline = make_pipeline(partitions=3)
+    pipeline.partitions = 3
+    pipeline.start()
+    pipeline.until_ready()
+    events = events_of(range(1, 13), 5)
+    with Feeder(pipeline.bootstrap, pipeline.topics) as feeder:
+        feeder.send([EventRow(*event) for event in events])
+    pipeline.until_committed()
+    assert pipeline.stop() == 0
+    check_topics(pipeline)
+
+    def refused(*says: str, **settings: str) -> None:
+        quiet = {**pipeline.environment, "UEMB_LOG_LEVEL": "warning"}
+        ended = start_and_wait({**quiet, **{f"UEMB_{name.upper()}": value for name, value in settings.items()}})
+        with subtests.test(**settings):
+            check_refusal(ended, *says, code=None, logged=True)
+
+    refused("UEMB_HISTORY_LIMIT=100", history_limit="50")
+    refused("like:2", "UEMB_EVENT_TYPES", event_types="view:1")
+    refused("like:2", "UEMB_EVENT_TYPES", event_types="view:1,like:3")
+    refused(repr(pipeline.app_id), "UEMB_KV_URL", app_id=f"{pipeline.app_id}b")
+    check_end_state(pipeline, expected(events, space), space, USER_VERSION)
+
+    # an appended type and an alias are accepted, and kept
+    later = {"UEMB_EVENT_TYPES": "view:1,like:2,share:3", "UEMB_USER_VERSION": "user_v7"}
+    pipeline.start(**later)
+    pipeline.until_ready()
+    shares = [("1", "7", "share", NOW_MS - 1000), ("1", "8", "share", NOW_MS - 500)]
+    with Feeder(pipeline.bootstrap, {"share": pipeline.topics["like"]}) as feeder:
+        feeder.send([EventRow(*event) for event in shares])
+    pipeline.until_committed()
+    with EmbeddingReader.open(pipeline.kv_url, timeout_s=1.0) as reader:
+        found = reader.get("1")
+    assert (found.status, found.user_embedding_version, found.history_len) == ("ok", "user_v7", 7)
+    assert pipeline.read(pipeline.dlq) == []
+    assert pipeline.stop() == 0
+    refused("share:3", "UEMB_EVENT_TYPES", user_version="user_v7")
+    pipeline.environment.update(later)
+    refused("'user_v7'", "UEMB_USER_VERSION", encoder="avg")
+    refused("'user_v7'", "UEMB_USER_VERSION", encoder="avg", kv_url=f"{pipeline.kv_url}-new")
+
+
+def check_topics(pipeline: Pipeline) -> None:
+    """The worker has made its topics: three partitions each, and the right policies and limits."""
+    admin = AdminClient({"bootstrap.servers": pipeline.bootstrap, "log_level": 2})
+    made = {name: t for name, t in admin.list_topics(timeout=10).topics.items() if name.startswith(pipeline.app_id)}
+    ours = {*pipeline.inputs, pipeline.output, pipeline.dlq, pipeline.changelog}
+    assert set(made) == ours
+    assert {name: len(topic.partitions) for name, topic in made.items() if name != pipeline.dlq} == dict.fromkeys(
+        ours - {pipeline.dlq}, 3
+    )
+    configs = topic_configs(admin, sorted(ours))
+    compacted = {name for name, config in configs.items() if config["cleanup.policy"] == "compact"}
+    assert compacted == {pipeline.deletions, pipeline.changelog, pipeline.output}
+    assert {config["cleanup.policy"] for name, config in configs.items() if name not in compacted} == {"delete"}
+    inputs = max(int(configs[name]["max.message.bytes"]) for name in pipeline.inputs)
+    assert int(configs[pipeline.dlq]["max.message.bytes"]) >= inputs + (64 << 10)
+
+
+def test_a_refused_worker_does_not_change_what_readers_follow(make_pipeline: Callable[..., Pipeline]) -> None:
+    pipeline = make_pipeline()
+    pipeline.start()
+    pipeline.until_ready()
+    with Feeder(pipeline.bootstrap, pipeline.topics) as feeder:
+        feeder.send([EventRow(*event) for event in events_of(range(1, 3), 3)])
+    pipeline.until_committed()
+    assert pipeline.stop() == 0
+    ended = start_and_wait({**pipeline.environment, "UEMB_HISTORY_LIMIT": "50"})
+    assert "UEMB_HISTORY_LIMIT=100" in ended.stderr
+    with EmbeddingReader.open(pipeline.kv_url, timeout_s=1.0) as reader:
+        found = reader.get("1")
+    assert (found.status, found.reason, found.user_embedding_version) == ("ok", "", USER_VERSION)
+
+
+def test_a_state_folder_that_a_paused_worker_holds(make_pipeline: Callable[..., Pipeline]) -> None:
+    pipeline = make_pipeline()
+    pipeline.start()
+    pipeline.until_ready()
+    assert pipeline.process is not None
+    pipeline.process.send_signal(signal.SIGSTOP)
+    try:
+        # the group drops the paused worker after its session timeout, and gives its partitions to the next
+        ended = start_and_wait({**pipeline.environment, "UEMB_LOG_LEVEL": "warning", "UEMB_KV_LOCK_PATIENCE_S": "1"})
+    finally:
+        pipeline.process.send_signal(signal.SIGCONT)
+    with Feeder(pipeline.bootstrap, pipeline.topics) as feeder:
+        feeder.send([EventRow(*event) for event in events_of(range(1, 9), 2)])
+    pipeline.until_committed(20)
+    assert pipeline.stop() == 0
+    check_refusal(ended, str(pipeline.state), "UEMB_STATE_DIR", code=None, logged=True)
+
+
+@pytest.mark.parametrize("name", sorted(CASES, key=lambda name: name == "no_broker"))
+def test_refused(name: str, started: Mapping[str, tuple[Case, dict[str, str], Future[Ended]]]) -> None:
+    case, names, starting = started[name]
+    ended = starting.result()
+    check_refusal(ended, *(what.format(**names) for what in case.says), code=case.code)
+    assert ended.took_s < 30
