@@ -16,6 +16,7 @@ from stream.history import max_state_bytes
 log = logging.getLogger(__name__)
 
 TIMEOUT_S: Final = 20.0
+CONNECT_TIMEOUT_S: Final = 10.0
 _FRAME_BYTES: Final = 16 * 1024  # record and batch headers, key, and the fields around a vector
 _DLQ_HEADROOM_BYTES: Final = 64 * 1024
 _KEEP_MS: Final = 30 * 24 * 3600 * 1000
@@ -137,7 +138,7 @@ def _sized(config: Mapping[str, str], needed: int) -> dict[str, str]:
 
 def _partition_counts(admin: AdminClient, settings: Settings) -> dict[str, int]:
     try:
-        topics = admin.list_topics(timeout=TIMEOUT_S).topics
+        topics = admin.list_topics(timeout=CONNECT_TIMEOUT_S).topics
     except KafkaException as exc:
         msg = f"no broker answers at {settings.bootstrap_servers}; set UEMB_BOOTSTRAP_SERVERS ({exc.args[0].str()})"
         raise ConfigError(msg) from exc

@@ -16,12 +16,14 @@ from aiokafka.errors import KafkaError, MessageSizeTooLargeError
 from aiokafka.structs import ConsumerRecord, TopicPartition
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP
+from mode import Service
 
-from stream.errors import DeliveryError, OwnershipError, RecordTooLarge
+from stream.errors import ConfigError, DeliveryError, OwnershipError, RecordTooLarge
 
 #: A fetch answers as soon as one of its partitions has data; a partition that was being consumed when it was sent is
 #: not in it and waits for the next. This bounds that wait.
 FETCH_MAX_WAIT_MS: Final = 10
+WATCH_GROUP_S: Final = 1.0
 #: Uncompressed bytes of one produced batch; well below the broker's default limit of 1 MiB.
 MAX_BATCH_BYTES: Final = 512 * 1024
 
@@ -94,6 +96,11 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
             check_crcs=True,
         )
 
+    def group_error(self) -> Exception | None:
+        """Why the group will not have this worker, if so; the client raises it only to those who fetch already."""
+        error: Exception | None = self._ensure_consumer()._coordinator._pending_exception
+        return error
+
     async def committed(self, tps: Iterable[TP]) -> dict[TP, int | None]:
         """Committed offsets of this group."""
 
@@ -160,6 +167,17 @@ class Consumer(driver.Consumer):
         if never:
             await self._thread.seek_to_beginning(*[TopicPartition(tp.topic, tp.partition) for tp in never])
         self._seeks += 1  # a fetch that began meanwhile may hold records from before
+
+    @Service.task  # type: ignore[untyped-decorator]
+    async def _watch_group(self) -> None:
+        while not self.should_stop:
+            await self.sleep(WATCH_GROUP_S)
+            if error := self._thread.group_error():
+                msg = (
+                    f"the broker refuses this worker in group {self.app.conf.id} ({type(error).__name__}); "
+                    "check UEMB_APP_ID, UEMB_SESSION_TIMEOUT_S and the broker's group settings"
+                )
+                await self.app.crash(ConfigError(msg))
 
     @property
     def seeks(self) -> int:

@@ -5,6 +5,7 @@ import random
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -106,7 +107,7 @@ def chunks(operations: Sequence[Operation], cuts: Iterable[int]) -> list[Chunk]:
     """Cut at the given places, then by topic, as Kafka delivers: each topic in its own order."""
     out = []
     edges = [0, *sorted(cuts), len(operations)]
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in pairwise(edges):
         by_topic: dict[str, list[Operation]] = {}
         for operation in operations[start:end]:
             by_topic.setdefault(topic_of(operation), []).append(operation)

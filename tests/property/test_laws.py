@@ -258,9 +258,7 @@ def test_every_encoder_equals_the_formula(data, stream, limit):
         alpha = data.draw(st.sampled_from([0.0, 0.3, 1.0]))
         long, short = data.draw(st.tuples(*2 * [st.sampled_from([0.0, 0.01, 0.4, 5.0])]))
         encoder = MixEncoder(alpha, long, short, weights)
-        oracle = Oracle(
-            limit, [space], alpha_short=alpha, decay_long=long, decay_short=short, type_weights=weights
-        )
+        oracle = Oracle(limit, [space], alpha_short=alpha, decay_long=long, decay_short=short, type_weights=weights)
     check_every_event(Driver([space], VersionedEncoder(encoder, limit)), oracle, data.draw(arrivals(stream)))
 
 
@@ -327,8 +325,17 @@ def test_two_spaces_at_once(data, stream, limit):
     """Spaces of other dimensions, with other items, in one pass: each as if it were alone."""
     old = random_space("items_v1", 2, known=("a", "b", 3))
     new = random_space("items_v2", 5, known=("b", "é", str(3), "new"), seed=1, metric="dot")
-    driver = Driver([old, new], VersionedEncoder(MixEncoder(), limit), hot_users=1)
+    driver = Driver([old, new], VersionedEncoder(MixEncoder(), limit), hot_users=data.draw(st.integers(1, 3)))
     check_every_event(driver, Oracle(limit, [old, new]), data.draw(arrivals(stream)))
+
+
+@pytest.mark.parametrize("mean", [1, 3, 8])
+def test_two_spaces_at_once_with_users_that_stay_in_memory(mean):
+    old, new = random_space("items_v1", 2), random_space("items_v2", 5, known=range(15, 40), seed=1, metric="dot")
+    rng = random.Random(mean)
+    stream = random_stream(rng, 200, late=0.02)
+    driver = Driver([old, new], VersionedEncoder(MixEncoder(), 7))
+    check_every_event(driver, Oracle(7, [old, new]), random_chunks(rng, stream, mean))
 
 
 def test_running_sums_stay_right_over_many_events():
@@ -386,6 +393,14 @@ def test_reasons_of_short_histories(items, reason):
         assert record.vector.tobytes() == space.fallback.tobytes()
     assert record.history_len == len(items)
     assert record.unknown_items == sum(item in "xyz" for item in items)
+
+
+def test_a_short_history_is_that_even_where_its_row_is_degenerate():
+    space = make_space("items_v1", ["a", "tiny"], np.array([[1.0, 0.2], [1e-8, 0.0]]), metric="dot")
+    assert outcome_of(space, ["tiny"]).reason == "too_short_history"
+    assert outcome_of(space, ["x", "tiny"]).reason == "too_short_history"
+    assert outcome_of(space, ["tiny", "tiny"]).reason == "degenerate"
+    assert outcome_of(space, ["tiny", "a"]).reason == ""
 
 
 def test_opposite_vectors_are_degenerate():
@@ -505,7 +520,9 @@ def test_default_versions_are_the_contracts_formula():
     assert user_version(MixEncoder(), 100) == contract_version("mix", mix, {}, 100)
     assert user_version(AvgEncoder(), 100) == contract_version("avg", {"decay": 0.05}, {}, 100)
     assert VersionedEncoder().version == contract_version("mix", mix, {}, 100)
-    text = '{"L":100,"encoder":"mix","params":{"alpha_short":0.6,"decay_long":0.01,"decay_short":0.15},"type_weights":{}}'
+    text = (
+        '{"L":100,"encoder":"mix","params":{"alpha_short":0.6,"decay_long":0.01,"decay_short":0.15},"type_weights":{}}'
+    )
     assert encoder_hash(MixEncoder(), 100) == hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -25,6 +25,7 @@ from strategies import (
 )
 
 from stream.encoders import AvgEncoder, MixEncoder, VersionedEncoder
+from stream.engine import Batch, Op
 from stream.errors import StateError
 from stream.events import EventRules, Reason
 from stream.history import History, HistoryCodec, stored_order
@@ -46,6 +47,10 @@ def driver(limit=100, **options):
 
 def revisions(result):
     return [None if value is None else decode(value).revision for _, value in result.output]
+
+
+def nothing(result):
+    return result.states == {} == result.entries and result.output == []
 
 
 def counted(result):
@@ -100,7 +105,7 @@ def test_integer_and_text_ids_are_one_user_and_one_item():
 def test_an_empty_batch_causes_nothing():
     d = driver()
     result = d.feed(TOPIC, [])
-    assert not (result.states or result.output or result.entries)
+    assert nothing(result)
     assert not counted(result)
 
 
@@ -143,7 +148,7 @@ def test_rejects_carry_their_records_index_and_the_neighbours_go_on():
 def test_a_batch_of_bad_records_only_publishes_nothing():
     d = driver()
     result = d.feed(TOPIC, [Message(b"u", b"{")] * 5)
-    assert not (result.states or result.output or result.entries)
+    assert nothing(result)
     assert counted(result) == {"rejected": 5}
 
 
@@ -180,7 +185,7 @@ def test_only_users_that_are_not_in_memory_are_asked_for():
 def test_ignored_types_leave_no_trace():
     d = driver(rules=EventRules(TYPES, frozenset({"impression"})))
     result = d.feed(TOPIC, [message(Event("u", "a", "impression", T0 + n)) for n in range(3)])
-    assert not (result.states or result.output or result.entries)
+    assert nothing(result)
     assert counted(result) == {"ignored": 3}
     d.apply(view("u", "a"))
     result = d.feed(TOPIC, [message(Event("u", "a", "impression", T0 + 9))])
@@ -255,7 +260,7 @@ def test_what_is_too_old_does_nothing():
     for late in (view("u", "z", 0), Event("u", "a", "like", T0 + 1 * MINUTE)):  # "like" comes before "view"
         result = d.apply(late)
         assert counted(result) == {"too_old": 1}
-        assert not (result.states or result.output or result.entries)
+        assert nothing(result)
 
 
 def test_what_is_erased_before_it_arrives_does_nothing():
@@ -263,8 +268,25 @@ def test_what_is_erased_before_it_arrives_does_nothing():
     d.apply(Erase("u", T0))
     result = d.apply(view("u", "a"), view("u", "a", 5))
     assert counted(result) == {"erased": 2}
-    assert not (result.states or result.output or result.entries)
+    assert nothing(result)
     assert d.record("u") is None
+
+
+def test_a_user_can_be_sent_again_on_request():
+    """For a store that lost writes: whoever has a state is sent, whoever has none is not."""
+    d = driver()
+    d.apply(view("u", "a"), view("u", "b", 1))
+    d.apply(Erase("gone", T0))
+    before = d.record("u")
+    d.restart()
+    batch = Batch([Op(user, None) for user in (b"u", b"gone", b"nobody")])
+    result = d.engine.apply(batch, {user: d.states.get(user) for user in d.engine.missing(batch)}, d.epoch)
+    published = dict(result.output)
+    assert published.keys() == result.entries.keys() == {d.key("u"), d.key("gone")}
+    assert published[d.key("gone")] is None
+    again = decode(published[d.key("u")])
+    assert (again.epoch, again.revision, again.history_len) == (2, 2, 2)
+    np.testing.assert_allclose(again.vector, before.vector, rtol=0, atol=1e-6)
 
 
 def test_a_withdrawn_erasure_is_counted_and_changes_nothing():
@@ -273,7 +295,7 @@ def test_a_withdrawn_erasure_is_counted_and_changes_nothing():
     d.apply(Erase("u", T0))
     result = d.feed(DELETIONS, [Message(b"u", None), Message(b"never-seen", None)])
     assert counted(result) == {"withdrawn": 2}
-    assert not (result.states or result.output or result.entries)
+    assert nothing(result)
     assert counted(d.apply(view("u", "a"))) == {"erased": 1}
 
 

@@ -273,26 +273,8 @@ def test_details_hold_no_payload():
 
 
 pieces = st.sampled_from(
-    [
-        "{",
-        "}",
-        "[",
-        "]",
-        ":",
-        ",",
-        '"user_id"',
-        '"item_id"',
-        '"type"',
-        '"ts"',
-        '"view"',
-        "5",
-        "1e5",
-        "-",
-        "null",
-        "true",
-    ]
-    + [str(T0), '"\\u0000"', '"\\ud83d"', "\\", '"', " ", "é", "\0"]
-)
+    ["{", "}", "[", "]", ":", ",", '"', "\\", " ", "é", "\0", "5", "1e5", "-", "null", "true", str(T0), '"\\ud83d"']
+) | st.sampled_from(['"user_id"', '"item_id"', '"type"', '"ts"', '"view"', '"\\u0000"'])
 any_value = st.one_of(
     st.binary(max_size=60),
     st.lists(pieces, max_size=20).map(lambda parts: "".join(parts).encode()),

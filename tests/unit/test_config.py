@@ -1,0 +1,294 @@
+"""Settings out of the environment: what they become, and which variable an error names."""
+
+import os
+import ssl
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from stream.config import ENV_PREFIX, Settings, load_settings
+from stream.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.upper().startswith(ENV_PREFIX)]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> "Loader":
+    """Loads settings from variables, given without their prefix."""
+    return Loader(monkeypatch)
+
+
+class Loader:
+    """See `load`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._monkeypatch = monkeypatch
+
+    def __call__(self, **variables: str) -> Settings:
+        for name, value in variables.items():
+            self._monkeypatch.setenv(ENV_PREFIX + name.upper(), value)
+        return load_settings()
+
+
+def test_defaults_are_those_of_the_contract(load: Loader) -> None:
+    settings = load()
+    assert settings.event_topics == ("user-events.view", "user-events.like")
+    topics = (settings.deletion_topic, settings.output_topic, settings.dlq_topic)
+    assert topics == ("user-deletions", "user-embeddings", "user-events.dlq")
+    assert settings.event_types == {"view": 1, "like": 2}
+    assert (settings.event_fields, settings.event_ts_unit, settings.event_type_by_topic) == ({}, "ms", {})
+    assert settings.ignored_types == ()
+    assert (settings.history_limit, settings.encoder, settings.publish) == (100, "mix", "all")
+    assert (settings.output_format, settings.dlq_max_bytes) == ("avro", 64 << 20)
+    assert settings.kv_url.startswith("rocksdb:///")
+    assert settings.changelog_topic == "user-embeddings-user-history-changelog"
+    assert settings.versioned_encoder.version == "mix-edd8f311"
+    assert settings.rules.native
+
+
+def test_every_setting_is_explained() -> None:
+    assert [name for name, field in Settings.model_fields.items() if not field.description] == []
+
+
+@pytest.mark.parametrize(
+    ("variables", "name", "value"),
+    [
+        ({"event_topics": "clicks"}, "event_topics", ("clicks",)),
+        ({"event_topics": " a, b ,,c,"}, "event_topics", ("a", "b", "c")),
+        ({"ignored_types": "impression, skip"}, "ignored_types", ("impression", "skip")),
+        ({"ignored_types": ""}, "ignored_types", ()),
+        ({"event_types": "view:1, like : 2,share:16383"}, "event_types", {"view": 1, "like": 2, "share": 16383}),
+        (
+            {"event_fields": "user_id=uid,item_id=product.id,type=event,ts=occurred_at"},
+            "event_fields",
+            {"user_id": "uid", "item_id": "product.id", "type": "event", "ts": "occurred_at"},
+        ),
+        ({"event_topics": "a,b", "event_type_by_topic": "a=view"}, "event_type_by_topic", {"a": "view"}),
+        (
+            {"encoder_params": "alpha_short=0.5,decay_long=1e-3"},
+            "encoder_params",
+            {"alpha_short": 0.5, "decay_long": 1e-3},
+        ),
+        ({"type_weights": "like=2"}, "type_weights", {"like": 2.0}),
+        ({"event_ts_unit": "iso8601"}, "event_ts_unit", "iso8601"),
+        ({"history_limit": "10000"}, "history_limit", 10_000),
+        ({"replication_factor": "-1"}, "replication_factor", -1),
+        ({"state_dir": "~/state"}, "state_dir", Path.home() / "state"),
+        ({"items": "~/items/v1"}, "items", Path.home() / "items" / "v1"),
+        ({"cache_dir": "relative"}, "cache_dir", Path("relative")),
+        ({"session_timeout_s": "2.5"}, "session_timeout_s", 2.5),
+        ({"user_version": "user_v7"}, "user_version", "user_v7"),
+    ],
+)
+def test_a_value_as_it_is_written(load: Loader, variables: Mapping[str, str], name: str, value: object) -> None:
+    assert getattr(load(**variables), name) == value
+
+
+def test_names_are_read_in_any_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("uemb_history_limit", "7")
+    assert load_settings().history_limit == 7
+
+
+def test_overrides_win_and_none_overrides_nothing(load: Loader) -> None:
+    load(items="/from/environment", history_limit="7")
+    assert load_settings(items=Path("/given"), history_limit=None).items == Path("/given")
+    assert load_settings(items=None).items == Path("/from/environment")
+    assert load_settings(items=None).history_limit == 7
+
+
+#: What is wrong, the variable that the error must name (only its prefix where several take part), and the reason.
+WRONG: dict[str, tuple[dict[str, str], str, str]] = {
+    "partitions_0": ({"partitions": "0"}, "PARTITIONS", "1"),
+    "partitions_many": ({"partitions": "10001"}, "PARTITIONS", "10000"),
+    "partitions_text": ({"partitions": "four"}, "PARTITIONS", "integer"),
+    "replication_0": ({"replication_factor": "0"}, "REPLICATION_FACTOR", ""),
+    "replication_negative": ({"replication_factor": "-2"}, "REPLICATION_FACTOR", "-1"),
+    "session_0": ({"session_timeout_s": "0"}, "SESSION_TIMEOUT_S", "greater than 0"),
+    "session_nan": ({"session_timeout_s": "nan"}, "SESSION_TIMEOUT_S", ""),
+    "session_infinite": ({"session_timeout_s": "inf"}, "SESSION_TIMEOUT_S", ""),
+    "delivery_0": ({"delivery_timeout_s": "0"}, "DELIVERY_TIMEOUT_S", "greater than 0"),
+    "patience_negative": ({"kv_lock_patience_s": "-1"}, "KV_LOCK_PATIENCE_S", "0"),
+    "hot_users_0": ({"hot_users": "0"}, "HOT_USERS", "1"),
+    "dlq_small": ({"dlq_max_bytes": "65535"}, "DLQ_MAX_BYTES", "65536"),
+    "history_1": ({"history_limit": "1"}, "HISTORY_LIMIT", "2"),
+    "history_long": ({"history_limit": "10001"}, "HISTORY_LIMIT", "10000"),
+    "protocol": ({"security_protocol": "TLS"}, "SECURITY_PROTOCOL", "SASL_SSL"),
+    "mechanism": ({"sasl_mechanism": "GSSAPI"}, "SASL_MECHANISM", "PLAIN"),
+    "unit": ({"event_ts_unit": "us"}, "EVENT_TS_UNIT", "iso8601"),
+    "publish": ({"publish": "some"}, "PUBLISH", "latest"),
+    "format": ({"output_format": "protobuf"}, "OUTPUT_FORMAT", "avro"),
+    "level": ({"log_level": "loud"}, "LOG_LEVEL", "warning"),
+    "types_without_codes": ({"event_types": "view,like"}, "EVENT_TYPES", "name:value"),
+    "types_with_text_codes": ({"event_types": "view:a"}, "EVENT_TYPES", "integer"),
+    "types_twice": ({"event_types": "view:1,view:2"}, "EVENT_TYPES", "twice"),
+    "types_without_names": ({"event_types": ":1"}, "EVENT_TYPES", "name:value"),
+    "codes_twice": ({"event_types": "view:1,like:1"}, "EVENT_TYPES", "code"),
+    "code_0": ({"event_types": "view:0"}, "EVENT_TYPES", "from 1"),
+    "code_large": ({"event_types": "view:16384"}, "EVENT_TYPES", "16383"),
+    "no_types": ({"event_types": ""}, "EVENT_TYPES", "at least one"),
+    "type_ignored_and_admitted": ({"ignored_types": "view"}, "", "exactly one"),
+    "fields_without_values": ({"event_fields": "user_id="}, "EVENT_FIELDS", "name=value"),
+    "fields_unknown": ({"event_fields": "user=uid"}, "EVENT_FIELDS", "'user'"),
+    "fields_twice": ({"event_fields": "ts=a,ts=b"}, "EVENT_FIELDS", "twice"),
+    "type_of_no_topic": ({"event_type_by_topic": "other=view"}, "EVENT_TYPE_BY_TOPIC", "'other'"),
+    "type_by_topic_unknown": ({"event_type_by_topic": "user-events.view=buy"}, "EVENT_TYPE", "exactly one"),
+    "no_event_topics": ({"event_topics": " ,"}, "EVENT_TOPICS", "at least one"),
+    "event_topics_twice": ({"event_topics": "a,a"}, "EVENT_TOPICS", "different"),
+    "topics_twice": ({"output_topic": "user-deletions"}, "", "different"),
+    "topic_name": ({"dlq_topic": "dead letters"}, "DLQ_TOPIC", "'dead letters'"),
+    "topic_name_long": ({"deletion_topic": "x" * 250}, "DELETION_TOPIC", "name"),
+    "app_name": ({"app_id": "my/app"}, "APP_ID", "'my/app'"),
+    "encoder": ({"encoder": "sum"}, "ENCODER", "avg, mix"),
+    "encoder_param_unknown": ({"encoder_params": "alpha=1"}, "ENCODER_PARAMS", "alpha_short"),
+    "encoder_param_of_another": ({"encoder": "avg", "encoder_params": "alpha_short=1"}, "ENCODER_PARAMS", "decay"),
+    "encoder_param_text": ({"encoder_params": "alpha_short=much"}, "ENCODER_PARAMS", "number"),
+    "encoder_param_negative": ({"encoder_params": "decay_long=-1"}, "ENCODER_PARAMS", "not negative"),
+    "encoder_param_nan": ({"encoder_params": "decay_long=nan"}, "ENCODER_PARAMS", "finite"),
+    "encoder_param_large": ({"encoder_params": "alpha_short=1.5"}, "ENCODER_PARAMS", "at most 1"),
+    "weight_0": ({"type_weights": "like=0"}, "TYPE_WEIGHTS", "weights"),
+    "weight_infinite": ({"type_weights": "like=inf"}, "TYPE_WEIGHTS", "weights"),
+    "weight_of_no_type": ({"type_weights": "buy=2"}, "TYPE_WEIGHTS", "'buy'"),
+    "user_version_shape": ({"user_version": "user:7"}, "USER_VERSION", "[A-Za-z0-9._-]"),
+    "user_version_reserved": ({"user_version": "watermark"}, "USER_VERSION", "reserved"),
+    "kv_scheme": ({"kv_url": "leveldb:///x"}, "KV_URL", "rocksdb:///"),
+    "kv_relative": ({"kv_url": "rocksdb://kv"}, "KV_URL", "absolute"),
+    "kv_empty": ({"kv_url": ""}, "KV_URL", "rocksdb:///"),
+    "no_brokers": ({"bootstrap_servers": ""}, "BOOTSTRAP_SERVERS", ""),
+    "home_of_nobody": ({"state_dir": "~nobody-of-that-name/state"}, "STATE_DIR", ""),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_an_error_is_one_line_that_names_its_variable(load: Loader, name: str) -> None:
+    variables, names, why = WRONG[name]
+    with pytest.raises(ConfigError) as raised:
+        load(**variables)
+    said = str(raised.value)
+    assert "\n" not in said
+    assert len(said) < 300
+    assert ENV_PREFIX + names in said
+    assert why in said
+    assert raised.value.exit_code == 2
+
+
+def test_an_error_repeats_no_secret(load: Loader) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load(sasl_password="open-sesame", sasl_mechanism="PALIN", kv_url="redis://:open-sesame@host")
+    assert "open-sesame" not in str(raised.value)
+
+
+# -- what clients get ---------------------------------------------------------------------------------------------
+
+
+def test_secrets_are_masked_everywhere(load: Loader) -> None:
+    settings = load(sasl_password="open-sesame", sasl_username="ali")
+    for text in (repr(settings), str(settings), settings.model_dump_json(), str(settings.model_dump(mode="json"))):
+        assert "open-sesame" not in text
+        assert "ali" in text
+
+
+def test_a_password_within_the_store_url_is_shown_nowhere(load: Loader) -> None:
+    try:
+        settings = load(kv_url="redis://:open-sesame@host:6379/0")
+        said = repr(settings) + settings.model_dump_json()
+    except ConfigError as exc:  # while there is no such store
+        said = str(exc)
+    assert "open-sesame" not in said
+
+
+def test_plain_connections_need_no_credentials(load: Loader) -> None:
+    settings = load(bootstrap_servers="a:1,b:2")
+    assert settings.kafka_client == {"bootstrap_servers": "a:1,b:2", "security_protocol": "PLAINTEXT"}
+    assert settings.librdkafka_client == {"bootstrap.servers": "a:1,b:2", "security.protocol": "PLAINTEXT"}
+
+
+def test_both_clients_get_the_same_credentials(load: Loader) -> None:
+    settings = load(
+        security_protocol="SASL_SSL", sasl_mechanism="SCRAM-SHA-512", sasl_username="ali", sasl_password="open-sesame"
+    )
+    client = settings.kafka_client
+    assert isinstance(client.pop("ssl_context"), ssl.SSLContext)
+    assert client == {
+        "bootstrap_servers": "127.0.0.1:9092",
+        "security_protocol": "SASL_SSL",
+        "sasl_mechanism": "SCRAM-SHA-512",
+        "sasl_plain_username": "ali",
+        "sasl_plain_password": "open-sesame",
+    }
+    assert settings.librdkafka_client == {
+        "bootstrap.servers": "127.0.0.1:9092",
+        "security.protocol": "SASL_SSL",
+        "sasl.mechanism": "SCRAM-SHA-512",
+        "sasl.username": "ali",
+        "sasl.password": "open-sesame",
+    }
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"security_protocol": "SASL_PLAINTEXT"},
+        {"security_protocol": "SASL_SSL", "sasl_username": "ali"},
+        {"security_protocol": "SASL_SSL", "sasl_password": "open-sesame"},
+    ],
+)
+def test_sasl_needs_a_user_and_a_password(load: Loader, variables: Mapping[str, str]) -> None:
+    with pytest.raises(ConfigError, match=r"UEMB_SASL_(USERNAME|PASSWORD)"):
+        load(**variables)
+
+
+def test_certificates_that_are_not_there_are_named(load: Loader) -> None:
+    with pytest.raises(ConfigError, match="UEMB_SSL_CAFILE") as raised:
+        _ = load(security_protocol="SSL", ssl_cafile="/nowhere/ca.pem").kafka_client
+    assert "/nowhere/ca.pem" in str(raised.value)
+
+
+def test_rules_say_how_events_are_read(load: Loader) -> None:
+    settings = load(
+        event_topics="clicks,hearts",
+        event_fields="user_id=uid",
+        event_ts_unit="s",
+        event_types="view:7,heart:9",
+        event_type_by_topic="clicks=view,hearts=heart",
+        ignored_types="impression",
+    )
+    rules = settings.rules
+    assert (rules.types, rules.ignored) == ({"view": 7, "heart": 9}, frozenset({"impression"}))
+    assert (rules.fields, rules.ts_unit) == ({"user_id": "uid"}, "s")
+    assert rules.type_by_topic == {"clicks": "view", "hearts": "heart"}
+    assert not rules.native
+
+
+def test_whatever_decides_a_vector_changes_the_versions_name(load: Loader) -> None:
+    names = {load().versioned_encoder.version}
+    for variables in (
+        {"history_limit": "50"},
+        {"encoder_params": "alpha_short=0.5"},
+        {"type_weights": "like=2"},
+        {"encoder": "avg", "encoder_params": "decay=0.05"},
+    ):
+        names.add(load(**variables).versioned_encoder.version)
+    assert len(names) == 5
+    assert load(user_version="user_v7").versioned_encoder.version == "user_v7"
+
+
+@pytest.mark.parametrize(
+    ("variables", "same_as"),
+    [
+        ({"type_weights": "like=1"}, {}),
+        ({"encoder_params": "alpha_short=0.6"}, {}),
+        ({"event_types": "view:1,like:2,share:3"}, {}),
+        ({"ignored_types": "impression"}, {}),
+    ],
+)
+def test_what_decides_no_vector_does_not(
+    load: Loader, variables: Mapping[str, str], same_as: Mapping[str, str]
+) -> None:
+    before = load(**same_as).versioned_encoder
+    after = load(**variables).versioned_encoder
+    assert (after.version, after.hash) == (before.version, before.hash)
