@@ -11,7 +11,6 @@ from typing import Any, Final
 
 import click
 from rich.console import Console
-from rich.table import Table
 
 from stream.config import ENV_PREFIX, Settings, load_settings
 from stream.errors import ConfigError, UembError
@@ -85,10 +84,14 @@ def send(file: Path, rate: float | None, as_json: bool) -> None:
     from stream.feed import Feeder
 
     settings = load_settings()
+    logging.getLogger("stream").setLevel(logging.ERROR)  # what the client says is part of the error
     stop = threading.Event()
     signal.signal(signal.SIGINT, lambda *_: stop.set())
     client = settings.librdkafka_client
-    with Feeder(settings.bootstrap_servers, client_config=client) as feeder, progress_bar("sent") as update:
+    with (
+        Feeder(settings.bootstrap_servers, settings.topic_of, client_config=client) as feeder,
+        progress_bar("sent") as update,
+    ):
         report = feeder.send(read_file(file), rate=rate, stop=stop, on_progress=update)
     if as_json:
         print_json({"sent": report.sent, "seconds": round(report.seconds, 3), "interrupted": stop.is_set()})
@@ -229,18 +232,17 @@ def config(as_json: bool) -> None:
     if as_json:
         print_json({**values, "user_embedding_version": settings.versioned_encoder.version})
         return
-    table = Table("variable", "value", "meaning")
     for name, field in Settings.model_fields.items():
         variable = ENV_PREFIX + name.upper()
-        mark = "[bold]" if variable in os.environ else ""
-        table.add_row(f"{mark}{variable}", _plain(values[name]), field.description or "")
-    out.print(table)
-    out.print(f"user-embedding version: {settings.versioned_encoder.version}")
+        mark = "*" if variable in os.environ else " "
+        out.print(f"{mark} {variable}={_plain(name, values[name])}  # {field.description}", markup=False)
+    out.print(f"# * set in the environment; user-embedding version: {settings.versioned_encoder.version}")
 
 
-def _plain(value: object) -> str:
+def _plain(name: str, value: object) -> str:
+    """The value as the environment variable is written."""
     if isinstance(value, dict):
-        return ",".join(f"{k}={v}" for k, v in value.items())
+        return ",".join(f"{k}{':' if name == 'event_types' else '='}{v}" for k, v in value.items())
     return ",".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
 
 
@@ -257,7 +259,7 @@ def main() -> None:
     except click.exceptions.Exit as exc:
         sys.exit(exc.exit_code)
     except click.ClickException as exc:
-        exc.show()
+        click.echo(f"uemb: {' '.join(exc.format_message().split())}", err=True)
         sys.exit(USAGE_ERROR)
     except (KeyboardInterrupt, click.Abort):
         sys.exit(INTERRUPTED)

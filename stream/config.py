@@ -1,6 +1,7 @@
 """Settings: every ``UEMB_*`` environment variable, typed, checked and masked in one class."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -14,6 +15,7 @@ from stream.kv.urls import parse_kv_url
 
 _TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
 ENV_PREFIX: Final = "UEMB_"
+MAX_TYPE_CODE: Final = 16_383
 _DATA: Final = Path("~/.local/share/user-embedding-stream")
 
 Topics = Annotated[tuple[str, ...], NoDecode]
@@ -44,7 +46,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="ignore", frozen=True, validate_default=True)
 
     # Kafka
-    bootstrap_servers: str = Field("127.0.0.1:9092", description="Kafka brokers, host:port, separated by commas")
+    bootstrap_servers: str = Field("127.0.0.1:9092", min_length=1, description="Kafka brokers, host:port,host:port")
     security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
         "PLAINTEXT", description="how to talk to the brokers"
     )
@@ -55,8 +57,10 @@ class Settings(BaseSettings):
     app_id: str = Field("user-embeddings", description="consumer group and owner of the key-value store")
     partitions: int = Field(4, ge=1, le=10_000, description="partitions of topics that the worker creates")
     replication_factor: int = Field(-1, ge=-1, description="replicas of topics that the worker creates; -1: broker's")
-    session_timeout_s: float = Field(30.0, gt=0, description="the group drops a worker that is silent for so long")
-    delivery_timeout_s: float = Field(60.0, gt=0, description="the worker stops when Kafka acknowledges nothing")
+    session_timeout_s: float = Field(30.0, gt=0, le=1800, description="the group drops a worker silent for so long")
+    delivery_timeout_s: float = Field(
+        60.0, gt=0, le=86_400, description="the worker stops when nothing is acknowledged"
+    )
 
     # topics
     event_topics: Topics = Field(("user-events.view", "user-events.like"), description="input topics")
@@ -110,7 +114,11 @@ class Settings(BaseSettings):
     @field_validator("cache_dir", "state_dir", "items", mode="after")
     @classmethod
     def _home(cls, value: Path | None) -> Path | None:
-        return value.expanduser() if value is not None else None
+        try:
+            return value.expanduser() if value is not None else None
+        except RuntimeError as exc:
+            msg = "there is no home folder for ~; give a whole path"
+            raise ValueError(msg) from exc
 
     @field_validator("kv_url")
     @classmethod
@@ -123,35 +131,80 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Settings":
-        topics = [*self.event_topics, self.deletion_topic, self.output_topic, self.dlq_topic]
-        if not self.event_topics or len(set(topics)) != len(topics):
-            msg = "event, deletion, output and dead-letter topics must be different, with at least one event topic"
+        self._check_names()
+        self._check_events()
+        self._check_encoder()
+        if self.replication_factor == 0:
+            msg = "UEMB_REPLICATION_FACTOR must be at least 1, or -1 for the broker's own"
             raise ValueError(msg)
-        if wrong := [t for t in [*topics, self.app_id] if not _TOPIC.fullmatch(t)]:
-            msg = f"{wrong[0][:60]!r} is no name for a topic or an application"
-            raise ValueError(msg)
-        if unknown := set(self.event_fields) - set(FIELDS):
-            msg = f"event_fields maps {', '.join(FIELDS)}; it can't map {sorted(unknown)[0]!r}"
-            raise ValueError(msg)
-        if unknown := set(self.event_type_by_topic) - set(self.event_topics):
-            msg = f"event_type_by_topic names {sorted(unknown)[0]!r}, which is not among event_topics"
-            raise ValueError(msg)
-        codes = list(self.event_types.values())
-        if not codes or len(set(codes)) != len(codes) or min(codes) < 1 or max(codes) > 16_383:
-            msg = "event_types needs at least one type, each with its own code from 1 to 16383"
-            raise ValueError(msg)
-        named = {*self.event_type_by_topic.values()} - {*self.event_types, *self.ignored_types}
-        if named or set(self.ignored_types) & set(self.event_types):
-            msg = "each type must be in exactly one of event_types and ignored_types"
-            raise ValueError(msg)
-        if unknown := set(self.type_weights) - set(self.event_types):
-            msg = f"type_weights names {sorted(unknown)[0]!r}, which is not among event_types"
+        if self.ssl_cafile is not None and not self.ssl_cafile.is_file():
+            msg = f"UEMB_SSL_CAFILE: there is no file {self.ssl_cafile}"
             raise ValueError(msg)
         if self.security_protocol.startswith("SASL") and not (self.sasl_username and self.sasl_password):
             msg = "UEMB_SECURITY_PROTOCOL with SASL needs UEMB_SASL_USERNAME and UEMB_SASL_PASSWORD"
             raise ValueError(msg)
-        _ = self.versioned_encoder.version  # an unknown encoder, parameter or name fails here
         return self
+
+    def _check_names(self) -> None:
+        names = {
+            "UEMB_DELETION_TOPIC": self.deletion_topic,
+            "UEMB_OUTPUT_TOPIC": self.output_topic,
+            "UEMB_DLQ_TOPIC": self.dlq_topic,
+            "UEMB_APP_ID": self.app_id,
+        }
+        topics = [*(("UEMB_EVENT_TOPICS", t) for t in self.event_topics), *names.items()]
+        if not self.event_topics:
+            msg = "UEMB_EVENT_TOPICS needs at least one topic"
+            raise ValueError(msg)
+        seen: dict[str, str] = {}
+        for variable, name in topics:
+            if not _TOPIC.fullmatch(name) or name in (".", ".."):
+                msg = f"{variable}: {name[:60]!r} is no name that Kafka admits"
+                raise ValueError(msg)
+            if variable != "UEMB_APP_ID" and name in seen:
+                msg = f"{variable}: topic {name!r} is given twice (also in {seen[name]}); all must be different"
+                raise ValueError(msg)
+            seen.setdefault(name, variable)
+
+    def _check_events(self) -> None:
+        if unknown := set(self.event_fields) - set(FIELDS):
+            msg = f"UEMB_EVENT_FIELDS maps {', '.join(FIELDS)}; it can't map {sorted(unknown)[0]!r}"
+            raise ValueError(msg)
+        if unknown := set(self.event_type_by_topic) - set(self.event_topics):
+            msg = f"UEMB_EVENT_TYPE_BY_TOPIC names {sorted(unknown)[0]!r}, which is not among UEMB_EVENT_TOPICS"
+            raise ValueError(msg)
+        codes = list(self.event_types.values())
+        if not codes or len(set(codes)) != len(codes) or min(codes) < 1 or max(codes) > MAX_TYPE_CODE:
+            msg = f"UEMB_EVENT_TYPES needs at least one type, each with its own code from 1 to {MAX_TYPE_CODE}"
+            raise ValueError(msg)
+        if both := set(self.ignored_types) & set(self.event_types):
+            msg = (
+                f"UEMB_IGNORED_TYPES: {sorted(both)[0]!r} is in UEMB_EVENT_TYPES too; each type must be in exactly one"
+            )
+            raise ValueError(msg)
+        if unknown := {*self.event_type_by_topic.values()} - {*self.event_types, *self.ignored_types}:
+            msg = (
+                f"UEMB_EVENT_TYPE_BY_TOPIC: type {sorted(unknown)[0]!r} must be in exactly one of "
+                "UEMB_EVENT_TYPES and UEMB_IGNORED_TYPES"
+            )
+            raise ValueError(msg)
+        if unknown := set(self.type_weights) - set(self.event_types):
+            msg = f"UEMB_TYPE_WEIGHTS names {sorted(unknown)[0]!r}, which is not among UEMB_EVENT_TYPES"
+            raise ValueError(msg)
+
+    def _check_encoder(self) -> None:
+        steps: list[tuple[str, Callable[[], object]]] = [
+            ("UEMB_ENCODER", lambda: make_encoder(self.encoder, {}, {})),
+            ("UEMB_ENCODER_PARAMS", lambda: make_encoder(self.encoder, self.encoder_params, {})),
+            ("UEMB_TYPE_WEIGHTS", lambda: make_encoder(self.encoder, {}, self.type_weights)),
+            ("UEMB_USER_VERSION", lambda: self.versioned_encoder.version),
+        ]
+        for variable, make in steps:
+            try:
+                make()
+            except ValueError as exc:
+                msg = f"{variable}: {exc}"
+                raise ValueError(msg) from exc
 
     @property
     def rules(self) -> EventRules:
@@ -163,6 +216,24 @@ class Settings(BaseSettings):
             ts_unit=self.event_ts_unit,
             type_by_topic=self.event_type_by_topic,
         )
+
+    def topic_of(self, kind: str) -> str:
+        """The event topic for interactions of a type.
+
+        Raises:
+            ValueError: none of the topics is for it.
+        """
+        for topic, fixed in self.event_type_by_topic.items():
+            if fixed == kind:
+                return topic
+        free = [topic for topic in self.event_topics if topic not in self.event_type_by_topic]
+        for topic in free:
+            if topic == kind or topic.endswith((f".{kind}", f"-{kind}", f"_{kind}")):
+                return topic
+        if len(free) == 1:
+            return free[0]
+        msg = "no topic of UEMB_EVENT_TOPICS is for its type; name one in UEMB_EVENT_TYPE_BY_TOPIC"
+        raise ValueError(msg)
 
     @property
     def versioned_encoder(self) -> VersionedEncoder:

@@ -24,7 +24,7 @@ from stream.dataset import Dataset, EventRow
 from stream.demo_process import PARTITIONS, Pipeline, Stop, interruptible
 from stream.devbroker import DevBroker
 from stream.embedding import Float32
-from stream.errors import UembError
+from stream.errors import ItemSpaceError, UembError
 from stream.feed import Feeder
 from stream.itembuild import build_space
 from stream.items import ItemSpace
@@ -82,7 +82,7 @@ def run_demo(settings: Settings, *, events_file: Path | None, rate: float | None
         data = _load(settings, events_file)
         space = _build_items(data, folder / "items")
         with DevBroker() as broker:
-            pipeline = Pipeline(settings, broker.bootstrap, folder, folder / "items")
+            pipeline = Pipeline(broker.bootstrap, folder, folder / "items", sorted({row.type for row in data.events}))
             stop.callbacks.append(pipeline.kill)
             try:
                 pipeline.wait_until_ready()
@@ -231,8 +231,16 @@ def _load(settings: Settings, events_file: Path | None) -> Dataset:
 
 
 def _build_items(data: Dataset, folder: Path) -> ItemSpace:
+    dim = _DIM
     with progress_bar("learning item vectors, steps") as update:
-        space = build_space(data.events, folder, _ITEM_VERSION, dim=_DIM, on_progress=update, on_note=err.print)
+        while True:
+            try:
+                space = build_space(data.events, folder, _ITEM_VERSION, dim=dim, on_progress=update, on_note=err.print)
+                break
+            except ItemSpaceError:  # few items fill few dimensions
+                if dim == 1:
+                    raise
+                dim //= 2
     err.print(f"item vectors: {len(space):,} items, {space.dim} dimensions, from the first 80 % of the stream")
     return space
 

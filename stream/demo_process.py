@@ -7,13 +7,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from stream.config import ENV_PREFIX, Settings
+from stream.config import ENV_PREFIX
 from stream.errors import UembError
+from stream.feed import TOPIC_PREFIX
 from stream.keys import partition_of
 from stream.kv.base import KVReader
 from stream.kv.urls import open_reader
@@ -28,13 +29,15 @@ STOP_TIMEOUT_S: Final = 15.0
 class Pipeline:
     """The worker process and a view on its progress."""
 
-    def __init__(self, settings: Settings, bootstrap: str, folder: Path, items: Path) -> None:
+    def __init__(self, bootstrap: str, folder: Path, items: Path, kinds: Sequence[str]) -> None:
         self.kv_url = f"rocksdb://{folder / 'kv'}"
         self._log = (folder / "worker.log").open("wb")
-        self._topics = settings.event_topics
+        self._topics = {f"{TOPIC_PREFIX}{kind}" for kind in kinds}
         environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith(ENV_PREFIX)},
             f"{ENV_PREFIX}BOOTSTRAP_SERVERS": bootstrap,
+            f"{ENV_PREFIX}EVENT_TOPICS": ",".join(sorted(self._topics)),
+            f"{ENV_PREFIX}EVENT_TYPES": ",".join(f"{kind}:{code}" for code, kind in enumerate(kinds, 1)),
             f"{ENV_PREFIX}ITEMS": str(items),
             f"{ENV_PREFIX}KV_URL": self.kv_url,
             f"{ENV_PREFIX}STATE_DIR": str(folder / "state"),

@@ -35,11 +35,13 @@ def embed_document(data: bytes, settings: Settings) -> dict[str, Any]:
         version = document.get("item_embedding_version", space.version)
         if len(times) != len(ids):
             raise ValueError("history_ts and history_item_ids differ in length")  # noqa: EM101
+        if not np.isfinite(np.asarray(times, dtype=np.float64)).all():
+            raise ValueError("history_ts must be finite")  # noqa: EM101
         order = np.argsort(np.asarray(times, dtype=np.float64), kind="stable").tolist()
     except KeyError as exc:
         msg = f"the input lacks {exc.args[0]}"
         raise ConfigError(msg) from exc
-    except (ValueError, TypeError, AttributeError) as exc:
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as exc:
         msg = f"not an input document: {exc}"
         raise ConfigError(msg) from exc
     if version != space.version:

@@ -148,6 +148,8 @@ class EventDecoder:
             return Reject(Reason.NULL_VALUE, "an event must have a value")
         try:
             native = self._all_native and topic not in self._mapped_topics
+            if not value.isascii():
+                value.decode()  # msgspec leaves fields unread that we don't ask for
             event = self._native.decode(value) if native else self._mapped(topic, value)
         except _JSON_ERRORS as exc:
             return _json_reject(exc)

@@ -1,6 +1,7 @@
 """Topics at start: create what is missing, check what is there; a wrong one is a clear error before anything runs."""
 
 import logging
+import time
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ log = logging.getLogger(__name__)
 
 TIMEOUT_S: Final = 20.0
 CONNECT_TIMEOUT_S: Final = 10.0
+SETTLE_TRIES: Final = 50
+SETTLE_S: Final = 0.2
 _FRAME_BYTES: Final = 16 * 1024  # record and batch headers, key, and the fields around a vector
 _DLQ_HEADROOM_BYTES: Final = 64 * 1024
 _KEEP_MS: Final = 30 * 24 * 3600 * 1000
@@ -182,6 +185,11 @@ def _create(admin: AdminClient, topics: list[Wanted], settings: Settings, partit
 def _configs(admin: AdminClient, names: list[str]) -> dict[str, dict[str, str]]:
     if not names:
         return {}
+    for _ in range(SETTLE_TRIES):  # a topic just created is not known everywhere at once
+        known = admin.list_topics(timeout=TIMEOUT_S).topics
+        if all(name in known and known[name].error is None for name in names):
+            break
+        time.sleep(SETTLE_S)
     asked: dict[ConfigResource, Future[Any]] = admin.describe_configs(
         [ConfigResource(ConfigResource.Type.TOPIC, name) for name in names], request_timeout=TIMEOUT_S
     )

@@ -62,7 +62,7 @@ def test_a_worker_joins_and_another_leaves_while_events_flow(
     second = make_pipeline(state_dir=tmp_path / "second")
     second.log = tmp_path / "second.log"
     with Feeder(first.bootstrap, first.topics) as feeder:
-        feeding = threading.Thread(target=feeder.send, args=(films.events,), kwargs={"rate": 12_000})
+        feeding = threading.Thread(target=feeder.send, args=(films.events,), kwargs={"rate": 8_000})
         feeding.start()
         first.until(lambda: len(first.read(first.output)) > 10_000, "events flow")
         second.start()
