@@ -85,7 +85,7 @@ def run_demo(settings: Settings, *, events_file: Path | None, rate: float | None
             pipeline = Pipeline(broker.bootstrap, folder, folder / "items", sorted({row.type for row in data.events}))
             stop.callbacks.append(pipeline.kill)
             try:
-                pipeline.wait_until_ready()
+                pipeline.wait_until_ready(stop)
                 summary = _feed_and_watch(data, space, pipeline, broker, rate, stop)
                 if as_json:
                     out.print_json(data=summary.__dict__)

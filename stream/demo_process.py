@@ -60,10 +60,11 @@ class Pipeline:
             msg = f"the worker ended with code {self._process.returncode}: {lines[-1] if lines else 'no output'}"
             raise UembError(msg)
 
-    def wait_until_ready(self) -> None:
-        """Wait until the worker owns all partitions."""
+    def wait_until_ready(self, stop: "Stop") -> None:
+        """Wait until the worker owns all partitions, or until Ctrl-C, which may have reached the worker first."""
         deadline = time.monotonic() + START_TIMEOUT_S
         while True:
+            stop.check()
             self.check()
             try:
                 self._store = self._store or open_reader(self.kv_url)
