@@ -1,6 +1,5 @@
 """The command line `uemb`: each command one function; errors are one line and exit 2, never a traceback."""
 
-import json
 import logging
 import os
 import signal
@@ -10,21 +9,14 @@ from pathlib import Path
 from typing import Any, Final
 
 import click
-from rich.console import Console
 
+from stream.cli_items import items
 from stream.config import ENV_PREFIX, Settings, load_settings
-from stream.errors import ConfigError, UembError
-from stream.progress import err, progress_bar
+from stream.errors import UembError
+from stream.terminal import err, out, print_json, progress_bar
 
 USAGE_ERROR: Final = 2
 INTERRUPTED: Final = 130
-
-out = Console(highlight=False, soft_wrap=True)
-
-
-def print_json(value: object) -> None:
-    """One JSON document on one line of stdout."""
-    click.echo(json.dumps(value, ensure_ascii=False))
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -159,46 +151,6 @@ def embed(file: Any, items: Path | None) -> None:
     print_json(embed_document(file.read(), settings))
 
 
-@cli.group()
-def items() -> None:
-    """Make and check item spaces."""
-
-
-@items.command("build")
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--version", required=True, help="name of the version, [A-Za-z0-9._-]{1,64}")
-@click.option("--events", type=click.Path(path_type=Path), help="CSV or JSONL file; default MovieLens-100K")
-@click.option("--dim", type=click.IntRange(1), default=48, show_default=True, help="dimensions")
-@click.option("--share", type=float, default=0.8, show_default=True, help="part of the stream, by time, to learn from")
-@click.option("--json", "as_json", is_flag=True, help="print the result as one JSON document")
-def items_build(folder: Path, version: str, events: Path | None, dim: int, share: float, as_json: bool) -> None:
-    """Learn item vectors from interactions (PPMI of co-occurrence, truncated SVD) into FOLDER."""
-    from stream.dataset import load
-    from stream.itembuild import build_space
-
-    settings = load_settings()
-    with progress_bar("fetching data") as update:
-        data = load(settings.cache_dir, events, update, err.print)
-    try:
-        with progress_bar("co-occurrences") as update:
-            space = build_space(
-                data.events, folder, version, dim=dim, share=share, on_progress=update, on_note=err.print
-            )
-    except ValueError as exc:
-        raise ConfigError(str(exc)) from exc
-    _describe(space, as_json)
-
-
-@items.command("check")
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="print the result as one JSON document")
-def items_check(folder: Path, as_json: bool) -> None:
-    """Load FOLDER as a worker would: hashes, shapes, every row, every id."""
-    from stream.items import ItemSpace
-
-    _describe(ItemSpace.load(folder), as_json)
-
-
 def _as_record(u: Any) -> Any:
     from stream.records import EmbeddingRecord
 
@@ -206,21 +158,6 @@ def _as_record(u: Any) -> Any:
     versions = (u.user_embedding_version or "", u.item_embedding_version or "")
     what = (u.status, u.reason, u.history_len, u.unknown_items, u.as_of)
     return EmbeddingRecord(u.user_id, u.epoch, u.revision, *what, *versions, u.vector, norm)
-
-
-def _describe(space: Any, as_json: bool) -> None:
-    facts = {
-        "version": space.version,
-        "items": len(space),
-        "dim": space.dim,
-        "metric": space.metric,
-        "max_row_norm": space.max_row_norm,
-        "sha256": space.sha256,
-    }
-    if as_json:
-        print_json(facts)
-    else:
-        out.print("  ".join(f"{name} {value}" for name, value in facts.items()))
 
 
 @cli.command()
@@ -250,6 +187,9 @@ def _time(ts_ms: int | None) -> str:
     from datetime import UTC, datetime
 
     return "" if ts_ms is None else datetime.fromtimestamp(ts_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S")
+
+
+cli.add_command(items)
 
 
 def main() -> None:

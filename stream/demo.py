@@ -28,8 +28,8 @@ from stream.errors import ItemSpaceError, UembError
 from stream.feed import Feeder
 from stream.itembuild import build_space
 from stream.items import ItemSpace
-from stream.progress import err, progress_bar
 from stream.retrieval import EmbeddingReader, UserEmbedding
+from stream.terminal import err, progress_bar
 
 #: Events at the end of the stream that are sent one by one, to see how soon each can be read.
 LIVE_EVENTS: Final = 200

@@ -18,8 +18,8 @@ from stream.feed import TOPIC_PREFIX
 from stream.keys import partition_of
 from stream.kv.base import KVReader
 from stream.kv.urls import open_reader
-from stream.progress import err
 from stream.records import kv_entry
+from stream.terminal import err
 
 PARTITIONS: Final = 4  # the embedded broker knows no other number
 START_TIMEOUT_S: Final = 60.0

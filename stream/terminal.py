@@ -1,13 +1,21 @@
-"""Progress of long work: a bar on a terminal, one plain line elsewhere; always on stderr."""
+"""What commands print: results on stdout, progress on stderr (a bar on a terminal, one plain line elsewhere)."""
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
+import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 err: Final = Console(stderr=True, highlight=False)
+out: Final = Console(highlight=False, soft_wrap=True)
+
+
+def print_json(value: object) -> None:
+    """One JSON document on one line of stdout."""
+    click.echo(json.dumps(value, ensure_ascii=False))
 
 
 @contextmanager

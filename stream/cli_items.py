@@ -1,0 +1,65 @@
+"""The command group ``uemb items``: make, check and hand over item spaces."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from stream.config import load_settings
+from stream.errors import ConfigError
+from stream.terminal import err, out, print_json, progress_bar
+
+
+@click.group()
+def items() -> None:
+    """Make and check item spaces."""
+
+
+@items.command("build")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--version", required=True, help="name of the version, [A-Za-z0-9._-]{1,64}")
+@click.option("--events", type=click.Path(path_type=Path), help="CSV or JSONL file; default MovieLens-100K")
+@click.option("--dim", type=click.IntRange(1), default=48, show_default=True, help="dimensions")
+@click.option("--share", type=float, default=0.8, show_default=True, help="part of the stream, by time, to learn from")
+@click.option("--json", "as_json", is_flag=True, help="print the result as one JSON document")
+def items_build(folder: Path, version: str, events: Path | None, dim: int, share: float, as_json: bool) -> None:
+    """Learn item vectors from interactions (PPMI of co-occurrence, truncated SVD) into FOLDER."""
+    from stream.dataset import load
+    from stream.itembuild import build_space
+
+    settings = load_settings()
+    with progress_bar("fetching data") as update:
+        data = load(settings.cache_dir, events, update, err.print)
+    try:
+        with progress_bar("co-occurrences") as update:
+            space = build_space(
+                data.events, folder, version, dim=dim, share=share, on_progress=update, on_note=err.print
+            )
+    except ValueError as exc:
+        raise ConfigError(str(exc)) from exc
+    _describe(space, as_json)
+
+
+@items.command("check")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="print the result as one JSON document")
+def items_check(folder: Path, as_json: bool) -> None:
+    """Load FOLDER as a worker would: hashes, shapes, every row, every id."""
+    from stream.items import ItemSpace
+
+    _describe(ItemSpace.load(folder), as_json)
+
+
+def _describe(space: Any, as_json: bool) -> None:
+    facts = {
+        "version": space.version,
+        "items": len(space),
+        "dim": space.dim,
+        "metric": space.metric,
+        "max_row_norm": space.max_row_norm,
+        "sha256": space.sha256,
+    }
+    if as_json:
+        print_json(facts)
+    else:
+        out.print("  ".join(f"{name} {value}" for name, value in facts.items()))
