@@ -1,11 +1,12 @@
 """The agent's work on one fetched batch: decode, fold, store locally, queue for durability. Order, nothing else."""
 
+import asyncio
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Final
 
-from stream.engine import Engine
+from stream.engine import Batch, Engine, Op, StepResult
 from stream.errors import OwnershipError, TopicMismatch
 from stream.events import Reason
 from stream.publish import Lanes, Progress, Stage, Work
@@ -18,7 +19,10 @@ PROBATION_RECORDS: Final = 1_000
 
 @dataclass
 class Owned:
-    """A partition this worker owns: its claim, its state and its engine."""
+    """A partition this worker owns: its claim, its state and its engine.
+
+    `turn` is held from a step's computation until it is queued, so that steps are queued in the order of their states.
+    """
 
     partition: int
     epoch: int
@@ -26,6 +30,7 @@ class Owned:
     engine: Engine
     progress: Progress
     changelog_offset: int
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def changelog_at(self, offset: int) -> None:
         """Local state contains all changelog records below `offset`."""
@@ -130,18 +135,35 @@ class BatchProcessor:
             msg = f"a batch of {batch.topic}-{batch.partition} arrived, but this worker does not own the partition"
             raise OwnershipError(msg)
         engine = owned.engine
-        if batch.topic == self._deletion_topic:
-            decoded = engine.decode_deletions(batch.records)
-        else:
-            decoded = engine.decode_events(batch.topic, batch.records)
-        wrong = sum(reject.reason is Reason.WRONG_PARTITION for _, reject in decoded.rejects)
-        self.probation.saw(batch.topic, len(decoded.ops), wrong)
-        missing = engine.missing(decoded)
+        async with owned.turn:
+            if batch.topic == self._deletion_topic:
+                decoded = engine.decode_deletions(batch.records)
+            else:
+                decoded = engine.decode_events(batch.topic, batch.records)
+            wrong = sum(reject.reason is Reason.WRONG_PARTITION for _, reject in decoded.rejects)
+            self.probation.saw(batch.topic, len(decoded.ops), wrong)
+            result = self._apply(owned, decoded, engine.missing(decoded))
+            self._on_stage("local", batch, result)
+            for name, n in result.counts.items():
+                self._count(name, n)
+            self._count("records", len(batch.records))
+            await self._lanes[batch.partition].put(Work(batch, decoded.rejects, result))
+
+    async def resend(self, owned: Owned, users: Sequence[bytes]) -> asyncio.Future[None]:
+        """Queue the present states of `users` once more; the future is done when they are durable."""
+        async with owned.turn:
+            again = Batch([Op(user, None) for user in users])
+            missing = owned.engine.missing(again)
+            result = self._apply(owned, again, missing)
+            owned.engine.forget(missing)  # they were not in use, and shall not push out those that are
+            self._on_stage("local", None, result)
+            self._count("sent again", len(users))
+            durable: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            await self._lanes[owned.partition].put(Work(None, (), result, durable))
+            return durable
+
+    def _apply(self, owned: Owned, batch: Batch, missing: Sequence[bytes]) -> StepResult:
         stored = dict(zip(missing, owned.db.get(missing), strict=True))
-        result = engine.apply(decoded, stored, owned.epoch)
+        result = owned.engine.apply(batch, stored, owned.epoch)
         owned.db.put(result.states, owned.changelog_offset)
-        self._on_stage("local", batch, result)
-        for name, n in result.counts.items():
-            self._count(name, n)
-        self._count("records", len(batch.records))
-        await self._lanes[batch.partition].put(Work(batch, decoded.rejects, result))
+        return result

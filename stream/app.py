@@ -5,7 +5,6 @@
 
 import asyncio
 import logging
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,20 +14,21 @@ import faust
 from faust.types import TP
 from threadpoolctl import threadpool_limits
 
-from stream.agents import BatchProcessor, Owned
+from stream.agents import BatchProcessor
 from stream.config import Settings, load_settings
-from stream.engine import Engine, fallback_record
+from stream.engine import fallback_record
 from stream.errors import ConfigError, StateError
+from stream.group import check_group
 from stream.items import ItemSpace
 from stream.keys import encoder_key, fallback_key
 from stream.kv.base import KVWriter, Meta, Serving
 from stream.kv.urls import open_writer
-from stream.ownership import Restorer, restore_and_claim
-from stream.publish import Destinations, Lane, Lanes, Progress, Stage
+from stream.partitions import Partitions, Parts
+from stream.publish import Lanes, Stage
 from stream.records import encode
-from stream.table import TABLE, HistoryStore, HistoryTable
+from stream.table import TABLE, HistoryTable
 from stream.topics import Prepared, prepare_topics
-from stream.transport import FAUST_LOG, BatchSchema, RecordBatch, acknowledged
+from stream.transport import FAUST_LOG, BatchSchema, RecordBatch
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class EmbeddingApp(faust.App):
         self._kv: KVWriter | None = None
         self._space: ItemSpace | None = None
         self._topics = Prepared(settings.partitions, settings.partitions, administered=True)
-        self._taking: asyncio.Future[Any] | None = None
+        self._partitions: Partitions | None = None
         self.lanes = Lanes(self.crash)
         self.processor = BatchProcessor(settings.deletion_topic, self.lanes, self._add, self._stage, self._mark_durable)
         super().__init__(
@@ -72,6 +72,7 @@ class EmbeddingApp(faust.App):
             version=1,
             topic_partitions=settings.partitions,
             topic_disable_leader=True,
+            table_standby_replicas=settings.standbys,
             web_enabled=False,
             web_bind="127.0.0.1",  # `faust worker` starts it all the same
             stream_buffer_maxsize=STREAM_BUFFER,
@@ -111,6 +112,8 @@ class EmbeddingApp(faust.App):
         self._space = await asyncio.to_thread(ItemSpace.load, settings.items)
         self._topics = await asyncio.to_thread(prepare_topics, settings, self._space.dim)
         self.conf.topic_partitions = self._topics.partitions
+        if self._topics.administered:
+            await asyncio.to_thread(check_group, settings)
         self._kv = open_writer(settings.kv_url, lock_patience_s=settings.kv_lock_patience_s)
         await self._kv.update_meta(self._register)
         try:
@@ -189,14 +192,10 @@ class EmbeddingApp(faust.App):
 
     # -- partitions -----------------------------------------------------------------------------------------------
 
-    async def take_partitions(self, partitions: Sequence[int]) -> None:
-        """Restore and claim the assigned partitions and apply their pending erasures, before events flow."""
-        await self._give_up()
-        self.consumer.check_assignment([*self.settings.event_topics, self.settings.deletion_topic], partitions)
-        share = max(64, self.settings.hot_users // max(1, len(partitions)))
-        self._taking = asyncio.gather(*(self._take(partition, share) for partition in partitions))
+    async def take_partitions(self, partitions: Sequence[int], standbys: Sequence[int]) -> None:
+        """Take what the group assigned, before events flow."""
         try:
-            await self._taking
+            await self._required_partitions.take(partitions, standbys)
             if partitions:
                 await self._required_kv.update_meta(self._announce)
         except asyncio.CancelledError:
@@ -204,83 +203,12 @@ class EmbeddingApp(faust.App):
                 raise
             log.info("the assignment changed while partitions were being restored; starting over")
 
-    async def _take(self, partition: int, hot_users: int) -> None:
-        settings = self.settings
-        store: HistoryStore = self.history.data
-        db, epoch, had_claim = await restore_and_claim(
-            partition,
-            settings=settings,
-            partitions=self._topics.partitions,
-            store=store,
-            kv=self._required_kv,
-            send=self._send_one,
-        )
-        engine = Engine(
-            [self._required_space],
-            settings.versioned_encoder,
-            settings.rules,
-            partition=partition,
-            partitions=self._topics.partitions,
-            hot_users=hot_users,
-            publish_latest=settings.publish == "latest",
-            json_output=settings.output_format == "json",
-        )
-        tps = [TP(topic, partition) for topic in (*settings.event_topics, settings.deletion_topic)]
-        committed = await self.consumer.committed(tps)
-        progress = Progress(epoch, {tp.topic: offset for tp, offset in committed.items() if offset is not None})
-        self.processor.owned[partition] = Owned(partition, epoch, db, engine, progress, db.changelog_offset)
-        self.lanes.start(self._lane(self.processor.owned[partition]))
-        start = (committed[tps[-1]] or 0) if had_claim else 0
-        await self._apply_erasures(partition, start)
-
-    async def _apply_erasures(self, partition: int, start: int) -> None:
-        """Apply erasures that are not committed yet, so that no replayed event publishes an erased user."""
-
-        async def handle(records: list[Any]) -> None:
-            await self.processor.step(RecordBatch(self.settings.deletion_topic, partition, records, -1, 0))
-
-        await Restorer(self.kafka_client).read(self.settings.deletion_topic, partition, start, handle)
-        await self.lanes[partition].empty()
-
-    def _lane(self, owned: Owned) -> Lane:
-        settings, partition = self.settings, owned.partition
-        return Lane(
-            partition,
-            owned.progress,
-            Destinations(
-                changelog=settings.changelog_topic,
-                output=settings.output_topic,
-                dead_letters=settings.dlq_topic,
-                dead_letter_partitions=self._topics.dead_letter_partitions,
-                dead_letter_max_bytes=settings.dlq_max_bytes,
-                timeout_s=settings.delivery_timeout_s,
-            ),
-            self.producer,
-            self._required_kv,
-            mark_durable=lambda topic, offset: self.processor.probation.durable(topic, partition, offset),
-            changelog_at=owned.changelog_at,
-            lag_ms=lambda progress: self._lag_ms(partition, progress),
-            now_ms=_now_ms,
-            on_stage=self._stage,
-        )
-
     async def _on_revoked(self, app: Any, revoked: set[Any], **_: Any) -> None:
         await self._give_up()
 
     async def _give_up(self) -> None:
-        """Stop taking and publishing, and close the databases of all partitions."""
-        taking, self._taking = self._taking, None
-        if taking is not None and not taking.done():
-            taking.cancel()
-            await asyncio.gather(taking, return_exceptions=True)
-        owned = self.processor.give_up(0 if self._consumer is None else self._consumer.seeks + 1)
-        await self.lanes.stop()
-        for partition in owned:
-            partition.db.put({}, partition.changelog_offset)
-        store: HistoryStore = self.history.data
-        for number in store.open_partitions:  # also those that were being taken
-            store.close(number)
-            await self._required_kv.close_partition(number)
+        if self._partitions is not None:
+            await self._partitions.give_up()
 
     async def drain(self) -> None:
         """Wait until what the lanes hold is durable, at most the delivery timeout."""
@@ -304,7 +232,7 @@ class EmbeddingApp(faust.App):
         while not self.should_stop:
             await self.sleep(HEARTBEAT_S)
             try:
-                await self.lanes.heartbeat()
+                await self._required_partitions.heartbeat()
             except Exception as exc:  # noqa: BLE001 - a store that can't be written stops the worker
                 await self.crash(exc)
 
@@ -316,26 +244,34 @@ class EmbeddingApp(faust.App):
                 log.info("processed %s", ", ".join(f"{k} {v}" for k, v in sorted(self.counts.items()) if v))
                 before = self.counts.copy()
 
-    def _lag_ms(self, partition: int, progress: Progress) -> int:
-        """0 when all that the brokers hold is durable, else the age of the newest durable record."""
-        topics = (*self.settings.event_topics, self.settings.deletion_topic)
-        ends = {topic: self.consumer.highwater(TP(topic, partition)) for topic in topics}
-        if all(end is None or progress.offsets.get(topic, 0) >= end for topic, end in ends.items()):
-            return 0
-        return max(0, _now_ms() - (progress.kafka_time_ms or 0)) if progress.kafka_time_ms else 0
-
-    async def _send_one(self, topic: str, partition: int, key: bytes, value: bytes) -> int:
-        futures = await self.producer.send_records(topic, partition, [(key, value, [])])
-        return await acknowledged(futures, self.settings.delivery_timeout_s, topic)
-
     def _mark_durable(self, topic: str, partition: int, next_offset: int) -> None:
         self.consumer.mark_durable(TP(topic, partition), next_offset)
 
     def _add(self, name: str, by: int) -> None:
         self.counts[name] += by
 
-    def _stage(self, name: str, batch: RecordBatch, result: Any) -> None:
+    def _stage(self, name: str, batch: RecordBatch | None, result: Any) -> None:
         self._on_stage(name, batch, result)
+
+    @property
+    def _required_partitions(self) -> Partitions:
+        if self._partitions is None:  # made when the group first assigns some: consumer and producer run by then
+            self._partitions = Partitions(
+                Parts(
+                    settings=self.settings,
+                    topics=self._topics,
+                    space=self._required_space,
+                    store=self.history.data,
+                    kv=self._required_kv,
+                    producer=self.producer,
+                    consumer=self.consumer,
+                    lanes=self.lanes,
+                    processor=self.processor,
+                    on_stage=self._stage,
+                    on_error=self.crash,
+                )
+            )
+        return self._partitions
 
     @property
     def _required_kv(self) -> KVWriter:
@@ -350,10 +286,6 @@ class EmbeddingApp(faust.App):
             msg = "the item space is loaded when the worker starts"
             raise StateError(msg)
         return self._space
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
 
 
 def __getattr__(name: str) -> Any:

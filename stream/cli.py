@@ -11,6 +11,7 @@ from typing import Any, Final
 import click
 
 from stream.cli_items import items
+from stream.cli_kv import kv
 from stream.config import ENV_PREFIX, Settings, load_settings
 from stream.errors import UembError
 from stream.terminal import err, out, print_json, progress_bar
@@ -190,6 +191,7 @@ def _time(ts_ms: int | None) -> str:
 
 
 cli.add_command(items)
+cli.add_command(kv)
 
 
 def main() -> None:

@@ -57,6 +57,7 @@ class Settings(BaseSettings):
     app_id: str = Field("user-embeddings", description="consumer group and owner of the key-value store")
     partitions: int = Field(4, ge=1, le=10_000, description="partitions of topics that the worker creates")
     replication_factor: int = Field(-1, ge=-1, description="replicas of topics that the worker creates; -1: broker's")
+    standbys: int = Field(0, ge=0, le=10, description="workers that keep a copy of each partition's histories current")
     session_timeout_s: float = Field(30.0, gt=0, le=1800, description="the group drops a worker silent for so long")
     delivery_timeout_s: float = Field(
         60.0, gt=0, le=86_400, description="the worker stops when nothing is acknowledged"

@@ -7,7 +7,7 @@ A step has three parts, so that its caller can read all missing states with one 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import repeat
+from itertools import islice, repeat
 from typing import Final, NamedTuple, Protocol
 
 import numpy as np
@@ -310,12 +310,17 @@ class Engine:
             self._capacity = larger
         return self._free.pop()
 
-    def _evict(self) -> None:
-        users = self._users
-        for key in list(users)[: max(0, len(users) - self.hot_users)]:
-            user = users.pop(key)
-            if user.slot >= 0:
+    def forget(self, users: Iterable[bytes]) -> None:
+        """Drop users from memory; what is stored has all of them."""
+        for key in users:
+            user = self._users.pop(key, None)
+            if user is not None and user.slot >= 0:
                 self._free.append(user.slot)
+
+    def _evict(self) -> None:
+        excess = len(self._users) - self.hot_users
+        if excess > 0:
+            self.forget(list(islice(self._users, excess)))
 
     def _weight(self, key: bytes) -> float:
         return self._weights.get(key[key.rindex(b"\0") :], 1.0) if self._weights else 1.0

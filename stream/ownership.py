@@ -211,6 +211,7 @@ async def restore_and_claim(
     end = await restorer.read(topic, partition, db.changelog_offset, handle)
     if db.changelog_offset > end:
         log.warning("%s-%s ends before local state: topic recreated or truncated; restoring anew", topic, partition)
+        highest = max(highest, Claim.decode(db.claim).epoch if db.claim else 0)
         store.wipe(partition)
         db = store.open(partition)
         end = await restorer.read(topic, partition, 0, handle)

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 LANE_DEPTH: Final = 2
 
 #: Called with the name of each stage that was just passed; tests stop the process there.
-Stage = Callable[[str, RecordBatch, StepResult], None]
+Stage = Callable[[str, RecordBatch | None, StepResult], None]
 
 
 class BatchProducer(Protocol):
@@ -45,21 +45,39 @@ class BatchProducer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A finished step of the engine that waits to become durable."""
+    """A finished step of the engine that waits to become durable.
 
-    batch: RecordBatch
+    Attributes:
+        batch: the records that caused it, None for states that are sent again without one.
+        rejects: index and reason of each record of the batch that was turned away.
+        result: what the step caused.
+        durable: done when all of it is durable, where somebody waits for that.
+    """
+
+    batch: RecordBatch | None
     rejects: Sequence[tuple[int, Reject]]
     result: StepResult
+    durable: asyncio.Future[None] | None = None
 
 
 @dataclass
 class Progress:
-    """What the watermark of a partition says (law 10)."""
+    """What the watermark of a partition says (law 10).
+
+    Attributes:
+        epoch: this worker's claim.
+        offsets: next offset of each input topic.
+        kafka_time_ms: Kafka time of the last durable record.
+        sequence: counts the watermarks of the epoch.
+        whole: whether the store holds all that the offsets cover; while it does not, no watermark is written, so that
+            the next owner knows as well.
+    """
 
     epoch: int
     offsets: dict[str, int] = field(default_factory=dict)
     kafka_time_ms: int | None = None
     sequence: int = 0
+    whole: bool = True
 
     def entry(self, lag_ms: int, heartbeat_ms: int) -> bytes:
         """Next key-value entry of the watermark."""
@@ -160,34 +178,41 @@ class Lane:
         await self._dead_letters(work)
         await acknowledged(output, to.timeout_s, to.output)
         self._on_stage("output", batch, result)
-        self.progress.offsets[batch.topic] = batch.next_offset
-        self.progress.kafka_time_ms = max(self.progress.kafka_time_ms or 0, batch.records[-1].timestamp)
-        await self._kv.put(self.partition, {**result.entries, self._watermark_key: self._watermark()})
+        if batch is not None:
+            self.progress.offsets[batch.topic] = batch.next_offset
+            self.progress.kafka_time_ms = max(self.progress.kafka_time_ms or 0, batch.records[-1].timestamp)
+        await self._kv.put(self.partition, {**result.entries, **self._watermark()})
         self._on_stage("kv", batch, result)
-        self._mark_durable(batch.topic, batch.next_offset)
+        if batch is not None:
+            self._mark_durable(batch.topic, batch.next_offset)
+        if work.durable is not None and not work.durable.cancelled():
+            work.durable.set_result(None)
 
-    def _watermark(self) -> bytes:
-        return self.progress.entry(self._lag_ms(self.progress), self._now_ms())
+    def _watermark(self) -> dict[bytes, bytes]:
+        if not self.progress.whole:
+            return {}
+        return {self._watermark_key: self.progress.entry(self._lag_ms(self.progress), self._now_ms())}
 
     async def heartbeat(self) -> None:
         """Write the watermark of an idle partition."""
-        if self._queue.empty():
-            await self._kv.put(self.partition, {self._watermark_key: self._watermark()})
+        if self._queue.empty() and (watermark := self._watermark()):
+            await self._kv.put(self.partition, watermark)
 
     async def _send(self, topic: str, records: Sequence[OutRecord]) -> int:
         futures = await self._producer.send_records(topic, self.partition, records)
         return await acknowledged(futures, self._to.timeout_s, topic)
 
     async def _dead_letters(self, work: Work) -> None:
-        if not work.rejects:
+        batch = work.batch
+        if batch is None or not work.rejects:
             return
         to, partition = self._to, self.partition % self._to.dead_letter_partitions
-        letters = [dead_letter(work.batch, i, reject, to.dead_letter_max_bytes) for i, reject in work.rejects]
+        letters = [dead_letter(batch, i, reject, to.dead_letter_max_bytes) for i, reject in work.rejects]
         try:
             futures = await self._producer.send_dead_letters(to.dead_letters, partition, letters)
             await acknowledged(futures, to.timeout_s, to.dead_letters)
         except RecordTooLarge:  # the topic admits less than we do: keep the reason and where the record lies
-            references = [dead_letter(work.batch, i, reject, 0) for i, reject in work.rejects]
+            references = [dead_letter(batch, i, reject, 0) for i, reject in work.rejects]
             futures = await self._producer.send_dead_letters(to.dead_letters, partition, references)
             await acknowledged(futures, to.timeout_s, to.dead_letters)
 

@@ -179,7 +179,8 @@ class HistoryTable(faust.Table):
     async def on_recovery_completed(self, active_tps: set[Any], standby_tps: set[Any]) -> None:
         """Take the assigned partitions before Faust lets events flow; a failure stops the worker (law 6)."""
         try:
-            await self.app.take_partitions(sorted(tp.partition for tp in active_tps))
+            active = sorted(tp.partition for tp in active_tps)
+            await self.app.take_partitions(active, sorted({tp.partition for tp in standby_tps} - set(active)))
         except Exception as exc:  # noqa: BLE001 - Faust drops exceptions of this callback
             await self.app.crash(exc)
         await super().on_recovery_completed(active_tps, standby_tps)

@@ -93,10 +93,22 @@ def prepare_topics(settings: Settings, dim: int) -> Prepared:
         return Prepared(partitions, found[settings.dlq_topic], administered=False)
     limits = {name: int(c["max.message.bytes"]) for name, c in _configs(admin, list(counts)).items()}
     wanted = _wanted(settings, partitions, dim, limits)
+    there, missing = ([w for w in wanted if (w.name in found) is known] for known in (True, False))
     _check_counts(wanted, found)
-    _create(admin, [w for w in wanted if w.name not in found], settings, partitions)
-    _check_configs(wanted, _configs(admin, [w.name for w in wanted]))
+    _check_configs(there, _configs(admin, [w.name for w in there]))  # a start that is refused creates nothing
+    _create(admin, missing, settings, partitions)
+    _check_configs(missing, _configs(admin, [w.name for w in missing]))
     return Prepared(partitions, found.get(settings.dlq_topic, partitions), administered=True)
+
+
+def topic_partitions(settings: Settings) -> int | None:
+    """Number of partitions of the event topics, None while there are none; blocking.
+
+    Raises:
+        ConfigError: the broker can't be reached.
+    """
+    found = _partition_counts(AdminClient({**settings.librdkafka_client, "log_level": 0}), settings)
+    return next((found[topic] for topic in settings.event_topics if topic in found), None)
 
 
 def _names(settings: Settings) -> list[str]:

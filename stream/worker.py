@@ -5,7 +5,8 @@ import logging
 import os
 import signal
 import sys
-from typing import Final, NoReturn
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, NoReturn
 
 from stream.app import EmbeddingApp
 from stream.errors import UembError
@@ -30,8 +31,8 @@ def setup_logging(level: str) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING if level != "debug" else logging.DEBUG)
 
 
-async def run_worker(app: EmbeddingApp) -> int:
-    """Run until SIGTERM, SIGINT or a fault; drain, commit and close; return the exit code.
+async def run_worker(app: EmbeddingApp, until: Callable[[], Awaitable[object]] | None = None) -> int:
+    """Run until SIGTERM, SIGINT, a fault, or the end of `until`; drain, commit and close; return the exit code.
 
     A second signal ends the process at once; what is not committed is processed again.
     """
@@ -52,7 +53,9 @@ async def run_worker(app: EmbeddingApp) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
     app.finalize()
-    waits = [asyncio.create_task(stop.wait()), asyncio.create_task(app.failed.wait())]
+    waits: list[asyncio.Task[Any]] = [asyncio.create_task(stop.wait()), asyncio.create_task(app.failed.wait())]
+    if until is not None:
+        waits.append(asyncio.create_task(_finish(until, app)))
     starting = asyncio.create_task(app.start())
     try:
         await asyncio.wait([starting, *waits], return_when=asyncio.FIRST_COMPLETED)
@@ -73,6 +76,13 @@ async def run_worker(app: EmbeddingApp) -> int:
     return app.failure.exit_code
 
 
+async def _finish(until: Callable[[], Awaitable[object]], app: EmbeddingApp) -> None:
+    try:
+        await until()
+    except Exception as exc:  # noqa: BLE001 - reported when the worker has stopped
+        app.failure = app.failure or exc
+
+
 async def _stop(app: EmbeddingApp, starting: "asyncio.Task[None]") -> None:
     try:
         async with asyncio.timeout(STOP_TIMEOUT_S):
@@ -83,9 +93,9 @@ async def _stop(app: EmbeddingApp, starting: "asyncio.Task[None]") -> None:
         app.failure = app.failure or exc
 
 
-def main(app: EmbeddingApp) -> NoReturn:
+def main(app: EmbeddingApp, until: Callable[[], Awaitable[object]] | None = None) -> NoReturn:
     """Run a worker and end the process with its exit code."""
-    code = asyncio.new_event_loop().run_until_complete(run_worker(app))
+    code = asyncio.new_event_loop().run_until_complete(run_worker(app, until))
     logging.shutdown()
     # Nothing is left to save, and a client thread that does not end must not keep a stopped worker alive.
     os._exit(code)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -52,6 +53,7 @@ class Pipeline:
             **{f"UEMB_{name.upper()}": str(value) for name, value in settings.items()},
         }
         self.log = folder / "worker.log"
+        self._log_start = 0
         self.process: subprocess.Popen[bytes] | None = None
         self._store: KVReader | None = None
         self._group: Consumer | None = None
@@ -76,6 +78,7 @@ class Pipeline:
 
     def start(self, command: Sequence[str] | None = None, **environment: str) -> None:
         """Start a worker; `command` replaces ``uemb worker``."""
+        self._log_start = len(self.log.read_text(errors="replace")) if self.log.exists() else 0
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [*UEMB, "worker"] if command is None else list(command),
@@ -128,6 +131,17 @@ class Pipeline:
         before = self.epochs()
         self.until(lambda: all(e > b for e, b in zip(self.epochs(), before, strict=True)), "all partitions are claimed")
 
+    def until_ready_again(self) -> None:
+        """The same where the store may have been wiped: wait until this run's log shows a claim on every partition."""
+        self.until(lambda: len(self.claims()) == self.partitions, "all partitions are claimed")
+        self.until(lambda: self.epochs() == self.claims(), "all watermarks are written")
+
+    def claims(self) -> list[int]:
+        """Newest claim of each partition in the log of this run."""
+        log = self.log.read_text(errors="replace")[self._log_start :]
+        claims = dict(re.findall(r"partition (\d+): .*claimed epoch (\d+)", log))
+        return [int(epoch) for _, epoch in sorted(claims.items())]
+
     def until_committed(self, timeout_s: float = 90) -> None:
         """Wait until all input is committed, which means that all it caused is durable."""
         self.until(lambda: self.lag() == 0, "all input is committed", timeout_s)
@@ -170,6 +184,7 @@ class Pipeline:
         """All records of a topic, each partition in its order."""
         config = {
             "bootstrap.servers": self.bootstrap,
+            "fetch.wait.max.ms": 10,
             "group.id": f"{self.app_id}-look",
             "enable.auto.commit": False,
             "isolation.level": "read_committed",

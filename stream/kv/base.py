@@ -69,6 +69,22 @@ class KVWriter(Protocol):
         """
         ...
 
+    async def ask_rebuild(self, partition: int) -> None:
+        """Ask the partition's owner, present or next, to write it anew from the histories; for who doesn't own it."""
+        ...
+
+    async def rebuild_request(self, partition: int) -> bytes | None:
+        """Mark of the newest request that `rebuild_done` has not answered, None without one; cheap."""
+        ...
+
+    async def rebuild_done(self, partition: int, request: bytes) -> None:
+        """Answer a request; one that came later stays."""
+        ...
+
+    async def is_owned(self, partition: int) -> bool:
+        """Whether another process has taken the partition."""
+        ...
+
     async def close(self) -> None:
         """Give everything up."""
         ...

@@ -5,6 +5,7 @@ Layout under the store's path (folders 0700, our own files 0600)::
     meta.json     the reserved keys that belong to no partition; replaced whole, under meta.lock
     p-00003/      RocksDB of partition 3
     p-00003.seq   24 bytes: incarnation of that database, count of its writes; locked (flock) by the owner
+    p-00003.ask   there while somebody asks the owner to write the partition anew
 
 Readers in other processes watch the ``.seq`` files: a moved count means news, another incarnation another database.
 """
@@ -59,6 +60,11 @@ def partition_path(path: Path, partition: int) -> Path:
 def seq_path(path: Path, partition: int) -> Path:
     """File that tells readers about a partition's database."""
     return path / f"p-{partition:05d}.seq"
+
+
+def ask_path(path: Path, partition: int) -> Path:
+    """File that asks the owner for a rebuild."""
+    return path / f"p-{partition:05d}.ask"
 
 
 def identity_path(folder: Path) -> Path:
@@ -342,6 +348,37 @@ class RocksKV:
             with _translated(f"partition {partition} of {self.path}"):
                 held.write(batch)
         return len(entries) - written
+
+    async def ask_rebuild(self, partition: int) -> None:
+        """Ask the partition's owner, present or next, to write it anew from the histories."""
+        with _translated(f"partition {partition} of {self.path}"):
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _replace(ask_path(self.path, partition), uuid.uuid4().bytes)
+
+    async def rebuild_request(self, partition: int) -> bytes | None:
+        """Mark of the newest request, None without one."""
+        with _translated(f"partition {partition} of {self.path}"):
+            try:
+                return ask_path(self.path, partition).read_bytes()
+            except FileNotFoundError:
+                return None
+
+    async def rebuild_done(self, partition: int, request: bytes) -> None:
+        """Answer a request; one that came later stays."""
+        if await self.rebuild_request(partition) == request:
+            with _translated(f"partition {partition} of {self.path}"):
+                ask_path(self.path, partition).unlink(missing_ok=True)
+
+    async def is_owned(self, partition: int) -> bool:
+        """Whether another process has taken the partition."""
+        with _translated(f"partition {partition} of {self.path}"):
+            file = seq_path(self.path, partition)
+            if not file.exists():
+                return False
+            fd = _try_lock(file)
+            if fd is not None:
+                os.close(fd)
+            return fd is None
 
     async def close(self) -> None:
         """Give everything up."""

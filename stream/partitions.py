@@ -1,0 +1,192 @@
+"""The partitions of a worker: taken with their state, rebuilt where the store lost writes, copied, given up."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from faust.types import TP
+
+from stream.agents import BatchProcessor, Owned
+from stream.config import Settings
+from stream.engine import Engine
+from stream.items import ItemSpace
+from stream.keys import watermark_key
+from stream.kv.base import KVWriter
+from stream.ownership import Restorer, restore_and_claim
+from stream.publish import Destinations, Lane, Lanes, Progress, Stage
+from stream.rebuild import lost_writes, rebuild
+from stream.standby import Standbys
+from stream.table import HistoryStore
+from stream.topics import Prepared
+from stream.transport import Consumer, Producer, RecordBatch, acknowledged
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a worker is made of, as far as its partitions need it."""
+
+    settings: Settings
+    topics: Prepared
+    space: ItemSpace
+    store: HistoryStore
+    kv: KVWriter
+    producer: Producer
+    consumer: Consumer
+    lanes: Lanes
+    processor: BatchProcessor
+    on_stage: Stage
+    on_error: Callable[[BaseException], Awaitable[None]]
+
+
+class Partitions:
+    """Takes and gives up partitions as the group assigns them."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._standbys = Standbys(parts.settings, parts.store, parts.on_error)
+        self._taking: asyncio.Future[Any] | None = None
+        self._rebuilds: dict[int, asyncio.Task[None]] = {}
+        self._input_topics = (*parts.settings.event_topics, parts.settings.deletion_topic)
+
+    async def take(self, partitions: Sequence[int], standbys: Sequence[int]) -> None:
+        """Restore and claim `partitions` and apply their pending erasures; follow `standbys` from here on.
+
+        Raises:
+            asyncio.CancelledError: `give_up` was called meanwhile.
+        """
+        await self.give_up()
+        parts = self._parts
+        parts.consumer.check_assignment(self._input_topics, partitions)
+        share = max(64, parts.settings.hot_users // max(1, len(partitions)))
+        self._taking = asyncio.gather(*(self._take(partition, share) for partition in partitions))
+        await self._taking
+        self._standbys.follow(standbys)
+
+    async def give_up(self) -> None:
+        """Stop taking, publishing and copying, and close the databases of all partitions."""
+        parts = self._parts
+        tasks = [*self._rebuilds.values(), *([self._taking] if self._taking is not None else [])]
+        self._taking, self._rebuilds = None, {}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._standbys.stop()
+        owned = parts.processor.give_up(parts.consumer.seeks + 1)
+        await parts.lanes.stop()
+        for partition in owned:
+            partition.db.put({}, partition.changelog_offset)
+        for number in parts.store.open_partitions:  # also those that were being taken
+            parts.store.close(number)
+            await parts.kv.close_partition(number)
+
+    async def heartbeat(self) -> None:
+        """Write the watermarks of idle partitions, and see whether somebody asks for a rebuild."""
+        parts = self._parts
+        await parts.lanes.heartbeat()
+        for partition, owned in list(parts.processor.owned.items()):
+            if partition not in self._rebuilds and await parts.kv.rebuild_request(partition) is not None:
+                self._start_rebuild(owned)
+
+    async def _take(self, partition: int, hot_users: int) -> None:
+        parts, settings = self._parts, self._parts.settings
+        db, epoch, had_claim = await restore_and_claim(
+            partition,
+            settings=settings,
+            partitions=parts.topics.partitions,
+            store=parts.store,
+            kv=parts.kv,
+            send=self._send_one,
+        )
+        engine = Engine(
+            [parts.space],
+            settings.versioned_encoder,
+            settings.rules,
+            partition=partition,
+            partitions=parts.topics.partitions,
+            hot_users=hot_users,
+            publish_latest=settings.publish == "latest",
+            json_output=settings.output_format == "json",
+        )
+        tps = [TP(topic, partition) for topic in self._input_topics]
+        committed = {tp.topic: offset for tp, offset in (await parts.consumer.committed(tps)).items()}
+        watermark = (await parts.kv.get(partition, [watermark_key(partition).encode()]))[0]
+        progress = Progress(epoch, {topic: offset for topic, offset in committed.items() if offset is not None})
+        owned = Owned(partition, epoch, db, engine, progress, db.changelog_offset)
+        if lost_writes(watermark, committed):
+            log.warning("partition %s: the key-value store lacks committed writes; rebuilding it", partition)
+            progress.whole = False
+        parts.processor.owned[partition] = owned
+        parts.lanes.start(self._lane(owned))
+        start = (committed[settings.deletion_topic] or 0) if had_claim else 0
+        await self._apply_erasures(partition, start)
+        if not progress.whole:
+            self._start_rebuild(owned)
+
+    async def _apply_erasures(self, partition: int, start: int) -> None:
+        """Apply erasures that are not committed yet, so that no replayed event publishes an erased user."""
+        parts, topic = self._parts, self._parts.settings.deletion_topic
+
+        async def handle(records: list[Any]) -> None:
+            await parts.processor.step(RecordBatch(topic, partition, records, -1, 0))
+
+        await Restorer(parts.settings.kafka_client).read(topic, partition, start, handle)
+        await parts.lanes[partition].empty()
+
+    def _start_rebuild(self, owned: Owned) -> None:
+        task = asyncio.create_task(self._rebuild(owned), name=f"rebuild-{owned.partition}")
+        self._rebuilds[owned.partition] = task
+
+    async def _rebuild(self, owned: Owned) -> None:
+        """Fill the partition's store in the background; events go on meanwhile."""
+        parts = self._parts
+        try:
+            request = await parts.kv.rebuild_request(owned.partition)
+            await rebuild(parts.processor, owned)
+            owned.progress.whole = True
+            if request is not None:
+                await parts.kv.rebuild_done(owned.partition, request)
+        except Exception as exc:  # noqa: BLE001 - a store that can't be filled stops the worker
+            await parts.on_error(exc)
+        del self._rebuilds[owned.partition]
+
+    def _lane(self, owned: Owned) -> Lane:
+        parts, settings, partition = self._parts, self._parts.settings, owned.partition
+        return Lane(
+            partition,
+            owned.progress,
+            Destinations(
+                changelog=settings.changelog_topic,
+                output=settings.output_topic,
+                dead_letters=settings.dlq_topic,
+                dead_letter_partitions=parts.topics.dead_letter_partitions,
+                dead_letter_max_bytes=settings.dlq_max_bytes,
+                timeout_s=settings.delivery_timeout_s,
+            ),
+            parts.producer,
+            parts.kv,
+            mark_durable=lambda topic, offset: parts.processor.probation.durable(topic, partition, offset),
+            changelog_at=owned.changelog_at,
+            lag_ms=lambda progress: self._lag_ms(partition, progress),
+            now_ms=_now_ms,
+            on_stage=parts.on_stage,
+        )
+
+    def _lag_ms(self, partition: int, progress: Progress) -> int:
+        """0 when all that the brokers hold is durable, else the age of the newest durable record."""
+        ends = {topic: self._parts.consumer.highwater(TP(topic, partition)) for topic in self._input_topics}
+        if all(end is None or progress.offsets.get(topic, 0) >= end for topic, end in ends.items()):
+            return 0
+        return max(0, _now_ms() - (progress.kafka_time_ms or 0)) if progress.kafka_time_ms else 0
+
+    async def _send_one(self, topic: str, partition: int, key: bytes, value: bytes) -> int:
+        futures = await self._parts.producer.send_records(topic, partition, [(key, value, [])])
+        return await acknowledged(futures, self._parts.settings.delivery_timeout_s, topic)
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
