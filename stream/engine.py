@@ -7,7 +7,7 @@ A step has three parts, so that its caller can read all missing states with one 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice, repeat
+from itertools import islice
 from typing import Final, NamedTuple, Protocol
 
 import numpy as np
@@ -75,14 +75,9 @@ class StepResult:
     counts: dict[str, int] = field(default_factory=dict)
 
 
-class _Step(NamedTuple):
-    """A state to publish: what it was right after one operation."""
-
-    length: int
-    as_of: int | None
-    revision: int
-    added: bytes | None
-    gone: Sequence[bytes]
+#: A state to publish, right after one operation: history length, as_of (ms), revision, what was added, what left.
+#: A plain tuple, for one is made for every event.
+_Step = tuple[int, int | None, int, bytes | None, Sequence[bytes]]
 
 
 class _User:
@@ -100,11 +95,10 @@ class _User:
 class _Touch:
     """What a batch did to one user so far."""
 
-    __slots__ = ("afresh", "again", "before", "plain", "steps", "user")
+    __slots__ = ("afresh", "again", "plain", "steps", "user")
 
     def __init__(self, user: _User) -> None:
         self.user = user
-        self.before = user.history.keys.copy()
         self.steps: list[_Step] = []
         self.plain = True  # all steps appended at the new end
         self.again = False  # something arrived that was known already
@@ -133,6 +127,8 @@ class Engine:
         hot_users: how many users are kept in memory between batches.
         publish_latest: publish only a batch's last state of each user instead of one record per applied event.
         json_output: write JSON instead of Avro to the output topic.
+        decoder: shared with the engines of other partitions, so that its memo is held once.
+        codec: the same.
     """
 
     def __init__(
@@ -146,15 +142,17 @@ class Engine:
         hot_users: int = 10_000,
         publish_latest: bool = False,
         json_output: bool = False,
+        decoder: EventDecoder | None = None,
+        codec: HistoryCodec | None = None,
     ) -> None:
         self.encoder = encoder
-        self.codec = HistoryCodec(rules.types)
+        self.codec = codec or HistoryCodec(rules.types)
         self.partition = partition
         self.partitions = partitions
         self.hot_users = hot_users
         self.publish_latest = publish_latest
         self.json_output = json_output
-        self._decoder = EventDecoder(rules)
+        self._decoder = decoder or EventDecoder(rules)
         self._deletions = DeletionDecoder()
         capacity = min(hot_users, 1024)
         self._spaces = [_SpaceState(space, encoder, capacity) for space in spaces]
@@ -258,7 +256,7 @@ class Engine:
                 keys = history.keys
                 touch.plain &= keys[-1] is what
                 gone: Sequence[bytes] = () if evicted is None else (evicted,)
-                step = _Step(len(keys), key_ts_ms(keys[-1]), history.revision, what, gone)
+                step: _Step = (len(keys), key_ts_ms(keys[-1]), history.revision, what, gone)
             elif type(what) is int:
                 news, gone = history.erase(what)
                 if not news:
@@ -266,7 +264,7 @@ class Engine:
                     continue
                 erasures += 1
                 touch.plain &= not gone
-                step = _Step(len(history.keys), history.as_of_ms, history.revision, None, gone)
+                step = (len(history.keys), history.as_of_ms, history.revision, None, gone)
             else:
                 touch.again = True
                 continue
@@ -277,7 +275,7 @@ class Engine:
                 history = touch.user.history
                 if history.revision:  # a user that only sent what can't be kept has no state
                     states.append((key, touch, 0))
-                    touch.steps.append(_Step(len(history.keys), history.as_of_ms, history.revision, None, ()))
+                    touch.steps.append((len(history.keys), history.as_of_ms, history.revision, None, ()))
         if self.publish_latest:
             states = [s for s in states if s[2] == len(s[1].steps) - 1]
         for outcome, n in outcomes.items():
@@ -373,7 +371,7 @@ class Engine:
         new_rows, old_rows = np.full(count, -1), np.full(count, -1)
         new_weights, old_weights = np.ones(count), np.ones(count)
         for i, (touch, _) in enumerate(members):
-            added, gone = touch.steps[step].added, touch.steps[step].gone
+            _, _, _, added, gone = touch.steps[step]
             if added is None:  # sent again, or an erasure that took nothing
                 continue
             rows = touch.user.rows[index]  # type: ignore[index]  # only users with rows get here
@@ -395,18 +393,20 @@ class Engine:
         """Sums of the wanted steps of one user from the interactions themselves; leaves the user's slot valid."""
         state = self._spaces[index]
         user = touch.user
-        arrived = dict(zip(touch.before, repeat(-1)))
+        arrived: dict[bytes, int] = {}
         left: dict[bytes, int] = {}
         for step, (_, _, _, added, gone) in enumerate(touch.steps):
             if added is not None:
                 arrived[added] = step
             for key in gone:
                 left[key] = step
-        keys = sorted(arrived)
+        keys = user.history.keys
+        if left:  # what has left was there before, or came and went in this batch
+            keys = sorted({*keys, *left})
         row_of = state.space.row
         rows = np.fromiter((row_of(k[TS_BYTES : k.rindex(b"\0")], -1) for k in keys), dtype=np.int64, count=len(keys))
         weights = np.array([self._weight(k) for k in keys]) if self._weights else None
-        arrivals = np.fromiter(map(arrived.__getitem__, keys), dtype=np.int64, count=len(keys))
+        arrivals = np.fromiter((arrived.get(k, -1) for k in keys), dtype=np.int64, count=len(keys))
         departures = np.fromiter((left.get(k, _STAYS) for k in keys), dtype=np.int64, count=len(keys))
         steps = np.asarray(wanted, dtype=np.int64)
         sums, totals, known = state.sums.window(rows, weights, arrivals, departures, steps)
@@ -439,15 +439,14 @@ class Engine:
                 result.output.append((key, None))
                 result.entries[key] = kv_prefix(epoch, revision)
                 continue
-            name = user.decode()
             reason = REASONS[status[place]]
             unknown = length - int(known[place])
             vector = block[place * size : place * size + size]
-            body = avro(name, epoch, revision, reason, length, unknown, as_of, norms[place], vector)
+            body = avro(user, epoch, revision, reason, length, unknown, as_of, norms[place], vector)
             result.entries[key] = kv_prefix(epoch, revision) + body
             if self.json_output:
                 record = EmbeddingRecord(
-                    name, epoch, revision, *reason, length, unknown, as_of,
+                    user.decode(), epoch, revision, *reason, length, unknown, as_of,
                     self.encoder.version, space.version, vectors[place], norms[place],
                 )  # fmt: skip
                 result.output.append((key, json.dumps(to_json(record)).encode()))

@@ -12,6 +12,8 @@ from faust.types import TP
 from stream.agents import BatchProcessor, Owned
 from stream.config import Settings
 from stream.engine import Engine
+from stream.events import EventDecoder
+from stream.history import HistoryCodec
 from stream.items import ItemSpace
 from stream.keys import watermark_key
 from stream.kv.base import KVWriter
@@ -51,6 +53,8 @@ class Partitions:
         self._standbys = Standbys(parts.settings, parts.store, parts.on_error)
         self._taking: asyncio.Future[Any] | None = None
         self._rebuilds: dict[int, asyncio.Task[None]] = {}
+        self._decoder = EventDecoder(parts.settings.rules)
+        self._codec = HistoryCodec(parts.settings.event_types)
         self._input_topics = (*parts.settings.event_topics, parts.settings.deletion_topic)
 
     async def take(self, partitions: Sequence[int], standbys: Sequence[int]) -> None:
@@ -111,6 +115,8 @@ class Partitions:
             hot_users=hot_users,
             publish_latest=settings.publish == "latest",
             json_output=settings.output_format == "json",
+            decoder=self._decoder,
+            codec=self._codec,
         )
         tps = [TP(topic, partition) for topic in self._input_topics]
         committed = {tp.topic: offset for tp, offset in (await parts.consumer.committed(tps)).items()}

@@ -63,15 +63,38 @@ def _schemas() -> tuple[dict[bytes, Any], bytes]:
 
 
 def _long(value: int) -> bytes:
-    value <<= 1  # zigzag of a value that is never negative here
-    if value < 0x80:
-        return bytes((value,))
+    """Avro's zigzag varint of a value that is never negative here."""
+    if value < _SMALL:
+        return _SMALL_LONGS[value]
+    value <<= 1
+    if _SIX_BYTES <= value < _SEVEN_BYTES:  # an event time
+        return bytes(
+            (
+                value & 0x7F | 0x80,
+                value >> 7 & 0x7F | 0x80,
+                value >> 14 & 0x7F | 0x80,
+                value >> 21 & 0x7F | 0x80,
+                value >> 28 & 0x7F | 0x80,
+                value >> 35,
+            )
+        )
+    return _varint(value)
+
+
+def _varint(value: int) -> bytes:
     out = bytearray()
     while value > 0x7F:
         out.append(value & 0x7F | 0x80)
         value >>= 7
     out.append(value)
     return bytes(out)
+
+
+#: Lengths, most revisions and most epochs.
+_SMALL: Final = 4096
+_SMALL_LONGS: Final = tuple(_varint(value << 1) for value in range(_SMALL))
+_SIX_BYTES: Final = 1 << 35
+_SEVEN_BYTES: Final = 1 << 42
 
 
 def _string(text: str) -> bytes:
@@ -96,7 +119,7 @@ class RecordEncoder:
 
     def avro(
         self,
-        user_id: str,
+        user_id: bytes,
         epoch: int,
         revision: int,
         status: tuple[str, str],
@@ -106,14 +129,15 @@ class RecordEncoder:
         norm: float,
         vector: bytes,
     ) -> bytes:
-        """One record in Avro single-object encoding; `vector` is little-endian float32."""
+        """One record in Avro single-object encoding; `user_id` is UTF-8, `vector` little-endian float32."""
         flags = self._status.get(status)
         if flags is None:
             flags = self._status[status] = _string(status[0]) + _string(status[1])
         return b"".join(
             (
                 self._header,
-                _string(user_id),
+                _long(len(user_id)),
+                user_id,
                 _long(epoch),
                 _long(revision),
                 flags,
@@ -132,7 +156,7 @@ def encode(record: EmbeddingRecord) -> bytes:
     """One record in Avro single-object encoding."""
     encoder = RecordEncoder(record.user_embedding_version, record.item_embedding_version, len(record.vector))
     return encoder.avro(
-        record.user_id,
+        record.user_id.encode(),
         record.epoch,
         record.revision,
         (record.status, record.reason),

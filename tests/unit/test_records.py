@@ -122,7 +122,7 @@ def test_an_encoder_writes_many_records_of_one_pair():
     """Nothing of one record is left in the next."""
     encoder = RecordEncoder("user_v7", "items_v42", 2)
     for user, status in [("a", ("ok", "")), ("é" * 128, ("fallback", "degenerate")), ("a", ("ok", ""))]:
-        data = encoder.avro(user, 1, 2, status, 3, 1, None, 0.5, RECORD.vector.tobytes())
+        data = encoder.avro(user.encode(), 1, 2, status, 3, 1, None, 0.5, RECORD.vector.tobytes())
         got = decode(data)
         assert (got.user_id, (got.status, got.reason), got.as_of, got.norm) == (user, status, None, 0.5)
         assert data == encode(got)
