@@ -1,12 +1,14 @@
 """Decayed sums of item rows for many users at once: the incremental twin of `embedding.decayed_mean`.
 
 For decay λ the sum of a history is ``Σ exp(-λ·r) · w · x`` over its known items, r counting known items from the newest
-(0). A new newest item multiplies what was there by ``exp(-λ)``; an item that leaves the old end is subtracted at its
-rank. Both run over all users of a batch in a few array operations. Anything else (a late insert, an erasure, a user not
-in memory) is summed afresh for all states of the user in the batch by one matrix product.
+(0). An item that arrives multiplies what is older by ``exp(-λ)``; what is newer (nothing, mostly) keeps its rank. An
+item that leaves the old end is subtracted at its rank. Both run over all users of a batch in a few array operations.
+Anything else (an erasure, a very late or a very busy user) is summed afresh for all states of the user in the batch by
+one matrix product.
 """
 
-from typing import Final
+from collections.abc import Sequence
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +19,20 @@ Int64 = NDArray[np.int64]
 
 #: States of one user summed by one product at most.
 MAX_WINDOW: Final = 256
+
+
+class Newer(NamedTuple):
+    """Known items newer than those that arrive late, for l of m slots.
+
+    Attributes:
+        at: which of the m slots [l], each once.
+        rows: for each of them the rows of the newer items, newest first, at least one.
+        weights: their type weights; None is all ones.
+    """
+
+    at: Int64
+    rows: Sequence[Sequence[int]]
+    weights: Sequence[Sequence[float]] | None
 
 
 class DecayedSums:
@@ -53,10 +69,42 @@ class DecayedSums:
         """Sums [m, K, d], totals [m, K] and known [m] of some slots, copied."""
         return self.sums[slots], self.totals[slots], self.known[slots]
 
-    def append(
-        self, slots: Int64, new_rows: Int64, new_weights: Float64, old_rows: Int64, old_weights: Float64
+    def load(self, slots: Int64, rows: Sequence[Sequence[int]], weights: Sequence[Sequence[float]] | None) -> None:
+        """Set slots to the sums of whole histories.
+
+        Args:
+            slots: distinct slots [m].
+            rows: for each the rows of its known items, newest first.
+            weights: their type weights; None is all ones.
+        """
+        self.sums[slots], self.totals[slots] = self._ragged(rows, weights)
+        self.known[slots] = [len(of_one) for of_one in rows]
+
+    def _ragged(
+        self, rows: Sequence[Sequence[int]], weights: Sequence[Sequence[float]] | None
+    ) -> tuple[Float64, Float64]:
+        """Sums [m, K, d] and totals [m, K] of m sequences of rows, newest first."""
+        count, decays, dim = len(rows), self._powers.shape[0], self.vectors.shape[1]
+        sums, totals = np.zeros((count, decays, dim)), np.zeros((count, decays))
+        for i, of_one in enumerate(rows):
+            if of_one:
+                factors = self._powers[:, : len(of_one)]
+                if weights is not None:
+                    factors = factors * weights[i]
+                np.matmul(factors, self.vectors[of_one], out=sums[i])
+                totals[i] = factors.sum(axis=1)
+        return sums, totals
+
+    def insert(
+        self,
+        slots: Int64,
+        new_rows: Int64,
+        new_weights: Float64,
+        old_rows: Int64,
+        old_weights: Float64,
+        newer: Newer | None = None,
     ) -> None:
-        """One new newest interaction for each of m distinct slots, and at most one that leaves the old end.
+        """One interaction that arrives for each of m distinct slots, and at most one that leaves the old end.
 
         Args:
             slots: distinct slots [m].
@@ -64,19 +112,29 @@ class DecayedSums:
             new_weights: its type weight [m].
             old_rows: row of the item that left [m], -1 where none did or this space lacks it.
             old_weights: its type weight [m].
+            newer: what is newer than the items that are not the newest; they are known items.
         """
         is_new = new_rows >= 0
         is_old = old_rows >= 0
         known = self.known[slots]
         keep = np.where(is_new[:, None], self._powers[:, 1][None, :], 1.0)  # [m, K]
-        gain = np.where(is_new, new_weights, 0.0)  # [m]
+        gain = np.where(is_new, new_weights, 0.0)[:, None]  # [m, 1]
         loss = self._powers.T[np.maximum(known + is_new - 1, 0)] * np.where(is_old, old_weights, 0.0)[:, None]  # [m, K]
-        sums = self.sums[slots]
+        sums, totals = self.sums[slots], self.totals[slots]
+        if newer is not None:  # set aside what keeps its rank
+            sums_aside, totals_aside = self._ragged(newer.rows, newer.weights)
+            sums[newer.at] -= sums_aside
+            totals[newer.at] -= totals_aside
+            gain = np.repeat(gain, keep.shape[1], axis=1)  # [m, K]
+            gain[newer.at] *= self._powers.T[[len(rows) for rows in newer.rows]]
         sums *= keep[:, :, None]
-        sums += (self.vectors[np.maximum(new_rows, 0)] * gain[:, None])[:, None, :]
+        sums += self.vectors[np.maximum(new_rows, 0)][:, None, :] * gain[:, :, None]
+        totals = totals * keep + gain - loss
+        if newer is not None:
+            sums[newer.at] += sums_aside
+            totals[newer.at] += totals_aside
         if is_old.any():
             sums -= loss[:, :, None] * self.vectors[np.maximum(old_rows, 0)][:, None, :]
-        totals = self.totals[slots] * keep + gain[:, None] - loss
         known = known + is_new - is_old
         if (empty := known == 0).any():  # nothing left: no rounding residue either
             sums[empty] = 0.0

@@ -5,6 +5,7 @@ A step has three parts, so that its caller can read all missing states with one 
 """
 
 import json
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -13,7 +14,7 @@ from typing import Final, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from stream.accumulate import DecayedSums
+from stream.accumulate import DecayedSums, Newer
 from stream.embedding import Float32
 from stream.encoders import REASONS, VersionedEncoder, finish
 from stream.events import DeletionDecoder, EventDecoder, EventRules, Reason, Reject
@@ -22,9 +23,11 @@ from stream.items import ItemSpace
 from stream.keys import partition_of, user_cache_key
 from stream.records import EmbeddingRecord, RecordEncoder, kv_prefix, to_json
 
-#: Up to so many new newest events of one user in a batch are added one round at a time, together with other users';
-#: from there on one matrix product for the user alone is cheaper.
+#: Up to so many events of one user in a batch are added one round at a time, together with other users'; from there on
+#: one matrix product for the user alone is cheaper.
 MAX_ROUNDS: Final = 4
+#: The same holds for an event that is older than so many others of its user.
+MAX_NEWER: Final = 64
 #: A slot is summed afresh after so many incremental updates, so that rounding can't build up over years.
 MAX_AGE: Final = 100_000
 _STAYS: Final = 1 << 40
@@ -75,19 +78,20 @@ class StepResult:
     counts: dict[str, int] = field(default_factory=dict)
 
 
-#: A state to publish, right after one operation: history length, as_of (ms), revision, what was added, what left.
-#: A plain tuple, for one is made for every event.
-_Step = tuple[int, int | None, int, bytes | None, Sequence[bytes]]
+#: A state to publish, right after one operation: history length, as_of (ms), revision, what was added, what left, and
+#: how many interactions are newer than what was added. A plain tuple, for one is made for every event.
+_Step = tuple[int, int | None, int, bytes | None, Sequence[bytes], int]
 
 
 class _User:
     """A user in memory: the history, its rows in each active space, and a slot of running sums."""
 
-    __slots__ = ("age", "history", "rows", "slot")
+    __slots__ = ("age", "history", "rows", "slot", "weights")
 
     def __init__(self, history: History) -> None:
         self.history = history
-        self.rows: list[list[int]] | None = None  # one list a space, aligned with history.keys; None: sums not valid
+        self.rows: list[list[int]] = []  # one list a space, aligned with history.keys
+        self.weights: list[list[float]] = []  # the same; empty where all types weigh 1
         self.slot = -1
         self.age = 0
 
@@ -100,7 +104,7 @@ class _Touch:
     def __init__(self, user: _User) -> None:
         self.user = user
         self.steps: list[_Step] = []
-        self.plain = True  # all steps appended at the new end
+        self.plain = True  # all steps are additions that the running sums can follow
         self.again = False  # something arrived that was known already
         self.afresh = False  # the running sums can't follow; sum the interactions again
 
@@ -157,6 +161,7 @@ class Engine:
         capacity = min(hot_users, 1024)
         self._spaces = [_SpaceState(space, encoder, capacity) for space in spaces]
         self._users: dict[bytes, _User] = {}  # least recently used first
+        self._loaded: list[_User] = []  # their sums are to be made before the batch is applied to them
         self._free = list(range(capacity))
         self._capacity = capacity
         weights = {t.encode(): w for t, w in encoder.encoder.type_weights.items() if w != 1.0}
@@ -219,14 +224,12 @@ class Engine:
         """
         result = StepResult(counts=batch.counts)
         touched, states = self._fold(batch, stored)
+        self._load_sums()
         touched = {key: touch for key, touch in touched.items() if touch.steps}
         for touch in touched.values():
             user, steps = touch.user, len(touch.steps)
-            touch.afresh = user.rows is None or not touch.plain or steps > MAX_ROUNDS or user.age >= MAX_AGE
+            touch.afresh = not touch.plain or steps > MAX_ROUNDS or user.age >= MAX_AGE
             user.age = 0 if touch.afresh else user.age + steps
-            if touch.afresh:
-                user.slot = self._slot() if user.slot < 0 else user.slot
-                user.rows = [[] for _ in self._spaces]
         for space in range(len(self._spaces)):
             self._publish(space, touched, states, epoch, result)
         for key, touch in touched.items():
@@ -254,9 +257,12 @@ class Engine:
                     touch.again |= outcome is Outcome.DUPLICATE
                     continue
                 keys = history.keys
-                touch.plain &= keys[-1] is what
+                newer = 0
+                if keys[-1] is not what:
+                    newer = len(keys) - 1 - bisect_left(keys, what)
+                    touch.plain &= newer <= MAX_NEWER
                 gone: Sequence[bytes] = () if evicted is None else (evicted,)
-                step: _Step = (len(keys), key_ts_ms(keys[-1]), history.revision, what, gone)
+                step: _Step = (len(keys), key_ts_ms(keys[-1]), history.revision, what, gone, newer)
             elif type(what) is int:
                 news, gone = history.erase(what)
                 if not news:
@@ -264,7 +270,7 @@ class Engine:
                     continue
                 erasures += 1
                 touch.plain &= not gone
-                step = (len(history.keys), history.as_of_ms, history.revision, None, gone)
+                step = (len(history.keys), history.as_of_ms, history.revision, None, gone, 0)
             else:
                 touch.again = True
                 continue
@@ -275,7 +281,7 @@ class Engine:
                 history = touch.user.history
                 if history.revision:  # a user that only sent what can't be kept has no state
                     states.append((key, touch, 0))
-                    touch.steps.append((len(history.keys), history.as_of_ms, history.revision, None, ()))
+                    touch.steps.append((len(history.keys), history.as_of_ms, history.revision, None, (), 0))
         if self.publish_latest:
             states = [s for s in states if s[2] == len(s[1].steps) - 1]
         for outcome, n in outcomes.items():
@@ -291,13 +297,27 @@ class Engine:
             data = stored[key]
             limit = self.encoder.history_limit
             user = _User(History(self.codec, limit) if data is None else History.decode(data, self.codec, limit))
-            if not user.history.keys:  # nothing to sum: running sums of zero are right from the start
-                user.slot = self._slot()
-                for state in self._spaces:
-                    state.sums.put(user.slot, np.float64(0.0), np.float64(0.0), 0)  # type: ignore[arg-type]
-                user.rows = [[] for _ in self._spaces]
+            keys = user.history.keys
+            user.slot = self._slot()
+            user.rows = [[state.space.row(k[TS_BYTES : k.rindex(b"\0")], -1) for k in keys] for state in self._spaces]
+            user.weights = [[self._weight(k) for k in keys] for _ in self._spaces if self._weights]
+            self._loaded.append(user)
         self._users[key] = user
         return user
+
+    def _load_sums(self) -> None:
+        """Sums of the users that were read from the store for this batch, as they were before it."""
+        users, self._loaded = self._loaded, []
+        if not users:
+            return
+        slots = np.array([user.slot for user in users])
+        for index, state in enumerate(self._spaces):
+            rows = [[row for row in reversed(user.rows[index]) if row >= 0] for user in users]
+            weights = None
+            if self._weights:
+                pairs = (zip(reversed(user.rows[index]), reversed(user.weights[index]), strict=True) for user in users)
+                weights = [[weight for row, weight in of_one if row >= 0] for of_one in pairs]
+            state.sums.load(slots, rows, weights)
 
     def _slot(self) -> int:
         if not self._free:
@@ -312,7 +332,7 @@ class Engine:
         """Drop users from memory; what is stored has all of them."""
         for key in users:
             user = self._users.pop(key, None)
-            if user is not None and user.slot >= 0:
+            if user is not None:
                 self._free.append(user.slot)
 
     def _evict(self) -> None:
@@ -354,15 +374,15 @@ class Engine:
                 rounds[step].append((touch, wanted[step - skipped] if step >= skipped else -1))
         for step, members in enumerate(rounds):
             if members:
-                slots, at = self._append_round(index, members, step)
+                slots, at = self._insert_round(index, members, step)
                 slots, at = slots[at >= 0], at[at >= 0]
                 sums[at], totals[at], known[at] = state.sums.read(slots)
         self._emit(state, states, (sums, totals, known), epoch, result)
 
-    def _append_round(
+    def _insert_round(
         self, index: int, members: Sequence[tuple[_Touch, int]], step: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """One step of many users whose new interaction is their newest; return their slots and places."""
+        """One step of many users; return their slots and places."""
         state = self._spaces[index]
         row_of = state.space.row
         count = len(members)
@@ -370,21 +390,36 @@ class Engine:
         places = np.fromiter((place for _, place in members), dtype=np.int64, count=count)
         new_rows, old_rows = np.full(count, -1), np.full(count, -1)
         new_weights, old_weights = np.ones(count), np.ones(count)
+        late: list[int] = []
+        newer_rows: list[list[int]] = []
+        newer_weights: list[list[float]] = []
         for i, (touch, _) in enumerate(members):
-            _, _, _, added, gone = touch.steps[step]
+            _, _, _, added, gone, newer = touch.steps[step]
             if added is None:  # sent again, or an erasure that took nothing
                 continue
-            rows = touch.user.rows[index]  # type: ignore[index]  # only users with rows get here
-            row = row_of(added[TS_BYTES : added.rindex(b"\0")], -1)
-            rows.append(row)
-            new_rows[i] = row
+            user = touch.user
+            rows = user.rows[index]
             if gone:
                 old_rows[i] = rows.pop(0)
+            row = row_of(added[TS_BYTES : added.rindex(b"\0")], -1)
+            new_rows[i] = row
+            at = len(rows) - newer
+            rows.insert(at, row)
             if self._weights:
-                new_weights[i] = self._weight(added)
+                weights = user.weights[index]
                 if gone:
-                    old_weights[i] = self._weight(gone[0])
-        state.sums.append(slots, new_rows, new_weights, old_rows, old_weights)
+                    old_weights[i] = weights.pop(0)
+                new_weights[i] = self._weight(added)
+                weights.insert(at, float(new_weights[i]))
+            if newer and row >= 0:
+                known = [n for n in range(len(rows) - 1, at, -1) if rows[n] >= 0]
+                if known:
+                    late.append(i)
+                    newer_rows.append([rows[n] for n in known])
+                    if self._weights:
+                        newer_weights.append([weights[n] for n in known])
+        aside = Newer(np.array(late), newer_rows, newer_weights if self._weights else None) if late else None
+        state.sums.insert(slots, new_rows, new_weights, old_rows, old_weights, aside)
         return slots, places
 
     def _afresh(
@@ -395,7 +430,7 @@ class Engine:
         user = touch.user
         arrived: dict[bytes, int] = {}
         left: dict[bytes, int] = {}
-        for step, (_, _, _, added, gone) in enumerate(touch.steps):
+        for step, (_, _, _, added, gone, _) in enumerate(touch.steps):
             if added is not None:
                 arrived[added] = step
             for key in gone:
@@ -410,7 +445,9 @@ class Engine:
         departures = np.fromiter((left.get(k, _STAYS) for k in keys), dtype=np.int64, count=len(keys))
         steps = np.asarray(wanted, dtype=np.int64)
         sums, totals, known = state.sums.window(rows, weights, arrivals, departures, steps)
-        user.rows[index] = rows[departures == _STAYS].tolist()  # type: ignore[index]  # made by `apply`
+        user.rows[index] = rows[departures == _STAYS].tolist()
+        if weights is not None:
+            user.weights[index] = weights[departures == _STAYS].tolist()
         state.sums.put(user.slot, sums[-1], totals[-1], int(known[-1]))
         return sums, totals, known
 
@@ -433,7 +470,7 @@ class Engine:
         size = 4 * space.dim
         prefix, avro = state.key_prefix, state.records.avro
         for place, (user, touch, index) in enumerate(states):
-            length, as_of, revision, _, _ = touch.steps[index]
+            length, as_of, revision, _, _, _ = touch.steps[index]
             key = prefix + user
             if not length:
                 result.output.append((key, None))

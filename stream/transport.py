@@ -24,6 +24,9 @@ from stream.errors import ConfigError, DeliveryError, OwnershipError, RecordTooL
 #: not in it and waits for the next. This bounds that wait.
 FETCH_MAX_WAIT_MS: Final = 10
 WATCH_GROUP_S: Final = 1.0
+#: Records of one batch at most. A fetch of a backlog holds tens of thousands (its limit counts compressed bytes): as
+#: one batch they would hold up everything else for a second, and their users have many events each, which costs more.
+BATCH_RECORDS: Final = 2_000
 #: Uncompressed bytes of one produced batch; well below the broker's default limit of 1 MiB.
 MAX_BATCH_BYTES: Final = 512 * 1024
 
@@ -139,7 +142,13 @@ class Consumer(driver.Consumer):
             # A seek happened meanwhile and nothing tells whether these are from before it: read them again.
             await self.perform_seek()
             return
-        batches = [(tp, self._number(tp, records)) for tp, records in fetched.items()]
+        longest = max(map(len, fetched.values()))
+        batches = [  # partitions take turns, so that topics of one partition advance together
+            (tp, self._number(tp, records[start : start + BATCH_RECORDS]))
+            for start in range(0, longest, BATCH_RECORDS)
+            for tp, records in fetched.items()
+            if start < len(records)
+        ]
         for tp, batch in batches:
             if not self.flow_active or generation != self.app.consumer_generation_id:
                 # A rebalance began; recovery seeks to the committed offsets before anything is delivered again.
@@ -313,7 +322,8 @@ class Producer(driver.Producer):
             "linger_ms": 0,
             "max_batch_size": MAX_BATCH_BYTES,
             "max_request_size": self.app.max_request_bytes,
-            "compression_type": "lz4",
+            # The client's lz4 runs at level 9: 24 us for a history of 100, against 2.6 us of snappy (80 % of the size).
+            "compression_type": "snappy",
         }
 
     def _settings_auth(self) -> Mapping[str, Any]:

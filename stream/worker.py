@@ -1,6 +1,7 @@
 """Runs one worker in this process: signals, logging, and an exit code that tells the truth."""
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -17,6 +18,7 @@ log = logging.getLogger(__name__)
 STOP_TIMEOUT_S: Final = 90.0
 #: Supervisors often signal the process and its group: two signals this close are one wish.
 SAME_SIGNAL_S: Final = 0.5
+GC_THRESHOLDS: Final = (50_000, 20, 100)
 
 
 def setup_logging(level: str) -> None:
@@ -50,6 +52,8 @@ async def run_worker(app: EmbeddingApp, until: Callable[[], Awaitable[object]] |
         elif loop.time() - first_at > SAME_SIGNAL_S:
             os._exit(128 + number)
 
+    # Histories live long and hold no cycles: the collector's defaults spend a tenth of the time looking at them.
+    gc.set_threshold(*GC_THRESHOLDS)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
     app.finalize()

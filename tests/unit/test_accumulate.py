@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stream.accumulate import MAX_WINDOW, DecayedSums
+from stream.accumulate import MAX_WINDOW, DecayedSums, Newer
 
 DECAYS = (0.01, 0.15, 0.0)
 
@@ -48,7 +48,7 @@ def test_appending_equals_summing_one_by_one(rounds, limit):
         for history, entry in zip(histories, entering, strict=True):
             history.append(entry)
         new, old = np.array(entering), np.array(leaving)
-        sums.append(slots, new[:, 0].astype(np.int64), new[:, 1], old[:, 0].astype(np.int64), old[:, 1])
+        sums.insert(slots, new[:, 0].astype(np.int64), new[:, 1], old[:, 0].astype(np.int64), old[:, 1])
         got = sums.read(slots)
         for i, history in enumerate(histories):
             check((got[0][i], got[1][i], got[2][i]), naive(matrix, history))
@@ -60,7 +60,7 @@ def test_a_sum_of_nothing_is_exactly_nothing():
     sums = DecayedSums(vectors(), DECAYS, 2, 1)
     slot, one = np.array([0]), np.ones(1)
     for row, gone in [(3, -1), (5, -1), (-1, 3), (-1, 5)]:
-        sums.append(slot, np.array([row]), one, np.array([gone]), one)
+        sums.insert(slot, np.array([row]), one, np.array([gone]), one)
     assert not any(part.any() for part in sums.read(slot))
 
 
@@ -128,7 +128,7 @@ def test_a_window_without_known_items_is_zero(rows):
 
 def test_growing_keeps_what_is_there():
     sums = DecayedSums(vectors(), DECAYS, 5, 2)
-    sums.append(np.array([1]), np.array([4]), np.ones(1), np.array([-1]), np.ones(1))
+    sums.insert(np.array([1]), np.array([4]), np.ones(1), np.array([-1]), np.ones(1))
     before = [part.copy() for part in sums.read(np.array([0, 1]))]
     sums.grow(1)
     sums.grow(3)
@@ -156,9 +156,45 @@ def test_long_histories_do_not_drift():
     slot, one = np.array([0]), np.ones(1)
     for i, row in enumerate(rows):
         old = rows[i - limit : i - limit + 1] if i >= limit else np.array([-1])
-        sums.append(slot, np.array([row]), one, old, one)
+        sums.insert(slot, np.array([row]), one, old, one)
     got = sums.read(slot)
     want = naive(matrix, [(int(row), 1.0) for row in rows[-limit:]])
     np.testing.assert_allclose(got[0][0], want[0], rtol=0, atol=1e-11)
     np.testing.assert_allclose(got[1][0], want[1], rtol=0, atol=1e-11)
     assert got[2][0] == want[2]
+
+
+@given(st.data())
+def test_inserting_anywhere_equals_summing_one_by_one(data):
+    """Interactions arrive at any rank, the oldest leaves a full history, unknown items (-1) are in between."""
+    limit = data.draw(st.integers(1, 6))
+    weighted = data.draw(st.booleans())
+    some = entries if weighted else st.tuples(st.integers(-1, 11), st.just(1.0))
+    matrix = vectors()
+    sums = DecayedSums(matrix, DECAYS, limit, 8)
+    slots = np.array([5, 2, 7])
+    histories = [data.draw(st.lists(some, max_size=limit)) for _ in slots]  # oldest first
+    known = [[entry for entry in reversed(history) if entry[0] >= 0] for history in histories]
+    sums.load(slots, [[r for r, _ in k] for k in known], [[w for _, w in k] for k in known] if weighted else None)
+    for _ in range(data.draw(st.integers(0, 8))):
+        new, old, late = [], [], []
+        for i, history in enumerate(histories):
+            gone = history.pop(0) if len(history) == limit else (-1, 1.0)
+            entry = data.draw(some)
+            at = data.draw(st.integers(0, len(history)))
+            history.insert(at, entry)
+            newer = [e for e in reversed(history[at + 1 :]) if e[0] >= 0]
+            if newer and entry[0] >= 0:
+                late.append((i, newer))
+            new.append(entry)
+            old.append(gone)
+        aside = None
+        if late:
+            rows = [[row for row, _ in newer] for _, newer in late]
+            weights = [[weight for _, weight in newer] for _, newer in late]
+            aside = Newer(np.array([i for i, _ in late]), rows, weights if weighted else None)
+        n, o = np.array(new), np.array(old)
+        sums.insert(slots, n[:, 0].astype(np.int64), n[:, 1], o[:, 0].astype(np.int64), o[:, 1], aside)
+        got = sums.read(slots)
+        for i, history in enumerate(histories):
+            check((got[0][i], got[1][i], got[2][i]), naive(matrix, history))

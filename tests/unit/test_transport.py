@@ -8,7 +8,7 @@ import pytest
 from aiokafka.structs import TopicPartition
 
 from stream.errors import DeliveryError, OwnershipError, RecordTooLarge
-from stream.transport import Consumer, DeliveryChain, RecordBatch, acknowledged
+from stream.transport import BATCH_RECORDS, Consumer, DeliveryChain, RecordBatch, acknowledged
 
 PLACE = TopicPartition("events", 0)
 
@@ -116,6 +116,22 @@ async def test_batches_of_a_partition_are_numbered_between_seeks() -> None:
     await flow.perform_seek()
     numbers += [batch.number for batch in await collect(flow)]
     assert numbers == [0, 1, 2, 0]
+
+
+async def test_a_large_fetch_is_delivered_in_bounded_batches_by_turns() -> None:
+    flow = Flow()
+    flow.resume()
+    other = TopicPartition("events", 1)
+    flow.fetch.set_result({**records(*range(2 * BATCH_RECORDS + 5)), other: records(*range(BATCH_RECORDS))[PLACE]})
+    batches = await collect(flow)
+    assert [(b.partition, b.number, len(b.records)) for b in batches] == [
+        (0, 0, BATCH_RECORDS),
+        (1, 0, BATCH_RECORDS),
+        (0, 1, BATCH_RECORDS),
+        (0, 2, 5),
+    ]
+    assert [r.offset for b in batches if b.partition == 0 for r in b.records] == list(range(2 * BATCH_RECORDS + 5))
+    assert batches[-1].next_offset == 2 * BATCH_RECORDS + 5
 
 
 async def test_commits_follow_the_durable_mark_alone() -> None:

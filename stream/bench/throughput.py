@@ -1,0 +1,276 @@
+"""Events per second and CPU per event: this worker beside a plain Faust agent, alternating, on the same events.
+
+Both start with the same histories, restored from their changelogs, and work off the same backlog on the same broker.
+Rates are taken between two marks of the output topic, so that starting up costs neither anything.
+"""
+
+import json
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from confluent_kafka import Consumer, TopicPartition
+
+from stream.bench.load import TYPES, Load, Writer, make_topics
+from stream.bench.peer import PEER
+from stream.bench.process import BenchError, Ends, System
+from stream.config import ENV_PREFIX, Settings
+from stream.records import decode
+
+CHECKED_EVENTS: Final = 1_000
+TOLERANCE: Final = 1e-5  # the peer computes in float32
+MAX_LOST: Final = 100
+_COMPACT: Final = {"cleanup.policy": "compact"}
+Note = Callable[[str], None]
+
+#: Settings of Faust's own that a plain agent can be tuned by; each is tried, the best is the peer.
+SWEEP: Final[Mapping[str, Mapping[str, Any]]] = {
+    "defaults": {},
+    "linger 20 ms": {"producer_linger_ms": 20},
+    "linger 20 ms, batches of 256 KiB, lz4": {
+        "producer_linger_ms": 20,
+        "producer_max_batch_size": 262_144,
+        "producer_compression_type": "lz4",
+    },
+    "stream buffer of 64,000, polls of 4,000": {"stream_buffer_maxsize": 64_000, "broker_max_poll_records": 4_000},
+    "all of these, commits every 10 s": {
+        "producer_linger_ms": 20,
+        "producer_max_batch_size": 262_144,
+        "stream_buffer_maxsize": 64_000,
+        "broker_max_poll_records": 4_000,
+        "broker_commit_interval": 10.0,
+    },
+}
+
+
+class Rate(NamedTuple):
+    """What a system did between two marks."""
+
+    events_per_s: float
+    cpu_us_per_event: float
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured."""
+
+    rounds: int = 3
+    worker_events: int = 200_000
+    peer_events: int = 8_000
+    sweep_events: int = 3_000
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Where a comparison runs: broker, topics, folder and workload."""
+
+    settings: Settings
+    prefix: str
+    folder: Path
+    load: Load
+    partitions: int = 4
+
+    @property
+    def client(self) -> dict[str, Any]:
+        """Connection settings for librdkafka."""
+        return self.settings.librdkafka_client
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Event topic by type."""
+        return {kind: f"{self.prefix}.{kind}" for kind in TYPES}
+
+    def prepare(self) -> None:
+        """Make the item space and the input topics."""
+        self.load.space(self.folder / "items")
+        make_topics(
+            self.client, {**{topic: {} for topic in self.inputs.values()}, self.deletions: _COMPACT}, self.partitions
+        )
+
+    @property
+    def deletions(self) -> str:
+        """Deletion topic."""
+        return f"{self.prefix}.deletions"
+
+    def feed(self, count: int, start: int) -> None:
+        """Write `count` events of the workload from number `start` on."""
+        topics = self.inputs
+        Writer(self.client, self.partitions).write(
+            (topics[kind], user, user, value) for kind, user, value in self.load.events(count, start)
+        )
+
+    def worker(self, name: str, **more: str) -> tuple[System, str]:
+        """Start a worker with full histories; return it and its output topic."""
+        app, output = f"{self.prefix}-{name}", f"{self.prefix}.{name}.out"
+        folder = self.folder / name
+        folder.mkdir()
+        changelog = f"{app}-user-history-changelog"
+        make_topics(self.client, {changelog: _COMPACT, output: _COMPACT}, self.partitions)
+        states = self.load.states(self.settings)
+        Writer(self.client, self.partitions).write((changelog, user, user, state) for user, state in states)
+        own = {
+            "bootstrap_servers": self.settings.bootstrap_servers,
+            "app_id": app,
+            "event_topics": ",".join(self.inputs.values()),
+            "deletion_topic": self.deletions,
+            "output_topic": output,
+            "dlq_topic": f"{self.prefix}.{name}.dlq",
+            "items": str(self.folder / "items"),
+            "kv_url": f"rocksdb://{folder}/kv",
+            "state_dir": str(folder / "state"),
+            "log_level": "info",
+            **more,
+        }
+        environment = {ENV_PREFIX + key.upper(): value for key, value in own.items()}
+        command = [sys.executable, "-c", "from stream.cli import main; main()", "worker"]
+        return System(command, environment, folder / "log"), output
+
+    def peer(self, name: str, settings: Mapping[str, Any]) -> tuple[System, str]:
+        """Start the plain Faust agent with full histories; return it and its output topic."""
+        app, output = f"{self.prefix}-{name}", f"{self.prefix}.{name}.out"
+        folder = self.folder / name
+        folder.mkdir()
+        changelog = f"{app}-history-changelog"
+        make_topics(self.client, {changelog: _COMPACT, output: {}}, self.partitions)
+        tables = self.load.tables()
+        Writer(self.client, self.partitions).write((changelog, user, key, value) for user, key, value in tables)
+        spec = {
+            "app_id": app,
+            "bootstrap": self.settings.bootstrap_servers,
+            "topics": list(self.inputs.values()),
+            "output": output,
+            "partitions": self.partitions,
+            "vectors": str(self.folder / "items" / "vectors.npy"),
+            "data": str(folder / "data"),
+            "settings": dict(settings),
+        }
+        command = [sys.executable, "-m", "faust", "-A", "stream.bench.peer", "-l", "warn", "worker", "--without-web"]
+        return System(command, {PEER: json.dumps(spec)}, folder / "log"), output
+
+
+def measure(system: System, ends: Ends, output: str, warm: int, target: int) -> Rate:
+    """Rate of a running system from `warm` records on its output topic to `target`."""
+    first = system.until_count(ends, output, warm)
+    last = system.until_count(ends, output, target)
+    count = last.records - first.records
+    return Rate(count / (last.at_s - first.at_s), 1e6 * (last.cpu_s - first.cpu_s) / count)
+
+
+def check_equal(stage: Stage, ends: Ends, note: Note) -> int:
+    """Run both systems over the same few events and compare every user's last vector; return how many were compared.
+
+    Plain Faust loses some records around its start (at most `MAX_LOST` are let pass, and told); their users can't be
+    compared.
+
+    Raises:
+        BenchError: they differ, or one of them did not do its job.
+    """
+    system, output = stage.worker("equal-worker")
+    with system:
+        system.until_count(ends, output, CHECKED_EVENTS)
+    ours = {key.rsplit(":", 1)[1]: found for key, found in read_all(stage, output).items()}
+    system, output = stage.peer("equal-peer", {})
+    with system:
+        published = system.until_quiet(ends, output, CHECKED_EVENTS)
+    theirs = read_all(stage, output)
+    if published < CHECKED_EVENTS:
+        note(f"plain Faust published {published} of {CHECKED_EVENTS} events")
+    if sum(found.records for found in ours.values()) != CHECKED_EVENTS or published < CHECKED_EVENTS - MAX_LOST:
+        msg = f"of {CHECKED_EVENTS} events plain Faust published {published}"
+        raise BenchError(msg)
+    comparable = [user for user, found in theirs.items() if found.records == ours[user].records]
+    for user in comparable:
+        vector = json.loads(theirs[user].value)["user_embedding"]["vector"]
+        if np.abs(np.asarray(vector) - decode(ours[user].value).vector).max() > TOLERANCE:
+            msg = "worker and plain Faust publish different vectors"
+            raise BenchError(msg)
+    return len(comparable)
+
+
+class Found(NamedTuple):
+    """Records of a key, and the last one's value."""
+
+    records: int
+    value: bytes
+
+
+def read_all(stage: Stage, topic: str) -> dict[str, Found]:
+    """What a topic holds, by key."""
+    consumer = Consumer(
+        {**stage.client, "group.id": "bench-read", "enable.partition.eof": True, "auto.offset.reset": "earliest"}
+    )
+    consumer.assign([TopicPartition(topic, p, 0) for p in range(stage.partitions)])
+    found: dict[str, Found] = {}
+    ended: set[int] = set()
+    while len(ended) < stage.partitions:
+        for message in consumer.consume(1000, timeout=1.0):
+            if message.error():
+                ended.add(message.partition())
+            else:
+                key = message.key().decode()
+                found[key] = Found(found[key].records + 1 if key in found else 1, message.value())
+    consumer.close()
+    return found
+
+
+def compare(stage: Stage, sizes: Sizes, note: Note) -> dict[str, Any]:
+    """Check, sweep and measure; return what `uemb bench --json` prints of it."""
+    stage.prepare()
+    ends = Ends(stage.client, stage.partitions)
+    stage.feed(CHECKED_EVENTS, 0)
+    compared = check_equal(stage, ends, note)
+    note(f"vectors of {compared} users are equal to {TOLERANCE:g}")
+    stage.feed(sizes.worker_events, CHECKED_EVENTS)
+    sweep: dict[str, Rate] = {}
+    for number, (name, settings) in enumerate(SWEEP.items()):
+        sweep[name] = _peer_rate(stage, ends, f"sweep{number}", settings, sizes.sweep_events)
+        note(f"plain Faust, {name}: {_shown(sweep[name])}")
+    best = max(sweep, key=lambda name: sweep[name].events_per_s)
+    note(f"plain Faust is measured with: {best}")
+    ours: list[Rate] = []
+    theirs: list[Rate] = []
+    for number in range(sizes.rounds):
+        system, output = stage.worker(f"worker{number}")
+        with system:
+            ours.append(measure(system, ends, output, sizes.worker_events // 5, sizes.worker_events))
+        theirs.append(_peer_rate(stage, ends, f"peer{number}", SWEEP[best], sizes.peer_events))
+        note(f"round {number + 1}: worker {_shown(ours[-1])}; plain Faust {_shown(theirs[-1])}")
+    ends.close()
+    return {
+        "ratio_to_plain_faust": _median(ours, 0) / _median(theirs, 0),
+        "cpu_ratio_to_plain_faust": _median(theirs, 1) / _median(ours, 1),
+        "events_per_s": _median(ours, 0),
+        "events_per_s_spread": _spread(ours, 0),
+        "cpu_us_per_event": _median(ours, 1),
+        "plain_faust": {
+            "settings": best,
+            "events_per_s": _median(theirs, 0),
+            "events_per_s_spread": _spread(theirs, 0),
+            "cpu_us_per_event": _median(theirs, 1),
+            "sweep_events_per_s": {name: rate.events_per_s for name, rate in sweep.items()},
+        },
+        "users_checked_equal": compared,
+    }
+
+
+def _peer_rate(stage: Stage, ends: Ends, name: str, settings: Mapping[str, Any], events: int) -> Rate:
+    system, output = stage.peer(name, settings)
+    with system:
+        return measure(system, ends, output, events // 5, events)
+
+
+def _median(rates: Sequence[Rate], field: int) -> float:
+    return statistics.median(rate[field] for rate in rates)
+
+
+def _spread(rates: Sequence[Rate], field: int) -> list[float]:
+    values = [rate[field] for rate in rates]
+    return [min(values), max(values)]
+
+
+def _shown(rate: Rate) -> str:
+    return f"{rate.events_per_s:,.0f} events/s, {rate.cpu_us_per_event:,.1f} µs CPU each"

@@ -1,0 +1,1 @@
+"""``uemb bench``: measures the worker on the broker that the settings name."""
