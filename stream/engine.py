@@ -25,7 +25,7 @@ from stream.records import EmbeddingRecord, RecordEncoder, kv_prefix, to_json
 
 #: Up to so many events of one user in a batch are added one round at a time, together with other users'; from there on
 #: one matrix product for the user alone is cheaper.
-MAX_ROUNDS: Final = 4
+MAX_ROUNDS: Final = 8
 #: The same holds for an event that is older than so many others of its user.
 MAX_NEWER: Final = 64
 #: A slot is summed afresh after so many incremental updates, so that rounding can't build up over years.
