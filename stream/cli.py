@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import click
 
+from stream.cli_bench import bench
 from stream.cli_items import items
 from stream.cli_kv import kv
 from stream.config import ENV_PREFIX, Settings, load_settings
@@ -190,6 +191,7 @@ def _time(ts_ms: int | None) -> str:
     return "" if ts_ms is None else datetime.fromtimestamp(ts_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
+cli.add_command(bench)
 cli.add_command(items)
 cli.add_command(kv)
 

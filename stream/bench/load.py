@@ -55,19 +55,19 @@ class Load:
             first = START_MS - (self.length + 1) * 3_600_000 + user
             yield user, [(first + n * 3_600_000, item, TYPES[item % 2]) for n, item in enumerate(items)]
 
-    def events(self, count: int, start: int = 0) -> Iterator[tuple[str, bytes, bytes]]:
-        """Type, key and JSON value of `count` events from number `start` on, of random users in the order of time."""
+    def events(self, count: int, start: int = 0) -> Iterator[tuple[bytes, bytes]]:
+        """Key and JSON value of `count` events from number `start` on, of random users in the order of time."""
         rng = np.random.default_rng((self.seed, start))
         users, items = rng.integers(self.users, size=count).tolist(), rng.integers(self.items, size=count).tolist()
         for n, (user, item) in enumerate(zip(users, items, strict=True), start):
-            user_id, item_id, kind = self.user_id(user), self.item_id(item), TYPES[item % 2]
+            user_id, item_id = self.user_id(user), self.item_id(item)
             event = {
                 "user_id": int(user_id) if self.user_id is str else user_id,
                 "item_id": int(item_id) if self.item_id is str else item_id,
-                "type": kind,
+                "type": TYPES[item % 2],
                 "ts": START_MS + n * _STEP_MS,
             }
-            yield kind, user_id.encode(), json.dumps(event).encode()
+            yield user_id.encode(), json.dumps(event).encode()
 
     def states(self, settings: Settings) -> Iterator[tuple[bytes, bytes]]:
         """User id and stored state of each user, as a worker writes them."""

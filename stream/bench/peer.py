@@ -23,7 +23,7 @@ def make_app(spec: dict[str, Any]) -> faust.App:
     """The application for one run.
 
     Args:
-        spec: ``app_id``, ``bootstrap``, ``topics``, ``output``, ``partitions``, ``vectors`` (path of the item matrix;
+        spec: ``app_id``, ``bootstrap``, ``topic``, ``output``, ``partitions``, ``vectors`` (path of the item matrix;
             the row of an item is its number), ``data`` (folder) and ``settings`` (Faust's own).
     """
     vectors = np.load(spec["vectors"], allow_pickle=False)
@@ -38,7 +38,7 @@ def make_app(spec: dict[str, Any]) -> faust.App:
         table_standby_replicas=0,
         **spec["settings"],
     )
-    events = app.topic(*spec["topics"], key_type=bytes, key_serializer="raw", value_serializer="json")
+    events = app.topic(spec["topic"], key_type=bytes, key_serializer="raw", value_serializer="json")
     output = app.topic(spec["output"], key_serializer="raw", value_serializer="json", partitions=spec["partitions"])
     histories = app.Table("history", default=list, partitions=spec["partitions"])
 

@@ -59,7 +59,8 @@ class Ends:
 class System:
     """A running process; its log is shown when it fails."""
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path, group: str = "") -> None:
+        self.group = group
         self._log = log
         with log.open("ab") as out:
             self._process = subprocess.Popen(  # noqa: S603 - our own commands
@@ -107,6 +108,16 @@ class System:
             patience = STALL_S if count else START_PATIENCE_S
             if time.perf_counter() - moved_at > patience:
                 msg = f"{topic} has {count} records and no more after {patience:g} s:\n{self.tail()}"
+                raise BenchError(msg)
+            time.sleep(_POLL_S)
+
+    def until_claimed(self, partitions: int) -> None:
+        """Wait until a worker owns all partitions."""
+        started = time.perf_counter()
+        while self._log.read_text(errors="replace").count("claimed epoch") < partitions:
+            self.check()
+            if time.perf_counter() - started > START_PATIENCE_S:
+                msg = f"it does not own its partitions after {START_PATIENCE_S:g} s:\n{self.tail()}"
                 raise BenchError(msg)
             time.sleep(_POLL_S)
 

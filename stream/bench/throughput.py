@@ -7,6 +7,7 @@ Rates are taken between two marks of the output topic, so that starting up costs
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from confluent_kafka import Consumer, TopicPartition
 
-from stream.bench.load import TYPES, Load, Writer, make_topics
+from stream.bench.load import Load, Writer, make_topics
 from stream.bench.peer import PEER
 from stream.bench.process import BenchError, Ends, System
 from stream.config import ENV_PREFIX, Settings
@@ -80,16 +81,14 @@ class Stage:
         return self.settings.librdkafka_client
 
     @property
-    def inputs(self) -> dict[str, str]:
-        """Event topic by type."""
-        return {kind: f"{self.prefix}.{kind}" for kind in TYPES}
+    def events(self) -> str:
+        """The event topic."""
+        return f"{self.prefix}.events"
 
     def prepare(self) -> None:
         """Make the item space and the input topics."""
         self.load.space(self.folder / "items")
-        make_topics(
-            self.client, {**{topic: {} for topic in self.inputs.values()}, self.deletions: _COMPACT}, self.partitions
-        )
+        make_topics(self.client, {self.events: {}, self.deletions: _COMPACT}, self.partitions)
 
     @property
     def deletions(self) -> str:
@@ -98,10 +97,8 @@ class Stage:
 
     def feed(self, count: int, start: int) -> None:
         """Write `count` events of the workload from number `start` on."""
-        topics = self.inputs
-        Writer(self.client, self.partitions).write(
-            (topics[kind], user, user, value) for kind, user, value in self.load.events(count, start)
-        )
+        events = self.load.events(count, start)
+        Writer(self.client, self.partitions).write((self.events, user, user, value) for user, value in events)
 
     def worker(self, name: str, **more: str) -> tuple[System, str]:
         """Start a worker with full histories; return it and its output topic."""
@@ -115,7 +112,7 @@ class Stage:
         own = {
             "bootstrap_servers": self.settings.bootstrap_servers,
             "app_id": app,
-            "event_topics": ",".join(self.inputs.values()),
+            "event_topics": self.events,
             "deletion_topic": self.deletions,
             "output_topic": output,
             "dlq_topic": f"{self.prefix}.{name}.dlq",
@@ -127,7 +124,15 @@ class Stage:
         }
         environment = {ENV_PREFIX + key.upper(): value for key, value in own.items()}
         command = [sys.executable, "-c", "from stream.cli import main; main()", "worker"]
-        return System(command, environment, folder / "log"), output
+        return System(command, environment, folder / "log", app), output
+
+    def until_read(self, system: System) -> None:
+        """Wait until a worker has caught up with the event topic."""
+        ends = Ends(self.client, self.partitions, system.group)
+        while ends.committed([self.events]) < ends.count(self.events):
+            system.check()
+            time.sleep(0.1)
+        ends.close()
 
     def peer(self, name: str, settings: Mapping[str, Any]) -> tuple[System, str]:
         """Start the plain Faust agent with full histories; return it and its output topic."""
@@ -141,7 +146,7 @@ class Stage:
         spec = {
             "app_id": app,
             "bootstrap": self.settings.bootstrap_servers,
-            "topics": list(self.inputs.values()),
+            "topic": self.events,
             "output": output,
             "partitions": self.partitions,
             "vectors": str(self.folder / "items" / "vectors.npy"),
@@ -233,10 +238,12 @@ def compare(stage: Stage, sizes: Sizes, note: Note) -> dict[str, Any]:
     note(f"plain Faust is measured with: {best}")
     ours: list[Rate] = []
     theirs: list[Rate] = []
+    peaks: list[int] = []
     for number in range(sizes.rounds):
         system, output = stage.worker(f"worker{number}")
         with system:
             ours.append(measure(system, ends, output, sizes.worker_events // 5, sizes.worker_events))
+            peaks.append(system.peak_bytes())
         theirs.append(_peer_rate(stage, ends, f"peer{number}", SWEEP[best], sizes.peer_events))
         note(f"round {number + 1}: worker {_shown(ours[-1])}; plain Faust {_shown(theirs[-1])}")
     ends.close()
@@ -254,6 +261,7 @@ def compare(stage: Stage, sizes: Sizes, note: Note) -> dict[str, Any]:
             "sweep_events_per_s": {name: rate.events_per_s for name, rate in sweep.items()},
         },
         "users_checked_equal": compared,
+        "peak_memory_bytes": max(peaks),
     }
 
 
