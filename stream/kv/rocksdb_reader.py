@@ -32,7 +32,7 @@ from stream.kv.rocksdb import (
 _LOOK_S: Final = 0.1  # between looks at the files' names; counts are looked at every poll
 _BACKOFF_S: Final = (0.05, 1.0)
 _STEADY_S: Final = 5.0  # open for so long, a failure is a new one
-_IDLE_SHARE: Final = 4  # at most a fifth of one core
+_IDLE_SHARE: Final = 2  # at most a third of one core
 _BLOCK_CACHE_BYTES: Final = 64 << 20
 #: A secondary keeps files open that the owner has removed since, and their disk space taken, for as long as it lives.
 #: Bounding its open files instead would let it lose one that it still needs. So it is renewed after so many new files.
