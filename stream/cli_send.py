@@ -14,6 +14,7 @@ import click
 
 from stream.config import Settings, load_settings
 from stream.errors import ConfigError
+from stream.events import TsUnit
 from stream.terminal import INTERRUPTED, err, out, print_json, progress_bar
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def send(
     files: tuple[Path, ...],
     rate: float | None,
     fields: str | None,
-    ts_unit: str | None,
+    ts_unit: TsUnit | None,
     kind: str | None,
     topic: str | None,
     skip_bad: bool,

@@ -11,6 +11,7 @@ from stream.errors import ConfigError
 from stream.event_files import EventFile
 from stream.event_shape import BadRow, FileShape
 from stream.event_writer import EventWriter
+from stream.events import TsUnit
 from stream.feed_run import Record
 
 
@@ -74,7 +75,7 @@ class SendPlan:
 
 
 def shape_of_files(
-    settings: Settings, fields: str | None, ts_unit: str | None, kind: str | None, topic: str | None
+    settings: Settings, fields: str | None, ts_unit: TsUnit | None, kind: str | None, topic: str | None
 ) -> FileShape:
     """What the files look like: as events on the topics do, but for what the options say.
 
@@ -89,7 +90,7 @@ def shape_of_files(
         ConfigError: an option is wrong, or contradicts the settings.
     """
     try:
-        described = load_settings(event_fields=fields, event_ts_unit=ts_unit)
+        named = settings if fields is None else load_settings(event_fields=fields)
     except ConfigError as exc:
         raise ConfigError(str(exc).replace("UEMB_EVENT_FIELDS", "--fields")) from exc
     if topic is not None and topic not in settings.event_topics:
@@ -103,4 +104,4 @@ def shape_of_files(
     if kind is not None and kind not in settings.event_types:
         msg = f"the type {kind} is not among UEMB_EVENT_TYPES, so a worker would not take these events"
         raise ConfigError(msg)
-    return FileShape(described.event_fields, described.event_ts_unit, kind)
+    return FileShape(named.event_fields, ts_unit or settings.event_ts_unit, kind)
