@@ -69,7 +69,7 @@ def test_what_a_worker_would_not_take_is_refused_with_its_reason():
 
 @pytest.mark.parametrize("fields", [{"user_id": "id", "item_id": "id"}, {"user_id": "a", "item_id": "a.id"}])
 def test_a_mapping_that_no_document_can_have_is_refused(fields):
-    with pytest.raises(ConfigError, match="UEMB_EVENT_FIELDS.*places of their own"):
+    with pytest.raises(ConfigError, match=r"UEMB_EVENT_FIELDS.*places of their own"):
         EventWriter(EventRules(TYPES, fields=fields), str).record(EventRow("u", "i", "view", NOW_MS), NOW_MS)
 
 
