@@ -6,19 +6,17 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import click
 
 from stream.cli_bench import bench
 from stream.cli_items import items
 from stream.cli_kv import kv
+from stream.cli_send import send
 from stream.config import ENV_PREFIX, Settings, load_settings
 from stream.errors import UembError
-from stream.terminal import err, out, print_json, progress_bar
-
-USAGE_ERROR: Final = 2
-INTERRUPTED: Final = 130
+from stream.terminal import INTERRUPTED, USAGE_ERROR, err, out, print_json
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -66,34 +64,6 @@ def broker() -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: done.set())
         done.wait()
-
-
-@cli.command()
-@click.argument("file", type=click.Path(path_type=Path))
-@click.option("--rate", type=float, help="events per second; default: as fast as Kafka takes them")
-@click.option("--json", "as_json", is_flag=True, help="print what was sent as one JSON document")
-def send(file: Path, rate: float | None, as_json: bool) -> None:
-    """Send the events of FILE (CSV with a header, or JSONL) to their topics."""
-    from stream.dataset import read_file
-    from stream.feed import Feeder
-
-    settings = load_settings()
-    logging.getLogger("stream").setLevel(logging.ERROR)  # what the client says is part of the error
-    stop = threading.Event()
-    signal.signal(signal.SIGINT, lambda *_: stop.set())
-    client = settings.librdkafka_client
-    with (
-        Feeder(settings.bootstrap_servers, settings.topic_of, client_config=client) as feeder,
-        progress_bar("sent") as update,
-    ):
-        report = feeder.send(read_file(file), rate=rate, stop=stop, on_progress=update)
-    if as_json:
-        print_json({"sent": report.sent, "seconds": round(report.seconds, 3), "interrupted": stop.is_set()})
-    else:
-        out.print(f"{report.sent:,} events acknowledged in {report.seconds:.1f} s")
-    if stop.is_set():
-        err.print("interrupted; send the file again to complete it, events that arrive twice change nothing")
-        sys.exit(INTERRUPTED)
 
 
 @cli.command()
@@ -194,6 +164,7 @@ def _time(ts_ms: int | None) -> str:
 cli.add_command(bench)
 cli.add_command(items)
 cli.add_command(kv)
+cli.add_command(send)
 
 
 def main() -> None:

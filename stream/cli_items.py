@@ -24,8 +24,8 @@ def items() -> None:
 @click.option("--json", "as_json", is_flag=True, help="print the result as one JSON document")
 def items_build(folder: Path, version: str, events: Path | None, dim: int, share: float, as_json: bool) -> None:
     """Learn item vectors from interactions (PPMI of co-occurrence, truncated SVD) into FOLDER."""
-    from stream.dataset import load
     from stream.itembuild import build_space
+    from stream.sources import load
 
     settings = load_settings()
     with progress_bar("fetching data") as update:

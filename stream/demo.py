@@ -18,7 +18,6 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from stream import dataset
 from stream.config import ENV_PREFIX, Settings
 from stream.dataset import Dataset, EventRow
 from stream.demo_process import PARTITIONS, Pipeline, Stop, interruptible
@@ -29,6 +28,7 @@ from stream.feed import Feeder
 from stream.itembuild import build_space
 from stream.items import ItemSpace
 from stream.retrieval import EmbeddingReader, UserEmbedding
+from stream.sources import load
 from stream.terminal import err, progress_bar
 
 #: Events at the end of the stream that are sent one by one, to see how soon each can be read.
@@ -225,7 +225,7 @@ def _await_processed(pipeline: Pipeline, count: int, stop: Stop) -> None:
 
 def _load(settings: Settings, events_file: Path | None) -> Dataset:
     with progress_bar("bytes of MovieLens-100K fetched" if events_file is None else f"reading {events_file}") as update:
-        data = dataset.load(settings.cache_dir, events_file, update, err.print)
+        data = load(settings.cache_dir, events_file, update, err.print)
     err.print(f"{data.name}: {len(data.events):,} events of {len({e.user_id for e in data.events}):,} users")
     return data
 

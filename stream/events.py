@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any, Final, Literal, NamedTuple
 
@@ -92,7 +92,8 @@ class Rejected(Exception):
         self.reject = Reject(reason, detail)
 
 
-def _json_reject(exc: Exception) -> Reject:
+def json_reject(exc: Exception) -> Reject:
+    """Reason and detail of one of `JSON_ERRORS`."""
     if isinstance(exc, msgspec.ValidationError):
         # msgspec names fields and JSON types in these texts, never values.
         missing = "missing required field" in str(exc)
@@ -104,7 +105,8 @@ def _json_reject(exc: Exception) -> Reject:
     return Reject(Reason.NOT_JSON, str(exc))
 
 
-_JSON_ERRORS: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+#: What decoding a value may raise.
+JSON_ERRORS: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 
 def check_time(ts_ms: int, record_ts_ms: int) -> Reject | None:
@@ -151,8 +153,8 @@ class EventDecoder:
             if not value.isascii():
                 value.decode()  # msgspec leaves fields unread that we don't ask for
             event = self._native.decode(value) if native else self._mapped(topic, value)
-        except _JSON_ERRORS as exc:
-            return _json_reject(exc)
+        except JSON_ERRORS as exc:
+            return json_reject(exc)
         except Rejected as exc:
             return exc.reject
         if reject := check_user(event.user_id, key):
@@ -189,7 +191,7 @@ class EventDecoder:
         document = self._any.decode(value)
         fixed_type = self.rules.type_by_topic.get(topic)
         found = {
-            name: _follow(document, self.rules.fields.get(name, name))
+            name: follow(document, self.rules.fields.get(name, name))
             for name in FIELDS
             if not (name == "type" and fixed_type is not None)
         }
@@ -202,7 +204,8 @@ class EventDecoder:
         return UserEvent(found["user_id"], found["item_id"], type_name, to_ms(found["ts"], self.rules.ts_unit))
 
 
-def _follow(document: Any, path: str) -> Any:
+def follow(document: Any, path: str) -> Any:
+    """The value at a dotted path of a decoded JSON document; raises `Rejected`."""
     for part in path.split("."):
         if not isinstance(document, dict):
             raise Rejected(Reason.WRONG_TYPE, f"expected an object on the path {path}")
@@ -213,7 +216,7 @@ def _follow(document: Any, path: str) -> Any:
 
 
 def to_ms(ts: Any, unit: TsUnit) -> int:
-    """Epoch milliseconds of a producer's time field; raises `Rejected`."""
+    """Epoch milliseconds of a producer's time field; raises `Rejected`. `from_ms` is its inverse."""
     if unit == "iso8601":
         if not isinstance(ts, str):
             raise Rejected(Reason.WRONG_TYPE, "ts must be an ISO 8601 string")
@@ -228,10 +231,24 @@ def to_ms(ts: Any, unit: TsUnit) -> int:
     if isinstance(ts, bool) or not isinstance(ts, int | float if unit == "s" else int):
         raise Rejected(Reason.WRONG_TYPE, f"ts must be a number of {unit}")
     if unit == "s":
-        if abs(ts) > MAX_TS_MS:
+        if not abs(ts) <= MAX_TS_MS:  # catches a NaN too
             raise Rejected(Reason.IMPLAUSIBLE_TIMESTAMP, "event time must be epoch seconds from 1980 on")
         return round(ts * 1000)
     return int(ts)
+
+
+def from_ms(ts_ms: int, unit: TsUnit) -> int | float | str:
+    """A time as producers with this unit write it: `to_ms` gives back the same milliseconds.
+
+    Raises:
+        OverflowError: the time is after the year 9999, which ISO 8601 can't name.
+    """
+    if unit == "iso8601":
+        moment = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(milliseconds=ts_ms)
+        return moment.replace(tzinfo=None).isoformat(timespec="milliseconds") + "Z"
+    if unit == "s":
+        return ts_ms // 1000 if ts_ms % 1000 == 0 else ts_ms / 1000
+    return ts_ms
 
 
 class DeletionDecoder:
@@ -248,8 +265,8 @@ class DeletionDecoder:
             return None
         try:
             deletion = self._decoder.decode(value)
-        except _JSON_ERRORS as exc:
-            return _json_reject(exc)
+        except JSON_ERRORS as exc:
+            return json_reject(exc)
         if reject := check_user(deletion.user_id, key) or check_time(deletion.ts, record_ts_ms):
             return reject
         return min(deletion.ts + MAX_LEAD_MS, MAX_TS_MS)

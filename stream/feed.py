@@ -9,9 +9,10 @@ from types import TracebackType
 from typing import Any, Final, NamedTuple, Protocol, Self
 
 import msgspec
-from confluent_kafka import KafkaError, KafkaException, Message, Producer
+from confluent_kafka import KafkaError, KafkaException, Producer
 
 from stream.errors import ConfigError, DeliveryError
+from stream.feed_run import Record, Run
 from stream.keys import canonical_id
 
 TOPIC_PREFIX: Final = "user-events."
@@ -26,13 +27,6 @@ _DEFAULTS: Final[Mapping[str, Any]] = {
 }
 #: May not: the partitioner decides who owns a user, the others what "acknowledged" means.
 _FIXED: Final[Mapping[str, Any]] = {"partitioner": "murmur2_random", "acks": "all", "enable.idempotence": True}
-
-_ROWS_PER_POLL: Final = 200
-_SLACK_S: Final = 0.005  # a rate is kept in bursts of this length, as short as the producer's linger
-_CATCH_UP_S: Final = 0.1  # a stall is made up for by at most this much of the rate
-_PACE_POLL_S: Final = 0.02
-_WAIT_S: Final = 0.1  # longest wait between two looks at `stop`
-_STOP_PATIENCE_S: Final = 2.0
 
 log = logging.getLogger(__name__)
 
@@ -116,17 +110,51 @@ class Feeder:
             DeliveryError: Kafka did not acknowledge a record; nothing is produced after the first failure.
             ConfigError: an id, or a type's topic name, is not acceptable; what came before it was sent.
         """
+        total = len(rows) if isinstance(rows, Sized) else None
+        report = None if on_progress is None else lambda sent, _: on_progress(sent, total)
+        records = (self._record(row, number) for number, row in enumerate(rows, 1))
+        return self.send_records(records, rate=rate, pace=pace, stop=stop, on_progress=report)
+
+    def send_records(
+        self,
+        records: Iterable[Record],
+        *,
+        rate: float | None = None,
+        pace: Callable[[], int] | None = None,
+        stop: threading.Event | None = None,
+        on_progress: Progress | None = None,
+        on_acknowledged: Callable[[Any], object] | None = None,
+    ) -> SendReport:
+        """The same for records that are made already.
+
+        Args:
+            records: what to produce.
+            rate: as in `send`.
+            pace: as in `send`.
+            stop: as in `send`.
+            on_progress: as in `send`; the total is not known.
+            on_acknowledged: called with the position of a record when that and all before it are acknowledged; not for
+                every record, but for the last one where all went well.
+
+        Raises:
+            DeliveryError: as in `send`.
+            ConfigError: the rate is not above 0.
+        """
         if rate is not None and not rate > 0:
             msg = f"rate must be above 0 records a second, not {rate}"
             raise ConfigError(msg)
         started = time.monotonic()
         self._trouble = ""
-        total = len(rows) if isinstance(rows, Sized) else None
-        run = _Run(self._producer, stop or threading.Event(), lambda sent: on_progress and on_progress(sent, total))
+        run = Run(
+            self._producer,
+            stop or threading.Event(),
+            lambda sent: on_progress and on_progress(sent, None),
+            on_acknowledged,
+        )
         try:
-            for row in rows:
+            for record in records:
                 run.await_turn(rate, pace)
-                if run.ended or not run.produce(*self._record(row, run.produced + 1)):
+                if run.ended or not run.produce(record):
                     break
         except Exception:  # a bad row, or the caller's own code; what came before it is on its way and counts
             run.drain()
@@ -154,12 +182,11 @@ class Feeder:
     ) -> None:
         self.close()
 
-    def _record(self, row: Interaction, number: int) -> tuple[str, bytes, bytes]:
-        """Topic, key and value of a row."""
+    def _record(self, row: Interaction, number: int) -> Record:
         fields = {"user_id": row.user_id, "item_id": row.item_id, "type": row.type, "ts": row.ts_ms}
         try:
             topic = self._topics.get(row.type) or self._topic(row.type)
-            return topic, canonical_id(row.user_id).encode(), msgspec.json.encode(fields)
+            return Record(topic, canonical_id(row.user_id).encode(), msgspec.json.encode(fields), number)
         except ValueError as exc:
             msg = f"event {number}: {exc}"
             raise ConfigError(msg) from exc
@@ -183,86 +210,3 @@ class Feeder:
         if not self._trouble:
             log.warning("Kafka client: %s", error.str())
         self._trouble = error.str()
-
-
-class _Run:
-    """One `send`: its counters, and every place where it waits."""
-
-    def __init__(self, producer: Producer, stop: threading.Event, report: Callable[[int], object]) -> None:
-        self._producer = producer
-        self._stop = stop
-        self._report = report
-        self._due = time.monotonic()
-        self._allowed = 0
-        self.produced = 0
-        self.sent = 0
-        self.failed = 0
-        self.first_failure = ""
-
-    @property
-    def stopped(self) -> bool:
-        """Whether the caller wants no more."""
-        return self._stop.is_set()
-
-    @property
-    def ended(self) -> bool:
-        """Whether nothing more shall be produced."""
-        return self.failed > 0 or self._stop.is_set()
-
-    def await_turn(self, rate: float | None, pace: Callable[[], int] | None) -> None:
-        """Wait until one more record may be produced, or the run has ended."""
-        if pace is not None and self.produced == self._allowed:
-            self._await_acknowledgements()
-            self._report(self.sent)
-            while not self.ended and self.produced == self._allowed:
-                self._allowed += max(pace(), 0)
-                if self.produced == self._allowed:
-                    self._stop.wait(_PACE_POLL_S)
-        if rate is not None:
-            while not self.ended and (early := self._due - time.monotonic()) > _SLACK_S:
-                self._producer.poll(min(early, _WAIT_S))
-            self._due = max(self._due, time.monotonic() - _CATCH_UP_S) + 1.0 / rate
-
-    def produce(self, topic: str, key: bytes, value: bytes) -> bool:
-        """Hand one record to the client, waiting while its queue is full; False if the run ended instead."""
-        while not self.ended:
-            try:
-                self._producer.produce(topic, value, key, on_delivery=self._delivered)
-            except BufferError:
-                self._producer.poll(_WAIT_S)
-            except KafkaException as exc:  # the client itself is broken, say by a fatal error
-                self._fail(exc.args[0], topic)
-            else:
-                self.produced += 1
-                if self.produced % _ROWS_PER_POLL == 0:
-                    self._producer.poll(0)
-                    self._report(self.sent)
-                return True
-        return False
-
-    def drain(self) -> None:
-        """Wait for every acknowledgement; the client's own timeout bounds it, and shorter patience when stopped."""
-        self._await_acknowledgements()
-        if len(self._producer):
-            self._producer.purge()
-            self._producer.flush(_WAIT_S)
-        self._report(self.sent)
-
-    def _await_acknowledgements(self) -> None:
-        give_up = None
-        while self._producer.flush(_WAIT_S):
-            self._report(self.sent)
-            if self.stopped:
-                give_up = give_up or time.monotonic() + _STOP_PATIENCE_S
-                if time.monotonic() > give_up:
-                    return
-
-    def _delivered(self, error: KafkaError | None, message: Message) -> None:
-        if error is None:
-            self.sent += 1
-        else:
-            self._fail(error, message.topic())
-
-    def _fail(self, error: KafkaError, topic: str | None) -> None:
-        self.failed += 1
-        self.first_failure = self.first_failure or f"{error.str()} on {topic}"

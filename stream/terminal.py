@@ -9,6 +9,9 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
+USAGE_ERROR: Final = 2
+INTERRUPTED: Final = 130
+
 err: Final = Console(stderr=True, highlight=False)
 out: Final = Console(highlight=False, soft_wrap=True)
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
-from stream import feed
+from stream import feed_run
 from stream.dataset import EventRow
 from stream.devbroker import DevBroker
 from stream.errors import ConfigError, DeliveryError
@@ -250,7 +250,7 @@ def test_a_broker_that_is_gone_is_one_line_and_stops_the_feeding(capfd):
 
 @pytest.mark.parametrize("message_timeout_ms", [300, 30_000])  # the client gives up before the stop, or long after
 def test_a_stop_is_heard_though_the_broker_is_gone(message_timeout_ms, monkeypatch):
-    monkeypatch.setattr(feed, "_STOP_PATIENCE_S", 0.2)
+    monkeypatch.setattr(feed_run, "_STOP_PATIENCE_S", 0.2)
     with DevBroker() as broker:
         feeder = Feeder(broker.bootstrap, client_config={"message.timeout.ms": message_timeout_ms})
     stop = threading.Event()

@@ -15,6 +15,8 @@ from stream import dataset
 from stream import movielens as ml
 from stream.dataset import DatasetUnavailable, EventRow
 from stream.errors import ConfigError
+from stream.event_files import read_file
+from stream.sources import load, load_file
 from stream.synthetic import synthetic
 
 INTER = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
@@ -102,7 +104,7 @@ def test_other_bytes_than_those_pinned_are_refused_and_not_kept(wheel, tmp_path,
 def test_without_the_data_one_line_says_so_and_the_stream_is_synthetic(wheel, tmp_path):
     wheel.unlink()
     notes = []
-    data = dataset.load(tmp_path / "cache", on_note=notes.append)
+    data = load(tmp_path / "cache", on_note=notes.append)
     assert data.synthetic
     (note,) = notes
     assert note == (
@@ -305,16 +307,16 @@ GOOD = [EventRow("7", "a,b", "view", 1_600_000_000_000), EventRow("7", "é", "li
 )
 def test_a_file_is_read_whatever_its_layout_and_sorted(tmp_path, text):
     path = write(tmp_path, text)
-    data = dataset.load(tmp_path / "cache", events_file=path)
+    data = load(tmp_path / "cache", events_file=path)
     assert data.events == GOOD
     assert (data.name, data.titles, data.synthetic) == ("events.csv", {}, False)
-    assert list(dataset.read_file(path)) == GOOD[::-1]  # file order
+    assert list(read_file(path)) == GOOD[::-1]  # file order
     assert not (tmp_path / "cache").exists()
 
 
 def test_rows_that_agree_in_time_user_and_item_keep_their_order(tmp_path):
     rows = [f"u,i,{kind},1700000000000\n" for kind in ("view", "like", "view", "buy")]
-    data = dataset.load_file(write(tmp_path, "user_id,item_id,type,ts\n" + "".join(rows)))
+    data = load_file(write(tmp_path, "user_id,item_id,type,ts\n" + "".join(rows)))
     assert [row.type for row in data.events] == ["view", "like", "view", "buy"]
 
 
@@ -354,7 +356,7 @@ OK_JSON = '{"user_id":1,"item_id":2,"type":"view","ts":1700000000000}\n'
 def test_a_bad_row_is_one_line_with_its_number_and_without_its_content(tmp_path, text, line, says):
     path = write(tmp_path, text)
     with pytest.raises(ConfigError, match=says) as caught:
-        dataset.load_file(path)
+        load_file(path)
     message = str(caught.value)
     assert message.startswith(f"{path} line {line}: ")
     assert "\n" not in message
@@ -363,6 +365,6 @@ def test_a_bad_row_is_one_line_with_its_number_and_without_its_content(tmp_path,
 
 def test_a_file_that_is_missing_or_holds_nothing_is_one_line(tmp_path):
     with pytest.raises(ConfigError, match=r"nowhere\.csv can't be read \(No such file or directory\)"):
-        dataset.load_file(tmp_path / "nowhere.csv")
+        load_file(tmp_path / "nowhere.csv")
     with pytest.raises(ConfigError, match="holds no events"):
-        dataset.load_file(write(tmp_path, "user_id,item_id,type,ts\n"))
+        load_file(write(tmp_path, "user_id,item_id,type,ts\n"))
