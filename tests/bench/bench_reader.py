@@ -1,4 +1,4 @@
-"""What a batch lookup costs: `EmbeddingReader.get_many` on a store of its own, beside fastavro reading the same records.
+"""What a batch lookup costs: `EmbeddingReader.get_many` beside fastavro reading the same records.
 
     python tests/bench/bench_reader.py [--json] [--users 1000] [--dim 48] [--seconds 2]
 
