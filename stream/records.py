@@ -187,8 +187,8 @@ class RecordDecoder:
 
     def __init__(self) -> None:
         self._header = _schemas()[1]
-        # The bytes from the versions to dim, what they say, and the bytes of the vector's size. At first a header, which
-        # no sound body has at that place.
+        # The bytes from the versions to dim, what they say, and the bytes of the vector's size. At first a header,
+        # which no sound body has at that place.
         self._pair: tuple[bytes, str, str, int, bytes] = (self._header, "", "", 0, b"")
 
     def __call__(self, data: bytes) -> EmbeddingRecord:
