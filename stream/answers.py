@@ -6,7 +6,7 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from stream.embedding import NORM_EPS, Float32, l2_normalize
+from stream.embedding import NORM_EPS, Float32, is_unit, l2_normalize
 from stream.errors import ConfigError
 from stream.items import ItemSpace
 from stream.keys import fallback_key
@@ -14,7 +14,6 @@ from stream.kv.base import Meta
 from stream.kv.bounded import Found, Trouble
 from stream.records import CorruptRecord, decode, kv_entry
 
-UNIT_TOLERANCE: Final = 1e-5
 _STATUSES: Final = frozenset({"ok", "fallback"})
 
 Pair = tuple[str | None, str | None]  # user version, item version
@@ -81,16 +80,15 @@ def answer_for(name: str | None, entry: Found, view: View, fresh: Freshness) -> 
         record = decode(body)
     except CorruptRecord:
         return fallback_answer(name, "corrupt", view, fresh)
-    asked = (name, view.user_version, view.item_version, epoch, revision, view.fallback.shape)
-    got = (
-        record.user_id,
-        record.user_embedding_version,
-        record.item_embedding_version,
-        record.epoch,
-        record.revision,
-        record.vector.shape,
-    )
-    if asked != got or record.status not in _STATUSES or not is_unit(record.vector):
+    if (
+        record.user_id != name
+        or record.epoch != epoch
+        or record.revision != revision
+        or record.user_embedding_version != view.user_version
+        or record.item_embedding_version != view.item_version
+        or record.vector.shape != view.fallback.shape
+        or record.status not in _STATUSES
+    ):
         return fallback_answer(name, "corrupt", view, fresh)
     return UserEmbedding(
         record.user_id,
@@ -147,7 +145,7 @@ def decoded_vector(data: bytes, pair: Pair | None = None) -> Float32 | None:
         return None
     if pair not in (None, (record.user_embedding_version, record.item_embedding_version)):
         return None
-    return frozen(record.vector) if is_unit(record.vector) else None
+    return frozen(record.vector)
 
 
 def fallback_vector(fallback: ArrayLike | ItemSpace, item_version: str | None) -> Float32:
@@ -175,8 +173,3 @@ def frozen(vector: Float32) -> Float32:
     copy = vector.copy()
     copy.flags.writeable = False
     return copy
-
-
-def is_unit(vector: Float32) -> bool:
-    """Whether a vector's length is 1 as law 3 demands."""
-    return abs(float(vector @ vector) - 1.0) <= 2 * UNIT_TOLERANCE

@@ -4,6 +4,7 @@ All sums run in float64 on float32 item rows; the cast to float32 comes last.
 """
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -26,6 +27,8 @@ DECAY: Final = 0.05
 DECAY_LONG: Final = 0.01
 DECAY_SHORT: Final = 0.15
 ALPHA_SHORT: Final = 0.6
+#: Furthest from 1 that the length of a published vector may be (law 3).
+UNIT_TOLERANCE: Final = 1e-5
 
 
 class OncePerMinute(logging.Filter):
@@ -52,6 +55,12 @@ def l2_normalize(x: ArrayLike, axis: int = -1, eps: float = NORM_EPS) -> NDArray
     """Scale `x` to unit length along `axis` (seed §1); zero stays zero."""
     array = np.asarray(x)
     return np.asarray(array / (np.linalg.norm(array, axis=axis, keepdims=True) + eps))
+
+
+def is_unit(vector: Float32) -> bool:
+    """Whether a float32 vector [d] has length 1, measured in float64; one with NaN or infinity has not (law 3)."""
+    wide = vector.astype(np.float64)
+    return abs(math.sqrt(wide.dot(wide)) - 1.0) <= UNIT_TOLERANCE
 
 
 def safe_take_item_emb(item_ids: ArrayLike, item_emb: NDArray[Any]) -> NDArray[Any]:

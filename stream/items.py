@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from stream.embedding import DEGENERATE_NORM, Float32, fallback_user_embedding, l2_normalize
+from stream.embedding import DEGENERATE_NORM, Float32, fallback_user_embedding, is_unit, l2_normalize
 from stream.errors import ItemSpaceError
 from stream.keys import canonical_id, check_version_name
 
@@ -108,7 +108,7 @@ class ItemSpace:
         if abs(longest - manifest.max_row_norm) > 1e-6 * longest:
             raise _bad(folder, f"max_row_norm is {manifest.max_row_norm}, the rows say {longest}")
         fallback = np.asarray(manifest.fallback, dtype=np.float32)
-        if fallback.shape != (manifest.dim,) or not abs(float(np.linalg.norm(fallback)) - 1) <= 1e-5:
+        if fallback.shape != (manifest.dim,) or not is_unit(fallback):
             raise _bad(folder, f"the fallback must be one unit vector of dimension {manifest.dim}")
         popularity = None
         if "popularity.npy" in manifest.sha256:

@@ -16,16 +16,17 @@ import fastavro
 import numpy as np
 from fastavro.schema import fingerprint, parse_schema, to_parsing_canonical_form
 
-from stream.embedding import Float32
+from stream.embedding import Float32, is_unit
 
 AVRO_MARKER: Final = b"\xc3\x01"
 PREFIX_BYTES: Final = 16
-UNIT_TOLERANCE: Final = 1e-5
 SCHEMA_FILES: Final = ("user_embedding.v1.avsc",)  # oldest first; the last one is written
 
 _PREFIX = struct.Struct(">QQ")
 _DOUBLE = struct.Struct("<d")
+_FLOAT32 = np.dtype("<f4")
 _HEADER_BYTES: Final = 10
+_LAST_SHIFT: Final = 56  # of a varint's ninth byte; a tenth could overflow 64 bits
 
 
 class CorruptRecord(ValueError):
@@ -102,6 +103,9 @@ def _string(text: str) -> bytes:
     return _long(len(data)) + data
 
 
+_OK: Final = _string("ok") + _string("")  # status and reason of nearly every record
+
+
 class RecordEncoder:
     """Writes records of one pair of versions; what is the same in all of them is encoded once.
 
@@ -168,12 +172,116 @@ def encode(record: EmbeddingRecord) -> bytes:
     )
 
 
-def decode(data: bytes) -> EmbeddingRecord:
-    """Read one record in Avro single-object encoding, of this or any older schema.
+def _take_long(data: bytes, at: int) -> tuple[int, int]:
+    """A long and the place after it; raises `ValueError` or `IndexError` for what fastavro has to judge."""
+    byte = data[at]
+    at += 1
+    value = byte & 0x7F
+    shift = 7
+    while byte > 0x7F:
+        if shift > _LAST_SHIFT:
+            raise ValueError
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        shift += 7
+    return (value >> 1) ^ -(value & 1), at
 
-    Raises:
-        CorruptRecord: unknown schema, or bytes that don't decode.
+
+def _take_string(data: bytes, at: int) -> tuple[str, int]:
+    """A string and the place after it, which may lie behind the end: the caller checks where the record ends."""
+    size = data[at]
+    at += 1
+    if size & 0x81:  # negative, or longer than 63 bytes
+        size, at = _take_long(data, at - 1)
+        if size < 0:
+            raise ValueError
+    else:
+        size >>= 1
+    end = at + size
+    return data[at:end].decode(), end
+
+
+class RecordDecoder:
+    """Reads sound records of the newest schema, by hand: a fraction of what fastavro takes.
+
+    What is the same in all records of a pair of versions is decoded once, for the pair that was read last; threads may
+    share a decoder.
     """
+
+    def __init__(self) -> None:
+        self._header = _schemas()[1]
+        # The bytes from the versions to dim, what they say, and the bytes of the vector's size. At first a header,
+        # which no sound body has at that place.
+        self._pair: tuple[bytes, str, str, int, bytes] = (self._header, "", "", 0, b"")
+
+    def __call__(self, data: bytes) -> EmbeddingRecord:
+        """Read one record.
+
+        Raises:
+            ValueError: the bytes are damaged, of another schema, or valid in an unusual way; fastavro decides which.
+            IndexError: the same.
+            struct.error: the same.
+        """
+        if not data.startswith(self._header):
+            raise ValueError
+        user_id, at = _take_string(data, _HEADER_BYTES)
+        epoch, at = _take_long(data, at)
+        revision, at = _take_long(data, at)
+        if data.startswith(_OK, at):
+            status, reason = "ok", ""
+            at += len(_OK)
+        else:
+            status, at = _take_string(data, at)
+            reason, at = _take_string(data, at)
+        history_len, at = _take_long(data, at)
+        unknown_items, at = _take_long(data, at)
+        branch = data[at]
+        at += 1
+        if branch == 2:  # zigzag of 1: the union's long
+            as_of, at = _take_long(data, at)
+        elif branch:
+            raise ValueError
+        else:
+            as_of = None
+        known, user_version, item_version, dim, size = self._pair
+        if data.startswith(known, at):
+            at += len(known)
+        else:
+            start = at
+            user_version, at = _take_string(data, at)
+            item_version, at = _take_string(data, at)
+            dim, at = _take_long(data, at)
+            if not dim > 0:
+                raise ValueError
+            size = _long(4 * dim)
+            self._pair = data[start:at], user_version, item_version, dim, size
+        (norm,) = _DOUBLE.unpack_from(data, at)
+        end = at + 8 + len(size)
+        # No step goes back, so with this end nothing before it was cut short.
+        if not data.startswith(size, at + 8) or end + 4 * dim != len(data):
+            raise ValueError
+        vector = np.frombuffer(data, _FLOAT32, dim, end).astype(np.float32)
+        if not is_unit(vector):
+            raise ValueError
+        return EmbeddingRecord(
+            user_id,
+            epoch,
+            revision,
+            status,
+            reason,
+            history_len,
+            unknown_items,
+            as_of,
+            user_version,
+            item_version,
+            vector,
+            norm,
+        )
+
+
+def _decode_any(data: bytes) -> EmbeddingRecord:
+    """Read a record of any schema with fastavro, the judge of all that is unusual."""
     readable, newest = _schemas()
     writer = readable.get(bytes(data[:_HEADER_BYTES]))
     if writer is None:
@@ -183,9 +291,8 @@ def decode(data: bytes) -> EmbeddingRecord:
         body_bytes = io.BytesIO(data[_HEADER_BYTES:])
         raw: Mapping[str, Any] = fastavro.schemaless_reader(body_bytes, writer, readable[newest])
         body = raw["user_embedding"]
-        vector = np.frombuffer(body["vector"], dtype="<f4").astype(np.float32)
-        is_unit = abs(float(np.sqrt(np.dot(vector, vector))) - 1) <= UNIT_TOLERANCE  # False for NaN
-        if len(vector) != body["dim"] or not is_unit or body_bytes.read(1):
+        vector = np.frombuffer(body["vector"], _FLOAT32).astype(np.float32)
+        if len(vector) != body["dim"] or not is_unit(vector) or body_bytes.read(1):
             raise ValueError
     except Exception as exc:  # fastavro raises many kinds on damaged bytes
         msg = "damaged embedding record"
@@ -204,6 +311,21 @@ def decode(data: bytes) -> EmbeddingRecord:
         vector,
         body["norm"],
     )
+
+
+_decode_sound = RecordDecoder()
+
+
+def decode(data: bytes) -> EmbeddingRecord:
+    """Read one record in Avro single-object encoding, of this or any older schema; its vector is a unit vector.
+
+    Raises:
+        CorruptRecord: unknown schema, or bytes that don't decode.
+    """
+    try:
+        return _decode_sound(data)
+    except (ValueError, IndexError, struct.error):
+        return _decode_any(data)
 
 
 def to_json(record: EmbeddingRecord) -> dict[str, Any]:

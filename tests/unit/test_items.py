@@ -150,6 +150,21 @@ def test_the_fallback_is_the_seeds_where_the_centroid_vanishes(tmp_path, dim):
     np.testing.assert_allclose(space.fallback, np.ones(dim) / np.sqrt(dim), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("length", [1 - 1.003e-5, 1 - 0.997e-5, 1 + 0.997e-5, 1 + 1.003e-5])
+def test_the_length_of_a_fallback_is_measured_as_readers_measure_it(tmp_path, length):
+    """In float64: a fallback that loads here must not be corrupt to a reader, nor one refused that readers take."""
+    folder = tmp_path / "v1"
+    direction = np.random.default_rng(48).normal(size=48)
+    direction /= np.linalg.norm(direction)
+    ItemSpace.save(folder, "v1", ["a", "b"], np.stack([direction, direction]))
+    edit_manifest(folder, fallback=[float(x) for x in (direction * length).astype(np.float32)])
+    if abs(length - 1) < 1e-5:
+        assert ItemSpace.load(folder).fallback.shape == (48,)
+    else:
+        with pytest.raises(ItemSpaceError, match="unit vector"):
+            ItemSpace.load(folder)
+
+
 @pytest.mark.parametrize("scale", [1e-37, 1e-25, 1e-12, 1e-9, 1e-3, 1e3, 1e12, 1e25, 1e37])
 def test_the_fallback_of_a_dot_space_does_not_depend_on_its_unit(tmp_path, scale):
     space = ItemSpace.save(tmp_path / "v", "v", IDS, ROWS * scale, metric="dot")

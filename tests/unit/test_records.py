@@ -3,7 +3,9 @@
 import io
 import json
 import math
+import struct
 from contextlib import suppress
+from dataclasses import replace
 from importlib.resources import files
 
 import fastavro
@@ -220,6 +222,98 @@ def test_flipped_bytes_never_raise_anything_else(flips):
 def test_random_bodies_never_raise_anything_else(body):
     with suppress(CorruptRecord):
         decode(FROZEN[:10] + body)
+
+
+def outcome(read, data):
+    """What a decoder makes of bytes, comparable bit for bit."""
+    try:
+        record = read(data)
+    except CorruptRecord as exc:
+        return str(exc)
+    fields = [getattr(record, name) for name in EmbeddingRecord.__dataclass_fields__ if name not in ("vector", "norm")]
+    exact = [(type(value), value) for value in fields]
+    return exact, type(record.norm), struct.pack("<d", record.norm), record.vector.dtype, record.vector.tobytes()
+
+
+@st.composite
+def damaged(draw):
+    """Bytes of a record with some flipped, removed, added or moved; sometimes none."""
+    data = bytearray(encode(draw(some_records)))
+    for how in draw(st.lists(st.sampled_from(["flip", "cut", "insert", "remove", "swap"]), max_size=3)):
+        at = draw(st.integers(0, max(0, len(data) - 1)))
+        if how == "flip" and data:
+            data[at] ^= draw(st.integers(1, 255))
+        elif how == "cut":
+            del data[at:]
+        elif how == "insert":
+            data[at:at] = draw(st.binary(min_size=1, max_size=12) | st.just(b"\x80" * 10))
+        elif how == "remove":
+            del data[at : at + draw(st.integers(1, 4))]
+        else:
+            data[at:] = data[at:][::-1]
+    return bytes(data)
+
+
+@settings(max_examples=500)
+@given(damaged())
+def test_the_hand_written_decoder_judges_as_fastavro_does(data):
+    assert outcome(decode, data) == outcome(records._decode_any, data)
+
+
+@settings(max_examples=300)
+@given(st.binary(max_size=80))
+def test_it_judges_random_bodies_as_fastavro_does(body):
+    assert outcome(decode, FROZEN[:10] + body) == outcome(records._decode_any, FROZEN[:10] + body)
+
+
+@pytest.mark.parametrize("at", range(10, len(FROZEN)))
+def test_it_judges_every_value_of_every_byte_as_fastavro_does(at):
+    for byte in range(256):
+        data = FROZEN[:at] + bytes([byte]) + FROZEN[at + 1 :]
+        assert outcome(decode, data) == outcome(records._decode_any, data), byte
+
+
+@given(some_records)
+def test_sound_records_never_need_fastavro(record):
+    """But for numbers of ten bytes; else the hand-written decoder would be slow for nothing."""
+    data = encode(record)
+    if max(record.epoch, record.revision) < 2**62:
+        assert outcome(records.RecordDecoder(), data) == outcome(records._decode_any, data)
+
+
+@given(st.lists(some_records, min_size=2, max_size=6), st.integers(0, 200))
+def test_nothing_of_one_record_is_read_into_the_next(several, cut):
+    """A decoder remembers the pair of versions that it read last, also from a record that turned out damaged."""
+    decoder = records.RecordDecoder()
+    for record in several:
+        with suppress(ValueError, IndexError, struct.error):
+            decoder(encode(record)[: 10 + cut])
+        if max(record.epoch, record.revision) < 2**62:
+            same(decoder(encode(record)), record)
+
+
+@pytest.mark.parametrize(
+    ("start", "usual", "unusual"),
+    [(14, "06", "8600"), (15, "d804", "d88400"), (17, "046f6b", "84006f6b")],
+    ids=["epoch", "revision", "status"],
+)
+def test_valid_but_unusual_numbers_are_read(start, usual, unusual):
+    """A varint may be longer than it need be; Avro does not forbid it."""
+    at = start + 1
+    assert FROZEN[at:].startswith(bytes.fromhex(usual))
+    data = FROZEN[:at] + bytes.fromhex(unusual) + FROZEN[at + len(usual) // 2 :]
+    same(decode(data), RECORD)
+
+
+@pytest.mark.parametrize("dim", [2, 48, 768])
+def test_a_length_counts_as_one_as_far_as_law_3_says(dim):
+    """In float64: the sum of squares of float32 numbers in float32 is too coarse for this bound."""
+    direction = np.random.default_rng(dim).normal(size=dim)
+    direction /= np.linalg.norm(direction)
+    for length in (1 - 1.003e-5, 1 - 0.997e-5, 1.0, 1 + 0.997e-5, 1 + 1.003e-5):
+        vector = (direction * length).astype(np.float32)
+        data = encode(replace(RECORD, vector=vector))
+        assert (outcome(decode, data) != "damaged embedding record") == (abs(length - 1) < 1e-5), length
 
 
 @pytest.mark.parametrize("vector", [[np.nan, 1.0], [np.inf, 0.0], [0.6, -np.inf]], ids=["nan", "inf", "-inf"])
