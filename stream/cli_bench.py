@@ -63,10 +63,7 @@ def latencies(stage: Any, seconds: float) -> dict[str, Any]:
     with system:
         system.until_claimed(stage.partitions)
         stage.until_read(system)
-        return {
-            f"{rate:g}_per_s": measure_latency(stage, f"rocksdb://{stage.folder}/latency/kv", rate, seconds)
-            for rate in _RATES
-        }
+        return {f"{rate:g}_per_s": measure_latency(stage, stage.kv_url("latency"), rate, seconds) for rate in _RATES}
 
 
 def show(found: dict[str, Any]) -> None:

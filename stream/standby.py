@@ -72,7 +72,11 @@ class Standbys:
                     self._store.wipe(tp.partition)
                 consumer.seek(tp, self._store.open(tp.partition).changelog_offset)
             log.info("standby for partitions %s", ", ".join(map(str, partitions)))
+            current = False
             while True:
+                if not current and not [tp for tp in tps if await consumer.position(tp) < ends[tp]]:
+                    log.info("the copy of partitions %s is current", ", ".join(map(str, partitions)))
+                    current = True
                 fetched = await consumer.getmany(timeout_ms=_POLL_MS, max_records=_CHUNK_RECORDS)
                 for tp, records in fetched.items():
                     apply_changelog(self._store.open(tp.partition), codec, settings.history_limit, records)

@@ -29,7 +29,7 @@ def measure_footprint(stage: Stage) -> dict[str, dict[str, float]]:
         entry = _entry_bytes(stage, load)
         found[kind] = {
             "changelog_bytes_per_user": sum(states) / len(states),
-            "disk_bytes_per_user": _folder_bytes(folder / "worker" / "state") / _USERS,
+            "disk_bytes_per_user": _folder_bytes(folder / "worker" / "state-0") / _USERS,
             "store_bytes_per_user": entry,
         }
     return found

@@ -55,8 +55,15 @@ def _watch(kv_url: str, probes: Connection, results: Connection) -> None:
     results.send((took, len(waiting)))
 
 
-def measure_latency(stage: Stage, kv_url: str, rate: float, seconds: float) -> dict[str, Any]:
+def measure_latency(stage: Stage, kv_url: str, rate: float, seconds: float, hot: float = 0.0) -> dict[str, Any]:
     """Send at `rate` for `seconds` to a running worker; return percentiles in ms.
+
+    Args:
+        stage: where.
+        kv_url: the worker's store.
+        rate: events per second.
+        seconds: how long.
+        hot: share of the events that one single user causes.
 
     Raises:
         BenchError: a probe was never read.
@@ -67,7 +74,7 @@ def measure_latency(stage: Stage, kv_url: str, rate: float, seconds: float) -> d
     watcher = context.Process(target=_watch, args=(kv_url, probes_in, results_out), daemon=True)
     watcher.start()
     results_in.recv()
-    sent = _send(stage, rate, seconds, probes_out.send)
+    sent = _send(stage, rate, seconds, hot, probes_out.send)
     probes_out.send(None)
     took, missing = results_in.recv()
     watcher.join()
@@ -78,16 +85,17 @@ def measure_latency(stage: Stage, kv_url: str, rate: float, seconds: float) -> d
     return {"events_per_s": sent / seconds, "probes": len(took), "p50_ms": p50, "p90_ms": p90, "p99_ms": p99}
 
 
-def _send(stage: Stage, rate: float, seconds: float, probe: Callable[[Any], None]) -> int:
+def _send(stage: Stage, rate: float, seconds: float, hot: float, probe: Callable[[Any], None]) -> int:
     producer = Producer(
         {**stage.client, "partitioner": "murmur2_random", "linger.ms": 0, "acks": "all", "log_level": 0}
     )
     rng = np.random.default_rng(3)
     count = int(rate * seconds)
-    users, items = rng.integers(stage.load.users, size=count).tolist(), rng.integers(stage.load.items, size=count)
+    users, items = rng.integers(stage.load.users, size=count), rng.integers(stage.load.items, size=count)
+    users[rng.random(count) < hot] = 0
     every = max(1, round(rate / PROBES_PER_S))
     started = time.monotonic()
-    for n, (user, item) in enumerate(zip(users, items.tolist(), strict=True)):
+    for n, (user, item) in enumerate(zip(users.tolist(), items.tolist(), strict=True)):
         while (early := started + n / rate - time.monotonic()) > 0:
             producer.poll(0)
             time.sleep(min(early, 0.001))

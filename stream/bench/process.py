@@ -73,6 +73,10 @@ class System:
     def __exit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.kill()
+
+    def kill(self) -> None:
+        """SIGKILL."""
         self._process.kill()
         self._process.wait()
 

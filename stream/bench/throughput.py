@@ -103,28 +103,36 @@ class Stage:
     def worker(self, name: str, **more: str) -> tuple[System, str]:
         """Start a worker with full histories; return it and its output topic."""
         app, output = f"{self.prefix}-{name}", f"{self.prefix}.{name}.out"
-        folder = self.folder / name
-        folder.mkdir()
+        (self.folder / name).mkdir()
         changelog = f"{app}-user-history-changelog"
         make_topics(self.client, {changelog: _COMPACT, output: _COMPACT}, self.partitions)
         states = self.load.states(self.settings)
         Writer(self.client, self.partitions).write((changelog, user, user, state) for user, state in states)
+        return self.join(name, "0", **more), output
+
+    def join(self, name: str, number: str, **more: str) -> System:
+        """Start one more worker of an application, with a state folder of its own."""
+        app, folder = f"{self.prefix}-{name}", self.folder / name
         own = {
             "bootstrap_servers": self.settings.bootstrap_servers,
             "app_id": app,
             "event_topics": self.events,
             "deletion_topic": self.deletions,
-            "output_topic": output,
+            "output_topic": f"{self.prefix}.{name}.out",
             "dlq_topic": f"{self.prefix}.{name}.dlq",
             "items": str(self.folder / "items"),
-            "kv_url": f"rocksdb://{folder}/kv",
-            "state_dir": str(folder / "state"),
+            "kv_url": self.kv_url(name),
+            "state_dir": str(folder / f"state-{number}"),
             "log_level": "info",
             **more,
         }
         environment = {ENV_PREFIX + key.upper(): value for key, value in own.items()}
         command = [sys.executable, "-c", "from stream.cli import main; main()", "worker"]
-        return System(command, environment, folder / "log", app), output
+        return System(command, environment, folder / f"log-{number}", app)
+
+    def kv_url(self, name: str) -> str:
+        """Store of an application."""
+        return f"rocksdb://{self.folder}/{name}/kv"
 
     def until_read(self, system: System) -> None:
         """Wait until a worker has caught up with the event topic."""
