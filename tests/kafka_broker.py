@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -122,8 +122,10 @@ class KafkaBroker:
     Its methods block; in an async test call them through `asyncio.to_thread` where clients must go on meanwhile.
     """
 
-    def __init__(self) -> None:
-        self.external: Final = bool(_external())
+    def __init__(self, properties: Mapping[str, str] | None = None) -> None:
+        """Start it; `properties` are settings beside the usual ones, and never a running broker's."""
+        self.external: Final = bool(_external()) and not properties
+        self._more: Final = "".join(f"{name}={value}\n" for name, value in (properties or {}).items())
         self._process: subprocess.Popen[bytes] | None = None
         self._guard: subprocess.Popen[bytes] | None = None
         self._paused = False
@@ -217,7 +219,8 @@ class KafkaBroker:
             port, controller_port = _free_ports(2)
             self.bootstrap = f"127.0.0.1:{port}"
             data, properties = self._dir / f"data-{attempt}", self._dir / "server.properties"
-            properties.write_text(_PROPERTIES.format(port=port, controller_port=controller_port, data=data))
+            settings = _PROPERTIES.format(port=port, controller_port=controller_port, data=data)
+            properties.write_text(settings + self._more)
             tool = [*self._java, "kafka.tools.StorageTool", "format", "--standalone", "-t", _cluster_id()]
             _run([*tool, "-c", str(properties)], timeout_s=START_TIMEOUT_S)
             try:

@@ -25,10 +25,10 @@ from strategies import (
 )
 
 from stream.encoders import AvgEncoder, MixEncoder, VersionedEncoder
-from stream.engine import Batch, Op
+from stream.engine import Batch, Engine, Op
 from stream.errors import StateError
 from stream.events import EventRules, Reason
-from stream.history import History, HistoryCodec, stored_order
+from stream.history import History, HistoryCodec, sort_key, stored_order
 from stream.keys import partition_of
 from stream.records import decode, kv_entry, to_json
 
@@ -516,3 +516,16 @@ def test_every_publication_is_under_the_present_epoch():
     result = d.apply(view("u", "b", 1))
     assert decode(result.output[0][1]).epoch == 7
     assert stored_order(result.states[b"u"]) == (7, 2)
+
+
+def test_memory_is_bounded_by_the_hot_cache_whatever_passes_through():
+    engine = Engine(
+        [SPACE], VersionedEncoder(MixEncoder(), 100), EventRules(TYPES), partition=0, partitions=1, hot_users=10_000
+    )
+    key = sort_key(T0, b"3", b"view")
+    for start in range(0, 200_000, 2_000):
+        batch = Batch([Op(str(user).encode(), key) for user in range(start, start + 2_000)])
+        engine.apply(batch, dict.fromkeys(engine.missing(batch)), 1)
+        assert len(engine._users) <= 10_000
+    assert engine._spaces[0].sums.sums.shape[0] <= 4 * 10_000
+    assert len(engine._users) == 10_000
