@@ -141,7 +141,7 @@ class BatchProcessor:
             else:
                 decoded = engine.decode_events(batch.topic, batch.records)
             wrong = sum(reject.reason is Reason.WRONG_PARTITION for _, reject in decoded.rejects)
-            self.probation.saw(batch.topic, len(decoded.ops), wrong)
+            self.probation.saw(batch.topic, decoded.placed, wrong)
             result = self._apply(owned, decoded, engine.missing(decoded))
             self._on_stage("local", batch, result)
             for name, n in result.counts.items():

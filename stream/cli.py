@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from stream.cli_bench import bench
+from stream.cli_dlq import dlq
 from stream.cli_items import items
 from stream.cli_kv import kv
 from stream.cli_send import send
@@ -162,6 +163,7 @@ def _time(ts_ms: int | None) -> str:
 
 
 cli.add_command(bench)
+cli.add_command(dlq)
 cli.add_command(items)
 cli.add_command(kv)
 cli.add_command(send)

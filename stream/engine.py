@@ -50,11 +50,16 @@ class Op(NamedTuple):
 
 @dataclass
 class Batch:
-    """Decoded records: operations in log order, rejects with the index of their record, counters."""
+    """Decoded records: operations in log order, rejects with the index of their record, counters.
+
+    Attributes:
+        placed: how many valid records were on the partition of their key, those that cause nothing included.
+    """
 
     ops: list[Op] = field(default_factory=list)
     rejects: list[tuple[int, Reject]] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
+    placed: int = 0
 
     def count(self, name: str, by: int = 1) -> None:
         """Add to a counter."""
@@ -188,9 +193,7 @@ class Engine:
         for index, record in enumerate(records):
             what = decode(record)
             key = record.key
-            if what is None:
-                batch.count(none_means)
-            elif type(what) is Reject:
+            if type(what) is Reject:
                 batch.rejects.append((index, what))
             elif key is not None:
                 # A user in memory was placed before; murmur2 in Python is too dear to compute for every event.
@@ -200,7 +203,11 @@ class Engine:
                         batch.rejects.append((index, Reject(Reason.WRONG_PARTITION, detail)))
                         continue
                     placed.add(key)
-                ops.append(Op(key, what))  # type: ignore[arg-type]
+                if what is None:
+                    batch.count(none_means)
+                else:
+                    ops.append(Op(key, what))  # type: ignore[arg-type]
+        batch.placed = len(ops) + batch.counts.get(none_means, 0)
         batch.count("rejected", len(batch.rejects))
         return batch
 

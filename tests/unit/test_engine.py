@@ -2,6 +2,7 @@
 
 import json
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -287,6 +288,20 @@ def test_a_user_can_be_sent_again_on_request():
     again = decode(published[d.key("u")])
     assert (again.epoch, again.revision, again.history_len) == (2, 2, 2)
     np.testing.assert_allclose(again.vector, before.vector, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("topic", [TOPIC, DELETIONS])
+def test_what_causes_nothing_must_be_where_its_key_belongs_too(topic):
+    engine = Engine(
+        [SPACE], VersionedEncoder(MixEncoder(), 5), EventRules(TYPES, frozenset({"seen"})), partition=1, partitions=3
+    )
+    value = None if topic == DELETIONS else b'{"user_id": %d, "item_id": 1, "type": "seen", "ts": %d}'
+    records = [SimpleNamespace(key=b"%d" % n, value=value and value % (n, T0), timestamp=T0) for n in range(30)]
+    here = [partition_of(record.key, 3) == 1 for record in records]
+    decoded = engine.decode_deletions(records) if topic == DELETIONS else engine.decode_events(topic, records)
+    assert [index for index, _ in decoded.rejects] == [n for n, is_here in enumerate(here) if not is_here]
+    assert {reject.reason for _, reject in decoded.rejects} == {Reason.WRONG_PARTITION}
+    assert decoded.placed == sum(here)
 
 
 def test_a_withdrawn_erasure_is_counted_and_changes_nothing():

@@ -1,0 +1,179 @@
+"""The command group ``uemb dlq``: what was turned away, why, and sending it again after a fix."""
+
+import base64
+from collections import defaultdict
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from stream.config import load_settings
+from stream.errors import ConfigError
+from stream.terminal import out, print_json, progress_bar
+
+if TYPE_CHECKING:
+    from stream.dlq import Filter, Letter
+
+_Command = TypeVar("_Command", bound=Callable[..., None])
+
+
+@click.group()
+def dlq() -> None:
+    """Look at dead letters, and replay them."""
+
+
+def _filters(command: _Command) -> _Command:
+    """Options that choose letters."""
+    for option in (
+        click.option("--until", help="written before this time (ISO 8601)"),
+        click.option("--since", help="written at or after this time (ISO 8601)"),
+        click.option("--topic", "topics", multiple=True, help="from this input topic; repeatable"),
+        click.option("--reason", "reasons", multiple=True, help="turned away for this reason; repeatable"),
+    ):
+        command = option(command)
+    return command
+
+
+def _filter(reasons: tuple[str, ...], topics: tuple[str, ...], since: str | None, until: str | None) -> "Filter":
+    from stream.dlq import Filter
+    from stream.events import Reason
+
+    if unknown := set(reasons) - {str(reason) for reason in Reason}:
+        msg = f"there is no reason {sorted(unknown)[0]!r}; there are {', '.join(Reason)}"
+        raise ConfigError(msg)
+    return Filter(frozenset(reasons), frozenset(topics), _ms("--since", since), _ms("--until", until))
+
+
+def _ms(option: str, text: str | None) -> int | None:
+    if text is None:
+        return None
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError as exc:
+        msg = f"{option}: write an ISO 8601 time such as 2026-01-31T12:00:00Z"
+        raise ConfigError(msg) from exc
+    return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000)
+
+
+@dlq.command("list")
+@_filters
+@click.option("--records", is_flag=True, help="one line per letter instead of counts; never its payload")
+@click.option("--json", "as_json", is_flag=True, help="one JSON document per line")
+def list_letters(
+    reasons: tuple[str, ...],
+    topics: tuple[str, ...],
+    since: str | None,
+    until: str | None,
+    records: bool,
+    as_json: bool,
+) -> None:
+    """Count dead letters by reason and topic."""
+    from stream.dlq import read_letters
+
+    wanted = _filter(reasons, topics, since, until)
+    groups: dict[tuple[str, str], list[int]] = defaultdict(list)
+    with progress_bar("dead letters read") as update:
+        for letter in read_letters(load_settings(), wanted, update):
+            if not records:
+                groups[letter.reason or "not a letter", letter.text("topic")].append(letter.timestamp_ms)
+                continue
+            facts = _facts(letter)
+            if as_json:
+                print_json(facts)
+            else:
+                out.print("  ".join(str(value) for value in facts.values()), markup=False)
+    for (reason, topic), times in sorted(groups.items()):
+        facts = {"reason": reason, "topic": topic, "count": len(times)}
+        facts |= {"first": _time(min(times)), "last": _time(max(times))}
+        if as_json:
+            print_json(facts)
+        else:
+            out.print(f"{facts['count']:>9,}  {reason}  {topic}  {facts['first']} to {facts['last']}", markup=False)
+
+
+def _facts(letter: "Letter") -> dict[str, Any]:
+    """What may be said of a letter without its payload."""
+    size = letter.text("value_size")
+    return {
+        "letter": f"{letter.partition}:{letter.offset}",
+        "time": _time(letter.timestamp_ms),
+        "reason": letter.reason or "not a letter",
+        "source": f"{letter.text('topic')}:{letter.text('partition')}:{letter.text('offset')}",
+        "bytes": int(size) if size.isdecimal() else len(letter.value or b""),
+        "detail": letter.text("detail"),
+    }
+
+
+@dlq.command()
+@click.argument("letter")
+@click.option("--json", "as_json", is_flag=True, help="one JSON document")
+def show(letter: str, as_json: bool) -> None:
+    """Show one LETTER (partition:offset, as `uemb dlq list --records` prints it) whole, payload included."""
+    from stream.dlq import Filter, read_letters
+
+    partition, _, offset = letter.partition(":")
+    if not (partition.isdecimal() and offset.isdecimal()):
+        msg = "name the letter as partition:offset, as `uemb dlq list --records` prints it"
+        raise ConfigError(msg)
+    settings = load_settings()
+    found = next(read_letters(settings, Filter(place=(int(partition), int(offset)))), None)
+    if found is None:
+        msg = f"{settings.dlq_topic} holds no letter {letter}"
+        raise ConfigError(msg)
+    document = {
+        **_facts(found),
+        "key": _readable(found.key),
+        "value": _readable(found.value),
+        "headers": [[name, _readable(value)] for name, value in found.headers],
+    }
+    if as_json:
+        print_json(document)
+        return
+    for name, value in document.items():
+        out.print(f"{name}: {value}", markup=False)
+
+
+def _readable(data: bytes | None) -> Any:
+    """UTF-8 as text, null as None, anything else in base64."""
+    if data is None:
+        return None
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return {"base64": base64.b64encode(data).decode()}
+
+
+@dlq.command()
+@_filters
+@click.option("--dry-run", is_flag=True, help="only count what would be sent")
+@click.option("--json", "as_json", is_flag=True, help="one JSON document")
+def replay(
+    reasons: tuple[str, ...],
+    topics: tuple[str, ...],
+    since: str | None,
+    until: str | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Send dead letters to their input topics again, once what was wrong is mended.
+
+    Key, value and headers are the rejected record's own, the partition is that of its key. Letters stay in the
+    dead-letter topic; sending one twice changes nothing.
+    """
+    from stream.dlq import Replayer, read_letters
+
+    settings = load_settings()
+    wanted = _filter(reasons, topics, since, until)
+    with progress_bar("dead letters read") as update, Replayer(settings, dry_run=dry_run) as replayer:
+        report = replayer.replay(read_letters(settings, wanted, update))
+    if as_json:
+        print_json({"sent": report.sent, "dry_run": dry_run, "left": dict(report.left)})
+        return
+    why = {"foreign": "of no input topic of these settings", "keyless": "without a key", "gone": "no longer there"}
+    left = "".join(f", {n:,} left ({why[cause]})" for cause, n in sorted(report.left.items()))
+    out.print(f"{report.sent:,} {'would be sent' if dry_run else 'sent again'}{left}")
+
+
+def _time(ts_ms: int) -> str:
+    return datetime.fromtimestamp(ts_ms / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,0 +1,172 @@
+"""`uemb dlq`: dead letters counted, shown, and replayed once the cause is mended."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from confluent_kafka import Producer
+from pipeline import UEMB, Event, Pipeline, check_end_state, event_json, expected
+
+from stream.config import load_settings
+from stream.dataset import Dataset, EventRow
+from stream.items import ItemSpace
+from stream.keys import partition_of
+
+USER_VERSION = load_settings().versioned_encoder.version
+
+
+def uemb(pipeline: Pipeline, *args: str, code: int = 0) -> str:
+    """Output of `uemb dlq`; its error line when it fails."""
+    ended = subprocess.run(
+        [*UEMB, "dlq", *args], env=pipeline.environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ended.returncode == code, ended.stderr
+    if code:
+        assert ended.stderr.count("\n") == 1
+        return ended.stderr
+    return ended.stdout
+
+
+def documents(pipeline: Pipeline, *args: str) -> list[Any]:
+    return [json.loads(line) for line in uemb(pipeline, *args, "--json").splitlines()]
+
+
+class Sender:
+    """Sends anything anywhere."""
+
+    def __init__(self, bootstrap: str) -> None:
+        config = {"bootstrap.servers": bootstrap, "partitioner": "murmur2_random", "message.max.bytes": 5_000_000}
+        self._producer = Producer(config)
+
+    def __call__(self, topic: str, key: bytes | None, value: bytes | None, **more: Any) -> None:
+        def delivered(error: object, _: object) -> None:
+            assert error is None, error
+
+        self._producer.produce(topic, value, key, on_delivery=delivered, **more)
+
+    def flush(self) -> None:
+        assert self._producer.flush(20) == 0
+
+
+def _event(row: EventRow) -> Event:
+    return (row.user_id, row.item_id, row.type, row.ts_ms)
+
+
+@pytest.fixture
+def rows(films: Dataset) -> list[EventRow]:
+    """Events of which every third is of a type that is admitted only later."""
+    return [
+        row._replace(type="share") if n % 3 == 0 else row._replace(type="view")
+        for n, row in enumerate(films.events[:600])
+    ]
+
+
+def test_letters_are_replayed_after_a_fix(
+    rows: list[EventRow], space: ItemSpace, make_pipeline: Callable[..., Pipeline]
+) -> None:
+    pipeline = make_pipeline(event_types="view:1,like:2")
+    view = pipeline.topics["view"]
+    pipeline.start()
+    pipeline.until_ready()
+    send = Sender(pipeline.bootstrap)
+    misplaced = []
+    for n, row in enumerate(rows):
+        key, where = row.user_id.encode(), {}
+        if n % 10 == 1 and row.type == "view":
+            misplaced.append(row)
+            where = {"partition": (partition_of(key, 4) + 1) % 4}
+        send(view, key, event_json(row.user_id, row.item_id, row.type, row.ts_ms), headers=[("trace", b"a")], **where)
+    no_key = event_json(rows[0].user_id, "7", "view", rows[0].ts_ms)
+    send(view, None, no_key, partition=0)
+    send(view, b"1", b"{" + b"x" * 500)
+    send.flush()
+    pipeline.until_committed()
+    shares = [row for row in rows if row.type == "share"]
+    counts = {d["reason"]: d["count"] for d in documents(pipeline, "list")}
+    want = {"unknown_type": len(shares), "wrong_partition": len(misplaced), "null_key": 1, "not_json": 1}
+    assert counts == want
+    assert "  unknown_type  " + view in uemb(pipeline, "list")
+    assert [d["count"] for d in documents(pipeline, "list", "--reason", "not_json", "--topic", view)] == [1]
+    assert documents(pipeline, "list", "--topic", pipeline.topics["like"]) == []
+    assert documents(pipeline, "list", "--until", "2020-01-01") == []
+    assert len(documents(pipeline, "list", "--since", "2020-01-01T00:00:00Z", "--records")) == sum(want.values())
+
+    # one letter whole; lists never show payload
+    (record,) = documents(pipeline, "list", "--records", "--reason", "not_json")
+    assert record["bytes"] == 501
+    assert "xxx" not in json.dumps(record)
+    (shown,) = documents(pipeline, "show", record["letter"])
+    assert shown["value"] == "{" + "x" * 500
+    assert shown["key"] == "1"
+    assert ["dlq.reason", "not_json"] in shown["headers"]
+
+    # nothing is sent by a rehearsal; what has no key stays where it is
+    assert documents(pipeline, "replay", "--dry-run") == [
+        {"sent": sum(want.values()) - 1, "dry_run": True, "left": {"keyless": 1}}
+    ]
+    assert pipeline.lag() == 0
+
+    # the fix: the type is admitted now. Misplaced records go where their key belongs.
+    assert pipeline.stop() == 0
+    pipeline.environment["UEMB_EVENT_TYPES"] = "view:1,like:2,share:3"
+    pipeline.start()
+    pipeline.until_ready()
+    for _ in range(2):  # the second time changes nothing
+        for reason, sent in (("unknown_type", len(shares)), ("wrong_partition", len(misplaced))):
+            (report,) = documents(pipeline, "replay", "--reason", reason)
+            assert report == {"sent": sent, "dry_run": False, "left": {}}
+        pipeline.until_committed()
+        check_end_state(pipeline, expected(map(_event, rows), space), space, USER_VERSION)
+    assert {d["reason"]: d["count"] for d in documents(pipeline, "list")} == want
+    replayed = [r for r in pipeline.read(view) if "dlq.replayed" in dict(r.headers() or ())]
+    assert len(replayed) == 2 * (len(shares) + len(misplaced))
+    assert all([name for name, _ in r.headers()] == ["trace", "dlq.replayed"] for r in replayed)
+    assert pipeline.stop() == 0
+
+
+def test_references_are_fetched_again_and_foreign_letters_stay(
+    rows: list[EventRow], space: ItemSpace, make_pipeline: Callable[..., Pipeline]
+) -> None:
+    pipeline = make_pipeline(dlq_max_bytes=65_536, ignored_types="impression")
+    view = pipeline.topics["view"]
+    pipeline.start()
+    pipeline.until_ready()
+    send = Sender(pipeline.bootstrap)
+    row = rows[1]
+    large = event_json(row.user_id, row.item_id, "share", row.ts_ms)[:-1] + b', "x": "%b"}' % (b"y" * 100_000)
+    send(view, row.user_id.encode(), large)
+    impression = event_json(row.user_id, row.item_id, "impression", row.ts_ms)
+    send(view, row.user_id.encode(), impression)
+    # what is ignored must be where its key belongs, too: its producer may send events one day
+    send(view, row.user_id.encode(), impression, partition=(partition_of(row.user_id.encode(), 4) + 1) % 4)
+    send.flush()
+    pipeline.until_committed()
+    forged = [("dlq.reason", b"unknown_type"), ("dlq.partition", b"0"), ("dlq.offset", b"0")]
+    send(pipeline.dlq, b"1", b"{}", headers=[*forged, ("dlq.topic", pipeline.output.encode())])
+    send(pipeline.dlq, b"1", b"no letter at all")
+    send.flush()
+    counts = {(d["reason"], d["topic"]): d["count"] for d in documents(pipeline, "list")}
+    ours = {("unknown_type", view): 1, ("wrong_partition", view): 1}
+    assert counts == {**ours, ("unknown_type", pipeline.output): 1, ("not a letter", ""): 1}
+    before = len(pipeline.read(pipeline.output))
+    assert pipeline.stop() == 0
+    pipeline.environment["UEMB_EVENT_TYPES"] = "view:1,like:2,share:3"
+    pipeline.start()
+    pipeline.until_ready()
+    (report,) = documents(pipeline, "replay", "--reason", "unknown_type")
+    assert report == {"sent": 1, "dry_run": False, "left": {"foreign": 1}}
+    pipeline.until_committed()
+    assert len(pipeline.read(pipeline.output)) == before + 1
+    share = (row.user_id, row.item_id, "share", row.ts_ms)
+    check_end_state(pipeline, expected([share], space), space, USER_VERSION)
+    assert pipeline.stop() == 0
+
+
+def test_errors_are_one_line(make_pipeline: Callable[..., Pipeline]) -> None:
+    pipeline = make_pipeline()
+    assert pipeline.dlq in uemb(pipeline, "list", code=2)
+    assert "unknown_type" in uemb(pipeline, "list", "--reason", "nonsense", code=2)
+    assert "--since" in uemb(pipeline, "replay", "--since", "yesterday", code=2)
+    assert "partition:offset" in uemb(pipeline, "show", "seven", code=2)
