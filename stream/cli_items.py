@@ -40,6 +40,63 @@ def items_build(folder: Path, version: str, events: Path | None, dim: int, share
     _describe(space, as_json)
 
 
+@items.command("import")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("folder", type=click.Path(path_type=Path), required=False)
+@click.option("--version", required=True, help="name of the version, [A-Za-z0-9._-]{1,64}")
+@click.option("--metric", type=click.Choice(["cosine", "dot"]), default="cosine", show_default=True)
+@click.option("--ids", type=click.Path(path_type=Path), help="ids for a .npy: text, one a line, or another .npy")
+@click.option("--id-column", help="name of the ids in the file  [default: item_id; ids in .npz]")
+@click.option("--vector-column", help="name of the vectors in the file  [default: vector; vectors in .npz]")
+@click.option("--drop-bad", is_flag=True, help="leave bad rows out instead of failing")
+@click.option("--json", "as_json", is_flag=True, help="print the result as one JSON document")
+def items_import(
+    file: Path,
+    folder: Path | None,
+    version: str,
+    metric: Any,
+    ids: Path | None,
+    id_column: str | None,
+    vector_column: str | None,
+    drop_bad: bool,
+    as_json: bool,
+) -> None:
+    """Make an item space in FOLDER (default ./items/VERSION) of the vectors in FILE: .npy, .npz, .parquet or .jsonl."""
+    from stream.item_files import Columns, import_items
+
+    default = Columns("ids", "vectors") if file.suffix == ".npz" else Columns()
+    columns = Columns(id_column or default.ids, vector_column or default.vectors)
+    target = folder or Path("items") / version
+    with progress_bar("rows") as update:
+        space, bad = import_items(
+            file,
+            target,
+            version,
+            metric=metric,
+            ids=ids,
+            columns=columns,
+            drop_bad=drop_bad,
+            on_progress=update,
+        )
+    dropped = {"dropped": dict(bad.counts)} if bad.total else {}
+    _describe(space, as_json, {"folder": str(target), **dropped})
+
+
+@items.command("export")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("out_file", metavar="OUT", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="print the result as one JSON document")
+def items_export(folder: Path, out_file: Path, as_json: bool) -> None:
+    """Write the ids and rows of FOLDER to OUT, to index in an ANN: .npy (ids beside it), .npz, .parquet or .jsonl."""
+    from stream.item_export import export_items
+    from stream.items import ItemSpace
+
+    space = ItemSpace.load(folder)
+    with progress_bar("rows") as update:
+        files = export_items(space, out_file, update)
+    _describe(space, as_json, {"files": " ".join(map(str, files))})
+
+
 @items.command("check")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="print the result as one JSON document")
@@ -50,7 +107,7 @@ def items_check(folder: Path, as_json: bool) -> None:
     _describe(ItemSpace.load(folder), as_json)
 
 
-def _describe(space: Any, as_json: bool) -> None:
+def _describe(space: Any, as_json: bool, more: dict[str, Any] | None = None) -> None:
     facts = {
         "version": space.version,
         "items": len(space),
@@ -58,6 +115,7 @@ def _describe(space: Any, as_json: bool) -> None:
         "metric": space.metric,
         "max_row_norm": space.max_row_norm,
         "sha256": space.sha256,
+        **(more or {}),
     }
     if as_json:
         print_json(facts)

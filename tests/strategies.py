@@ -15,6 +15,7 @@ from stream.encoders import VersionedEncoder
 from stream.engine import Engine, Record, StepResult
 from stream.events import EventRules
 from stream.history import stored_order
+from stream.item_ids import ItemIds
 from stream.items import ItemSpace
 from stream.keys import INT64_MAX, INT64_MIN
 from stream.records import decode, kv_entry
@@ -169,7 +170,7 @@ def make_space(
         centroid = np.ones(exact.shape[1])
     return ItemSpace(
         version,
-        [str(i).encode() for i in item_ids],
+        ItemIds.of([str(i).encode() for i in item_ids]),
         rows,
         metric=metric,  # type: ignore[arg-type]
         fallback=(centroid / np.linalg.norm(centroid)).astype(np.float32),

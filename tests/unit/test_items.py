@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from strategies import ids as any_ids
 
 from stream.errors import ItemSpaceError
+from stream.item_writer import SpaceWriter
 from stream.items import ItemSpace
 
 IDS = ["a", 5, "é", "0f0e0d0c-0b0a-0908-0706-050403020100"]
@@ -236,7 +237,7 @@ def test_an_interrupted_save_leaves_nothing_behind(tmp_path, monkeypatch):
     def stop(*_args, **_options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(np, "save", stop)
+    monkeypatch.setattr(SpaceWriter, "_finish", stop)
     with pytest.raises(KeyboardInterrupt):
         ItemSpace.save(tmp_path / "items", "v", IDS, ROWS)
     assert list(tmp_path.iterdir()) == []
