@@ -1,0 +1,69 @@
+"""README "Retrieve", run as it stands: from users in the store to titles out of a FAISS index of the items."""
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pipeline import Pipeline
+
+from stream.dataset import Dataset
+from stream.feed import Feeder
+from stream.items import ItemSpace
+
+README = Path(__file__).parents[2] / "README.md"
+USERS = ("42", "7")  # those of the README that MovieLens has; it has no "anna"
+
+
+def readme_block() -> str:
+    """The Python block that README.md marks as the retrieval example."""
+    found = re.search(r"<!-- retrieve -->\n```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert found, "README.md has no Python block right after <!-- retrieve -->"
+    return found[1]
+
+
+def test_the_readme_goes_from_users_to_titles(
+    films: Dataset,
+    space: ItemSpace,
+    item_folder: Path,
+    make_pipeline: Callable[..., Pipeline],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pipeline = make_pipeline()
+    pipeline.start()
+    pipeline.until_ready()
+    with Feeder(pipeline.bootstrap, pipeline.topics) as feeder:
+        feeder.send([row for row in films.events if row.user_id in USERS])
+    pipeline.until_committed()
+
+    monkeypatch.setenv("UEMB_ITEMS", str(item_folder))
+    monkeypatch.setenv("UEMB_KV_URL", pipeline.kv_url)
+    popular = [item for item, _ in Counter(row.item_id for row in films.events).most_common(10)]
+    names: dict[str, Any] = {}
+
+    def answered() -> bool:
+        """Run the block; a busy machine may exceed the 20 ms that a reader waits, which is no finding here."""
+        names.clear()
+        names.update(titles=films.titles, popular=popular)
+        exec(compile(readme_block(), str(README), "exec"), names)
+        names["reader"].close()
+        return not {user.reason for user in names["users"]} & {"timeout", "store_down"}
+
+    pipeline.until(answered, "the store answers in time")
+    users, vectors = names["users"], names["vectors"]
+    assert [(user.user_id, user.status, user.reason) for user in users] == [
+        ("42", "ok", ""),
+        ("7", "ok", ""),
+        ("anna", "fallback", "missing"),
+    ]
+    scores = vectors.astype(np.float64) @ space.vectors.astype(np.float64).T
+    best = -np.sort(-scores, axis=1)[:, :10]
+    np.testing.assert_allclose(names["scores"], best, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(np.take_along_axis(scores, names["rows"], axis=1), best, rtol=0, atol=1e-5)
+    own = {user: [films.titles[space.ids[row].decode()] for row in names["rows"][i]] for i, user in enumerate(USERS)}
+    assert names["candidates"] == {**own, "anna": popular}
+    assert own["42"] != own["7"]
+    assert pipeline.stop() == 0
