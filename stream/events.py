@@ -264,6 +264,8 @@ class DeletionDecoder:
         if value is None:
             return None
         try:
+            if not value.isascii():
+                value.decode()  # as for events
             deletion = self._decoder.decode(value)
         except JSON_ERRORS as exc:
             return json_reject(exc)

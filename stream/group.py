@@ -3,7 +3,7 @@
 import logging
 from typing import Final
 
-from confluent_kafka import KafkaException
+from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import AdminClient
 
 from stream.config import Settings
@@ -11,7 +11,7 @@ from stream.errors import OwnershipError
 
 log = logging.getLogger(__name__)
 
-_TIMEOUT_S: Final = 10.0
+_TIMEOUT_S: Final = 3.0  # on a cluster without any group yet the broker does not answer
 
 
 def check_group(settings: Settings) -> None:
@@ -28,6 +28,8 @@ def check_group(settings: Settings) -> None:
         asked = admin.describe_consumer_groups([settings.app_id], request_timeout=_TIMEOUT_S)
         members = asked[settings.app_id].result().members
     except KafkaException as exc:
+        if exc.args[0].code() == KafkaError.GROUP_ID_NOT_FOUND:  # nobody has ever joined it
+            return
         log.info("the group's workers can't be listed (%s): their topics are not compared", exc.args[0].str())
         return
     theirs = {tp.topic for member in members if member.assignment for tp in member.assignment.topic_partitions}
