@@ -33,7 +33,7 @@ def bench(quick: bool, as_json: bool) -> None:
     settings = load_settings()
     logging.getLogger("stream").setLevel(logging.ERROR)
     topic_partitions(settings)  # is there a broker at all?
-    sizes = Sizes(worker_events=150_000, peer_events=5_000, sweep_events=2_000) if quick else Sizes()
+    sizes = Sizes(peer_events=5_000, sweep_events=2_000) if quick else Sizes()
     prefix = f"uemb-bench-{uuid.uuid4().hex[:8]}"
     with tempfile.TemporaryDirectory(prefix="uemb-bench-") as folder:
         stage = Stage(settings, prefix, Path(folder), Load())

@@ -85,6 +85,10 @@ class System:
         fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / _TICKS
 
+    def mark(self, records: int = 0) -> Mark:
+        """This moment."""
+        return Mark(time.perf_counter(), self.cpu_s(), records)
+
     def peak_bytes(self) -> int:
         """Largest resident memory of the process so far."""
         status = Path(f"/proc/{self._process.pid}/status").read_text()
@@ -103,9 +107,10 @@ class System:
         """Wait until a topic has `target` records; return when that was and what it had cost by then."""
         last, moved_at = -1, time.perf_counter()
         while True:
-            count, mark = ends.count(topic), Mark(time.perf_counter(), self.cpu_s(), 0)
+            count = ends.count(topic)
+            mark = self.mark(count)
             if count >= target:
-                return mark._replace(records=count)
+                return mark
             self.check()
             if count > last:
                 last, moved_at = count, mark.at_s

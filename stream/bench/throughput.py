@@ -1,7 +1,8 @@
 """Events per second and CPU per event: this worker beside a plain Faust agent, alternating, on the same events.
 
 Both start with the same histories, restored from their changelogs, and work off the same backlog on the same broker.
-Rates are taken between two marks of the output topic, so that starting up costs neither anything.
+Starting up costs neither anything: the worker is measured from its last claim, users yet to be read from disk, the
+agent from its first record.
 """
 
 import json
@@ -18,7 +19,7 @@ from confluent_kafka import Consumer, TopicPartition
 
 from stream.bench.load import Load, Writer, make_topics
 from stream.bench.peer import PEER
-from stream.bench.process import BenchError, Ends, System
+from stream.bench.process import BenchError, Ends, Mark, System
 from stream.config import ENV_PREFIX, Settings
 from stream.records import decode
 
@@ -165,9 +166,11 @@ class Stage:
         return System(command, {PEER: json.dumps(spec)}, folder / "log"), output
 
 
-def measure(system: System, ends: Ends, output: str, warm: int, target: int) -> Rate:
-    """Rate of a running system from `warm` records on its output topic to `target`."""
-    first = system.until_count(ends, output, warm)
+def measure(system: System, ends: Ends, output: str, first: Mark, target: int) -> Rate:
+    """Rate of a running system from `first` until its output topic has `target` records.
+
+    The first mark must precede all work: a system may hold much that is computed and not yet written.
+    """
     last = system.until_count(ends, output, target)
     count = last.records - first.records
     return Rate(count / (last.at_s - first.at_s), 1e6 * (last.cpu_s - first.cpu_s) / count)
@@ -250,7 +253,8 @@ def compare(stage: Stage, sizes: Sizes, note: Note) -> dict[str, Any]:
     for number in range(sizes.rounds):
         system, output = stage.worker(f"worker{number}")
         with system:
-            ours.append(measure(system, ends, output, sizes.worker_events // 5, sizes.worker_events))
+            system.until_claimed(stage.partitions)
+            ours.append(measure(system, ends, output, system.mark(), sizes.worker_events))
             peaks.append(system.peak_bytes())
         theirs.append(_peer_rate(stage, ends, f"peer{number}", SWEEP[best], sizes.peer_events))
         note(f"round {number + 1}: worker {_shown(ours[-1])}; plain Faust {_shown(theirs[-1])}")
@@ -276,7 +280,8 @@ def compare(stage: Stage, sizes: Sizes, note: Note) -> dict[str, Any]:
 def _peer_rate(stage: Stage, ends: Ends, name: str, settings: Mapping[str, Any], events: int) -> Rate:
     system, output = stage.peer(name, settings)
     with system:
-        return measure(system, ends, output, events // 5, events)
+        first = system.until_count(ends, output, 1)
+        return measure(system, ends, output, first, events)
 
 
 def _median(rates: Sequence[Rate], field: int) -> float:

@@ -35,17 +35,19 @@ def main() -> None:
             stage.feed(2 * args.events, 0)
             system, output = stage.worker("w")
             with system:
-                applied = measure(system, ends, output, args.events, 2 * args.events)
+                system.until_claimed(stage.partitions)
+                applied = measure(system, ends, output, system.mark(), 2 * args.events)
+                stage.until_read(system)
                 bad = (
                     value.replace(b'"view"', b'"buy"').replace(b'"like"', b'"buy"') if n % 2 else value[:-1]
                     for n, (_, value) in enumerate(stage.load.events(args.events))
                 )
                 users = (user for user, _ in stage.load.events(args.events))
+                first = system.mark()
                 Writer(settings.librdkafka_client, stage.partitions).write(
                     (stage.events, user, user, value) for user, value in zip(users, bad, strict=True)
                 )
-                letters = f"{prefix}.w.dlq"
-                rejected = measure(system, ends, letters, args.events // 10, args.events)
+                rejected = measure(system, ends, f"{prefix}.w.dlq", first, args.events)
         finally:
             ends.close()
             delete_topics(settings.librdkafka_client, prefix)
