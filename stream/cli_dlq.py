@@ -26,8 +26,9 @@ def dlq() -> None:
 def _filters(command: _Command) -> _Command:
     """Options that choose letters."""
     for option in (
-        click.option("--until", help="written before this time (ISO 8601)"),
-        click.option("--since", help="written at or after this time (ISO 8601)"),
+        click.option("--letter", "letters", multiple=True, help="this one, as partition:offset; repeatable"),
+        click.option("--until", help="written before this time (ISO 8601, or epoch milliseconds)"),
+        click.option("--since", help="written at or after this time (ISO 8601, or epoch milliseconds)"),
         click.option("--topic", "topics", multiple=True, help="from this input topic; repeatable"),
         click.option("--reason", "reasons", multiple=True, help="turned away for this reason; repeatable"),
     ):
@@ -35,23 +36,45 @@ def _filters(command: _Command) -> _Command:
     return command
 
 
-def _filter(reasons: tuple[str, ...], topics: tuple[str, ...], since: str | None, until: str | None) -> "Filter":
+def _filter(
+    reasons: tuple[str, ...],
+    topics: tuple[str, ...],
+    since: str | None,
+    until: str | None,
+    letters: tuple[str, ...],
+) -> "Filter":
     from stream.dlq import Filter
     from stream.events import Reason
 
     if unknown := set(reasons) - {str(reason) for reason in Reason}:
         msg = f"there is no reason {sorted(unknown)[0]!r}; there are {', '.join(Reason)}"
         raise ConfigError(msg)
-    return Filter(frozenset(reasons), frozenset(topics), _ms("--since", since), _ms("--until", until))
+    return Filter(
+        frozenset(reasons),
+        frozenset(topics),
+        _ms("--since", since),
+        _ms("--until", until),
+        frozenset(map(_place, letters)),
+    )
+
+
+def _place(letter: str) -> tuple[int, int]:
+    partition, _, offset = letter.partition(":")
+    if not (partition.isdecimal() and offset.isdecimal()):
+        msg = "name a letter as partition:offset, as `uemb dlq list --records` prints it"
+        raise ConfigError(msg)
+    return int(partition), int(offset)
 
 
 def _ms(option: str, text: str | None) -> int | None:
     if text is None:
         return None
+    if text.isdecimal():
+        return min(int(text), (1 << 63) - 1)
     try:
         moment = datetime.fromisoformat(text)
     except ValueError as exc:
-        msg = f"{option}: write an ISO 8601 time such as 2026-01-31T12:00:00Z"
+        msg = f"{option}: write an ISO 8601 time such as 2026-01-31T12:00:00Z, or epoch milliseconds"
         raise ConfigError(msg) from exc
     return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000)
 
@@ -65,13 +88,14 @@ def list_letters(
     topics: tuple[str, ...],
     since: str | None,
     until: str | None,
+    letters: tuple[str, ...],
     records: bool,
     as_json: bool,
 ) -> None:
     """Count dead letters by reason and topic."""
     from stream.dlq import read_letters
 
-    wanted = _filter(reasons, topics, since, until)
+    wanted = _filter(reasons, topics, since, until, letters)
     groups: dict[tuple[str, str], list[int]] = defaultdict(list)
     with progress_bar("dead letters read") as update:
         for letter in read_letters(load_settings(), wanted, update):
@@ -112,12 +136,9 @@ def show(letter: str, as_json: bool) -> None:
     """Show one LETTER (partition:offset, as `uemb dlq list --records` prints it) whole, payload included."""
     from stream.dlq import Filter, read_letters
 
-    partition, _, offset = letter.partition(":")
-    if not (partition.isdecimal() and offset.isdecimal()):
-        msg = "name the letter as partition:offset, as `uemb dlq list --records` prints it"
-        raise ConfigError(msg)
+    wanted = Filter(letters=frozenset([_place(letter)]))
     settings = load_settings()
-    found = next(read_letters(settings, Filter(place=(int(partition), int(offset)))), None)
+    found = next(read_letters(settings, wanted), None)
     if found is None:
         msg = f"{settings.dlq_topic} holds no letter {letter}"
         raise ConfigError(msg)
@@ -153,18 +174,20 @@ def replay(
     topics: tuple[str, ...],
     since: str | None,
     until: str | None,
+    letters: tuple[str, ...],
     dry_run: bool,
     as_json: bool,
 ) -> None:
     """Send dead letters to their input topics again, once what was wrong is mended.
 
     Key, value and headers are the rejected record's own, the partition is that of its key. Letters stay in the
-    dead-letter topic; sending one twice changes nothing.
+    dead-letter topic; sending one twice changes no history. What is still at fault is turned away again: each replay
+    adds a new dead letter for it, so replay by --reason or --letter what the fix has mended.
     """
     from stream.dlq import Replayer, read_letters
 
     settings = load_settings()
-    wanted = _filter(reasons, topics, since, until)
+    wanted = _filter(reasons, topics, since, until, letters)
     with progress_bar("dead letters read") as update, Replayer(settings, dry_run=dry_run) as replayer:
         report = replayer.replay(read_letters(settings, wanted, update))
     if as_json:

@@ -62,7 +62,8 @@ def items_import(
     as_json: bool,
 ) -> None:
     """Make an item space in FOLDER (default ./items/VERSION) of the vectors in FILE: .npy, .npz, .parquet or .jsonl."""
-    from stream.item_files import Columns, import_items
+    from stream.item_files import Columns
+    from stream.item_import import import_items
 
     default = Columns("ids", "vectors") if file.suffix == ".npz" else Columns()
     columns = Columns(id_column or default.ids, vector_column or default.vectors)

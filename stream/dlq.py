@@ -8,16 +8,28 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self
 
-from confluent_kafka import OFFSET_INVALID, Consumer, KafkaException, Message, Producer, TopicPartition
+from confluent_kafka import OFFSET_INVALID, Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
 
 from stream.config import Settings
 from stream.errors import ConfigError, DeliveryError
 
-HEADER_PREFIX: Final = "dlq."
+_FIRST_HEADER: Final = "dlq.reason"
 REPLAYED_HEADER: Final = "dlq.replayed"
 _TIMEOUT_S: Final = 10.0
 _STALL_S: Final = 30.0
 _POLL_S: Final = 0.5
+#: Errors of a partition that waiting does not mend; of others a client says nothing, or goes on by itself.
+_LASTING: Final = (
+    KafkaError.TOPIC_AUTHORIZATION_FAILED,
+    KafkaError.GROUP_AUTHORIZATION_FAILED,
+    KafkaError._AUTHENTICATION,
+)
+_NOT_THERE: Final = (
+    KafkaError._PARTITION_EOF,
+    KafkaError._UNKNOWN_TOPIC,
+    KafkaError._UNKNOWN_PARTITION,
+    KafkaError.UNKNOWN_TOPIC_OR_PART,
+)
 _ROWS_PER_POLL: Final = 200
 Headers = list[tuple[str, bytes | None]]
 Progress = Callable[[int, int | None], None]
@@ -51,10 +63,15 @@ class Letter:
     value: bytes | None
     headers: Headers
 
+    @property
+    def _ours_at(self) -> int:
+        """Where our headers begin: they follow the record's own, which may have any names."""
+        return max((n for n, (name, _) in enumerate(self.headers) if name == _FIRST_HEADER), default=len(self.headers))
+
     def text(self, name: str) -> str:
-        """Value of the last header of that name, which is ours; empty without one."""
-        found = [value for header, value in self.headers if header == f"{HEADER_PREFIX}{name}"]
-        return (found[-1] or b"").decode(errors="replace") if found else ""
+        """Value of our header of that name; empty without one."""
+        found = dict(self.headers[self._ours_at :]).get(f"dlq.{name}")
+        return (found or b"").decode(errors="replace")
 
     @property
     def reason(self) -> str:
@@ -72,7 +89,7 @@ class Letter:
     @property
     def own_headers(self) -> Headers:
         """The rejected record's own headers."""
-        return [(name, value) for name, value in self.headers if not name.startswith(HEADER_PREFIX)]
+        return self.headers[: self._ours_at]
 
 
 @dataclass(frozen=True)
@@ -84,14 +101,14 @@ class Filter:
         topics: `dlq.topic`.
         since_ms: written at or after.
         until_ms: written before.
-        place: partition and offset of one letter.
+        letters: partition and offset of each.
     """
 
     reasons: frozenset[str] = frozenset()
     topics: frozenset[str] = frozenset()
     since_ms: int | None = None
     until_ms: int | None = None
-    place: tuple[int, int] | None = None
+    letters: frozenset[tuple[int, int]] = frozenset()
 
     def admits(self, letter: Letter) -> bool:
         """Whether a letter is meant."""
@@ -100,7 +117,7 @@ class Filter:
             and (not self.topics or letter.text("topic") in self.topics)
             and (self.since_ms is None or letter.timestamp_ms >= self.since_ms)
             and (self.until_ms is None or letter.timestamp_ms < self.until_ms)
-            and (self.place is None or (letter.partition, letter.offset) == self.place)
+            and (not self.letters or (letter.partition, letter.offset) in self.letters)
         )
 
 
@@ -135,37 +152,80 @@ def read_letters(settings: Settings, wanted: Filter, on_progress: Progress | Non
         if topic.error is not None:
             msg = f"there is no topic {name}; set UEMB_DLQ_TOPIC, or start a worker first, which creates it"
             raise ConfigError(msg)
-        places = [TopicPartition(name, p) for p in topic.partitions]
-        bounds = {p.partition: consumer.get_watermark_offsets(p, timeout=_TIMEOUT_S) for p in places}
-        left = {partition: high for partition, (low, high) in bounds.items() if high > low}
-        if wanted.place is not None:
-            left = {partition: high for partition, high in left.items() if partition == wanted.place[0]}
-        total, seen, moved_at = sum(high - bounds[p][0] for p, high in left.items()), 0, time.monotonic()
-        consumer.assign([TopicPartition(name, p, bounds[p][0]) for p in left])
+        left = {}
+        places = []
+        for start, end in _bounds(consumer, name, list(topic.partitions), wanted):
+            left[start.partition] = end
+            places.append(start)
+        total, seen, moved_at = sum(left[at.partition] - at.offset for at in places), 0, time.monotonic()
+        consumer.assign(places)
+        problem = "no answer"
         while left:
             message = consumer.poll(_POLL_S)
             if message is not None:
-                moved_at = time.monotonic()
+                problem = _problem(message, name) or problem
                 if not message.error():
-                    seen += 1
+                    seen, moved_at = seen + 1, time.monotonic()
                     letter = _letter(message)
                     if letter.offset < left.get(letter.partition, 0) and wanted.admits(letter):
                         yield letter
-                _forget_read(consumer, name, left)
-                if on_progress is not None:
-                    on_progress(seen, total)
-            elif time.monotonic() - moved_at > _STALL_S:
-                msg = f"{name} can't be read to its end; see the brokers' logs"
+                        moved_at = time.monotonic()  # what the caller does with it is no stall
+            if _forget_read(consumer, name, left):
+                moved_at = time.monotonic()
+            if message is not None and on_progress is not None:
+                on_progress(min(seen, total), total)
+            if left and time.monotonic() - moved_at > _STALL_S:
+                msg = f"{name} can't be read to its end ({problem}); see the brokers' logs"
                 raise DeliveryError(msg)
     finally:
         consumer.close()
 
 
-def _forget_read(consumer: Consumer, name: str, left: dict[int, int]) -> None:
-    """Drop the partitions that have been read to where they ended."""
+def _bounds(
+    consumer: Consumer, name: str, partitions: list[int], wanted: Filter
+) -> Iterator[tuple[TopicPartition, int]]:
+    """Where to start in each partition that may hold what is wanted, and before which offset to end."""
+    try:
+        ends = {p: consumer.get_watermark_offsets(TopicPartition(name, p), timeout=_TIMEOUT_S) for p in partitions}
+        starts = {partition: low for partition, (low, _) in ends.items()}
+        if wanted.since_ms is not None:  # all before these offsets was written earlier
+            asked = [TopicPartition(name, p, max(0, wanted.since_ms)) for p in partitions]
+            for at in consumer.offsets_for_times(asked, timeout=_TIMEOUT_S):
+                starts[at.partition] = at.offset if at.offset >= 0 else ends[at.partition][1]
+    except KafkaException as exc:
+        msg = f"{name} can't be read ({exc.args[0].str()}); see the brokers' logs"
+        raise DeliveryError(msg) from exc
+    for partition, (_, high) in ends.items():
+        start, end = starts[partition], high
+        if wanted.letters:
+            offsets = [offset for of, offset in wanted.letters if of == partition]
+            start, end = max([start, min(offsets, default=high)]), min(high, max(offsets, default=-1) + 1)
+        if start < end:
+            yield TopicPartition(name, partition, start), end
+
+
+def _problem(message: Message, what: str) -> str:
+    """What a message that is none says; empty for a record, and at a partition's end.
+
+    Raises:
+        DeliveryError: it won't pass.
+    """
+    error = message.error()
+    if error is None or error.code() == KafkaError._PARTITION_EOF:
+        return ""
+    if error.fatal() or error.code() in _LASTING:
+        msg = f"{what} can't be read ({error.str()})"
+        raise DeliveryError(msg)
+    return str(error.str())
+
+
+def _forget_read(consumer: Consumer, name: str, left: dict[int, int]) -> bool:
+    """Drop the partitions that have been read to where they ended; return whether there were any."""
+    before = len(left)
     for at in consumer.position([TopicPartition(name, p) for p in left]):
         if at.offset != OFFSET_INVALID and at.offset >= left[at.partition]:
             del left[at.partition]
+    return len(left) < before
 
 
 def _letter(message: Message) -> Letter:
@@ -197,7 +257,8 @@ class Replayer:
     """Sends rejected records to their topics again: same key, value and headers, on the partition of their key.
 
     Records carry the time of now, so that retention keeps them and an event that was ahead of its time may be due.
-    What was processed meanwhile changes nothing when it is sent again (law 1).
+    What was processed meanwhile changes nobody's history when it is sent again (law 1); what is still at fault is
+    turned away again, with a letter of its own.
 
     Args:
         settings: topics; a letter that names any other topic is left alone.
@@ -266,7 +327,8 @@ class Replayer:
         if self._dry_run:
             self.report.sent += 1
             return ""
-        headers = [*letter.own_headers, (REPLAYED_HEADER, f"{letter.partition}:{letter.offset}".encode())]
+        headers = [header for header in letter.own_headers if header[0] != REPLAYED_HEADER]
+        headers.append((REPLAYED_HEADER, f"{letter.partition}:{letter.offset}".encode()))
         while True:
             try:
                 self._producer.produce(source.topic, value, letter.key, headers=headers, on_delivery=self._delivered)
@@ -285,15 +347,24 @@ class Replayer:
             self._failure = self._failure or error.str()
 
     def _original(self, source: Place, sha256: str) -> bytes | None:
-        """Value of the record that a reference stands for; None when its topic no longer holds it."""
+        """Value of the record that a reference stands for; None when its topic no longer holds it.
+
+        Raises:
+            DeliveryError: the topic can't be read.
+        """
         self._originals.assign([TopicPartition(*source)])
-        deadline = time.monotonic() + _TIMEOUT_S
+        deadline, problem = time.monotonic() + _TIMEOUT_S, "no answer"
         while time.monotonic() < deadline:
             message = self._originals.poll(_POLL_S)
             if message is None:
                 continue
-            if message.error() or message.offset() != source.offset:
+            error = message.error()
+            if error is not None and error.code() not in _NOT_THERE:
+                problem = _problem(message, source.topic)
+                continue
+            if error is not None or message.offset() != source.offset:
                 return None
             value: bytes | None = message.value()
             return value if value is not None and hashlib.sha256(value).hexdigest() == sha256 else None
-        return None
+        msg = f"{source.topic} can't be read ({problem}); replay again, what arrives twice changes nothing"
+        raise DeliveryError(msg)

@@ -1,27 +1,26 @@
-"""Item vectors from files of one's own: .npy, .npz, Parquet and JSON lines, read and checked piece by piece."""
+"""Files of item vectors of one's own (.npy, .npz, Parquet, JSON lines), read piece by piece; none of it is trusted."""
 
 import json
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from types import MappingProxyType
+from typing import Any, BinaryIO, Final, NamedTuple
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from stream.embedding import Float64
-from stream.errors import ConfigError, ItemSpaceError
-from stream.item_manifest import Metric
-from stream.item_writer import SpaceWriter
-from stream.items import ItemSpace
-from stream.keys import canonical_id
+from stream.errors import ConfigError
 
-PIECE_ROWS: Final = 16_384
-_SHOWN_ROWS: Final = 10
 PARQUET_HINT: Final = "Parquet needs pyarrow: pip install 'user-embedding-stream[parquet]'"
-Progress = Callable[[int, int | None], None]
+PIECE_ROWS: Final = 16_384
+_PIECE_NUMBERS: Final = 1 << 20
+_COUNT_BYTES: Final = 1 << 20
+_BOM: Final = b"\xef\xbb\xbf"
 
 
 class Columns(NamedTuple):
@@ -32,158 +31,50 @@ class Columns(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Rows as they are in the file, none of them checked.
+    """Rows as they are in the file.
 
     Attributes:
         ids: whatever the file has [n].
-        vectors: a matrix [n, d], or one entry a row where rows may differ in length or hold nothing.
+        vectors: numbers [n, d], or for each row its numbers, None where it has none.
         total: rows of the file, None where that is not known.
+        wrong: rows (numbers in this piece) that hold no item at all, and why.
     """
 
     ids: Sequence[Any]
-    vectors: NDArray[Any] | Sequence[Any]
+    vectors: NDArray[Any] | Sequence[Float64 | None]
     total: int | None
+    wrong: Mapping[int, str] = MappingProxyType({})
 
 
-@dataclass
-class BadRows:
-    """Rows that are no items: how many by reason, and the numbers of the first of them."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    first: list[tuple[int, str]] = field(default_factory=list)
-
-    def add(self, row: int, reason: str) -> None:
-        """Take note of a row."""
-        self.counts[reason] += 1
-        if len(self.first) < _SHOWN_ROWS:
-            self.first.append((row, reason))
-
-    @property
-    def total(self) -> int:
-        """How many."""
-        return sum(self.counts.values())
+def piece_rows(dim: int) -> int:
+    """Rows of a piece: what bounds its memory is their numbers."""
+    return max(1, min(PIECE_ROWS, _PIECE_NUMBERS // max(1, dim)))
 
 
-def import_items(
-    file: Path,
-    folder: Path,
-    version: str,
-    *,
-    metric: Metric = "cosine",
-    ids: Path | None = None,
-    columns: Columns | None = None,
-    drop_bad: bool = False,
-    on_progress: Progress | None = None,
-) -> tuple[ItemSpace, BadRows]:
-    """Make an item space of a file of vectors.
+def pieces(file: Path, ids: Path | None, columns: Columns | None, scratch: Path) -> Iterator[Piece]:
+    """The rows of a file.
 
     Args:
-        file: .npy (with `ids`), .npz, .parquet, or JSON lines.
-        folder: the item space to make.
-        version: its name.
-        metric: see `ItemSpace`.
-        ids: for .npy: ids in the order of its rows, a text file with one a line or a .npy.
-        columns: names in the file.
-        drop_bad: leave bad rows out instead of failing.
-        on_progress: called with rows done and their total.
+        file: its name says what it is.
+        ids: ids of a .npy.
+        columns: names in the file; None for what the kind of file has.
+        scratch: a folder for temporary files as large as the arrays of a .npz.
 
     Raises:
-        ConfigError: the file can't be read as what it is.
-        ItemSpaceError: rows are bad (their numbers, from 0), or the folder exists.
+        ConfigError: it can't be read as what it is.
     """
     names = columns or (Columns("ids", "vectors") if file.suffix == ".npz" else Columns())
-    bad, seen, done, dim = BadRows(), set[str](), 0, 0
-    with SpaceWriter(folder, version, metric) as writer:
-        for piece in _pieces(file, ids, names):
-            dim = dim or _dim(piece.vectors)
-            good, matrix = _checked(piece, done, dim, bad, seen, metric)
-            if good:
-                writer.append(good, matrix)
-            done += len(piece.ids)
-            if on_progress is not None:
-                on_progress(done, piece.total)
-        if bad.total and not drop_bad:
-            rows = "; ".join(f"row {row} {reason}" for row, reason in bad.first)
-            more = f" and {bad.total - len(bad.first):,} more" if bad.total > len(bad.first) else ""
-            msg = f"{file}: {rows}{more}; mend them, or leave them out with --drop-bad"
-            raise ItemSpaceError(msg)
-        if not writer.count:
-            msg = f"{file} holds no items"
-            raise ItemSpaceError(msg)
-    return ItemSpace.load(folder), bad
-
-
-def _checked(
-    piece: Piece, first: int, dim: int, bad: BadRows, seen: set[str], metric: Metric
-) -> tuple[list[str], Float64]:
-    """Canonical ids and vectors of the good rows; the others are noted in `bad`."""
-    good: list[str] = []
-    keep: list[int] = []
-    matrix, reasons = _matrix(piece.vectors, dim, metric)
-    for n, item in enumerate(piece.ids):
-        try:
-            name = canonical_id(item.item() if isinstance(item, np.generic) else item)
-        except ValueError as exc:
-            bad.add(first + n, str(exc))
-            continue
-        if n in reasons:
-            bad.add(first + n, reasons[n])
-        elif name in seen:
-            bad.add(first + n, "repeats an id")
-        else:
-            seen.add(name)
-            good.append(name)
-            keep.append(n)
-    return good, matrix[keep]
-
-
-def _matrix(vectors: NDArray[Any] | Sequence[Any], dim: int, metric: Metric) -> tuple[Float64, dict[int, str]]:
-    """Vectors [n, d] in float64, and why rows of them can't be used."""
-    reasons: dict[int, str] = {}
-    if isinstance(vectors, np.ndarray) and vectors.ndim == 2 and vectors.shape[1] == dim:
-        matrix = vectors.astype(np.float64)
-    else:
-        matrix = np.zeros((len(vectors), dim))
-        for n, vector in enumerate(vectors):
-            try:
-                row = np.asarray(vector, dtype=np.float64)
-            except (TypeError, ValueError):
-                reasons[n] = "has no vector of numbers"
-                continue
-            if row.shape == (dim,):
-                matrix[n] = row
-            else:
-                reasons[n] = f"has no vector of {dim} numbers, as the first row has"
-    with np.errstate(over="ignore"):
-        finite = np.asarray(np.isfinite(matrix.astype(np.float32)).all(axis=1))
-    for n in np.flatnonzero(~finite).tolist():
-        reasons.setdefault(n, "is not finite in float32")
-    lengths = np.linalg.norm(np.where(finite[:, None], matrix, 1.0), axis=1)
-    if metric == "dot":  # stored as it is, so what float32 rounds to zero is zero
-        lengths = np.where(np.abs(matrix).max(axis=1, initial=0.0).astype(np.float32) == 0, 0.0, lengths)
-    for n in np.flatnonzero(lengths == 0).tolist():
-        reasons.setdefault(n, "is zero and has no direction")
-    return matrix, reasons
-
-
-def _dim(vectors: NDArray[Any] | Sequence[Any]) -> int:
-    """Dimension of the first row that has one."""
-    if isinstance(vectors, np.ndarray) and vectors.ndim == 2:
-        return int(vectors.shape[1])
-    return next((len(v) for v in vectors if isinstance(v, list | tuple | np.ndarray) and len(v)), 0)
-
-
-def _pieces(file: Path, ids: Path | None, names: Columns) -> Iterator[Piece]:
-    if not file.is_file():
-        msg = f"there is no file {file}"
-        raise ConfigError(msg)
     kinds: dict[str, Callable[[], Iterator[Piece]]] = {
         ".npy": lambda: _from_npy(file, ids),
-        ".npz": lambda: _from_npz(file, names),
+        ".npz": lambda: _from_npz(file, names, scratch),
         ".parquet": lambda: _from_parquet(file, names),
         ".jsonl": lambda: _from_json_lines(file, names),
         ".ndjson": lambda: _from_json_lines(file, names),
     }
+    for path in (file, ids):
+        if path is not None and not path.is_file():
+            msg = f"there is no file {path}"
+            raise ConfigError(msg)
     if file.suffix not in kinds:
         msg = f"{file}: the name must end in one of {', '.join(kinds)}"
         raise ConfigError(msg)
@@ -193,11 +84,11 @@ def _pieces(file: Path, ids: Path | None, names: Columns) -> Iterator[Piece]:
     return kinds[file.suffix]()
 
 
-def _load_array(file: Path) -> NDArray[Any]:
+def _load_array(file: Path, problem: str = "") -> NDArray[Any]:
     try:
         return np.asarray(np.lib.format.open_memmap(file, mode="r"))
     except (OSError, ValueError, EOFError) as exc:
-        msg = f"{file} is not a plain .npy array of numbers or texts"
+        msg = problem or f"{file} is not a plain .npy array of numbers or texts"
         raise ConfigError(msg) from exc
 
 
@@ -205,39 +96,69 @@ def _from_npy(file: Path, ids: Path | None) -> Iterator[Piece]:
     if ids is None:
         msg = "a .npy holds no ids: name them with --ids FILE (text, one a line, or .npy)"
         raise ConfigError(msg)
-    if not ids.is_file():
-        msg = f"there is no file {ids}"
-        raise ConfigError(msg)
     vectors = _load_array(file)
     if ids.suffix == ".npy":
-        names: Sequence[Any] = _load_array(ids)  # type: ignore[assignment]  # read as a sequence
-    else:
-        names = ids.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    return _slices(file, names, vectors)
+        yield from _slices(file, _load_array(ids), vectors)
+        return
+    with ids.open("rb") as lines:
+        count = _line_count(lines)
+        lines.seek(len(_BOM) if lines.read(len(_BOM)) == _BOM else 0)
+        for _, rows in _matrix_pieces(file, count, vectors):
+            yield Piece([_id_line(lines.readline()) for _ in range(len(rows))], rows, len(vectors))
 
 
-def _from_npz(file: Path, names: Columns) -> Iterator[Piece]:
-    try:
-        with np.load(file, allow_pickle=False) as archive:
-            there = archive.files
-            if {names.ids, names.vectors} <= set(there):
-                return _slices(file, archive[names.ids], archive[names.vectors])
-    except (OSError, ValueError, EOFError) as exc:
-        msg = f"{file} is not a .npz of plain arrays"
-        raise ConfigError(msg) from exc
-    raise _lacks(file, names, there)
+def _line_count(file: BinaryIO) -> int:
+    """Lines, the last one with or without its line feed."""
+    count, last = 0, b"\n"
+    while part := file.read(_COUNT_BYTES):
+        count, last = count + part.count(b"\n"), part[-1:]
+    file.seek(0)
+    return count + (last != b"\n")
 
 
-def _slices(file: Path, ids: Any, vectors: NDArray[Any]) -> Iterator[Piece]:
+def _id_line(line: bytes) -> str:
+    return line.removesuffix(b"\n").removesuffix(b"\r").decode(errors="surrogateescape")
+
+
+def _from_npz(file: Path, names: Columns, scratch: Path) -> Iterator[Piece]:
+    problem = f"{file} is not a .npz of plain arrays"
+    with tempfile.TemporaryDirectory(prefix=".npz.", dir=scratch) as folder:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                there = [name.removesuffix(".npy") for name in archive.namelist()]
+                if not {*names} <= {*there}:
+                    raise _lacks(file, names, there)
+                for number, name in enumerate(names):  # out of the archive, an array can be mapped
+                    archive.getinfo(f"{name}.npy").filename = f"{number}.npy"
+                    archive.extract(archive.getinfo(f"{name}.npy"), folder)
+        except (OSError, ValueError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as exc:
+            raise ConfigError(problem) from exc
+        ids, vectors = (_load_array(Path(folder) / name, problem) for name in ("0.npy", "1.npy"))
+        yield from _slices(file, ids, vectors)
+
+
+def _slices(file: Path, ids: NDArray[Any], vectors: NDArray[Any]) -> Iterator[Piece]:
+    if ids.ndim != 1:
+        msg = f"{file}: ids must be one a row [n], not {ids.dtype} {ids.shape}"
+        raise ConfigError(msg)
+    for start, rows in _matrix_pieces(file, len(ids), vectors):
+        some = ids[start : start + len(rows)].tolist()
+        if ids.dtype.kind == "S":
+            some = [item.decode(errors="surrogateescape") for item in some]
+        yield Piece(some, rows, len(vectors))
+
+
+def _matrix_pieces(file: Path, ids: int, vectors: NDArray[Any]) -> Iterator[tuple[int, NDArray[Any]]]:
+    """First row and rows of the pieces of a matrix."""
     if vectors.ndim != 2 or vectors.dtype.kind not in "fiu":
         msg = f"{file}: vectors must be a matrix of numbers [n, d], not {vectors.dtype} {vectors.shape}"
         raise ConfigError(msg)
-    if len(ids) != len(vectors):
-        msg = f"{file}: {len(vectors)} vectors need as many ids, there are {len(ids)}"
+    if ids != len(vectors):
+        msg = f"{file}: {len(vectors)} vectors need as many ids, there are {ids}"
         raise ConfigError(msg)
-    total = len(ids)
-    for start in range(0, total, PIECE_ROWS):
-        yield Piece(ids[start : start + PIECE_ROWS], vectors[start : start + PIECE_ROWS], total)
+    size = piece_rows(vectors.shape[1])
+    for start in range(0, len(vectors), size):
+        yield start, vectors[start : start + size]
 
 
 def _from_parquet(file: Path, names: Columns) -> Iterator[Piece]:
@@ -249,39 +170,82 @@ def _from_parquet(file: Path, names: Columns) -> Iterator[Piece]:
     try:
         table = pq.ParquetFile(file)
         there = table.schema_arrow.names
-        if not {names.ids, names.vectors} <= set(there):
+        if not {*names} <= {*there}:
             raise _lacks(file, names, there)
-        total = table.metadata.num_rows
-        for batch in table.iter_batches(batch_size=PIECE_ROWS, columns=[names.ids, names.vectors]):
-            yield Piece(batch.column(names.ids).to_pylist(), batch.column(names.vectors).to_pylist(), total)
-    except (pa.ArrowException, OSError) as exc:
+        kind = table.schema_arrow.field(names.vectors).type
+        kind = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
+        lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+        if not lists or not (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type)):
+            msg = f"{file}: {names.vectors} holds {kind}, it must hold lists of numbers; name it with --vector-column"
+            raise ConfigError(msg)
+        size = piece_rows(kind.list_size if pa.types.is_fixed_size_list(kind) else _PIECE_NUMBERS // 1024)
+        for batch in table.iter_batches(batch_size=size, columns=[*names]):
+            vectors = _arrow_vectors(batch.column(names.vectors))
+            yield Piece(batch.column(names.ids).to_pylist(), vectors, table.metadata.num_rows)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as exc:
         msg = f"{file} can't be read as Parquet"
         raise ConfigError(msg) from exc
 
 
+def _arrow_vectors(column: Any) -> NDArray[Any] | list[Float64 | None]:
+    """Lists of numbers, as a matrix where all are there and of one length."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    column = column.storage if isinstance(column, pa.ExtensionArray) else column
+    lengths = pc.list_value_length(column).drop_null().unique().to_pylist()
+    flat = column.flatten()
+    if not column.null_count and not flat.null_count and len(lengths) == 1 and lengths[0]:
+        return np.asarray(flat.to_numpy(zero_copy_only=False).reshape(len(column), lengths[0]))
+    return [_numbers(row) for row in column.to_pylist()]
+
+
 def _from_json_lines(file: Path, names: Columns) -> Iterator[Piece]:
-    decode = msgspec.json.Decoder().decode
     ids: list[Any] = []
-    vectors: list[Any] = []
+    vectors: list[Float64 | None] = []
+    wrong: dict[int, str] = {}
+    numbers, known, problem = 0, False, None
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
-            try:
-                row = decode(line)
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-                try:
-                    row = json.loads(line)  # Python writes NaN, which JSON has not: a bad row, not a bad file
-                except (ValueError, RecursionError) as exc:
-                    msg = f"{file} line {number} is not JSON"
-                    raise ConfigError(msg) from exc
-            if not isinstance(row, dict) or not {names.ids, names.vectors} <= set(row):
-                raise _lacks(file, names, row if isinstance(row, dict) else (), f" line {number}")
-            ids.append(row[names.ids])
-            vectors.append(row[names.vectors])
-            if len(ids) == PIECE_ROWS:
-                yield Piece(ids, vectors, None)
-                ids, vectors = [], []
+            row = _json_row(line)
+            if isinstance(row, dict) and {*names} <= {*row}:
+                known = True
+                ids.append(row[names.ids])
+                vectors.append(_numbers(row[names.vectors]))
+                numbers += len(line) >> 3  # a number and its comma seldom have less
+            else:
+                problem = problem or _lacks(file, names, row if isinstance(row, dict) else (), f" line {number}")
+                wrong[len(ids)] = "is not JSON" if row is ... else f"lacks {' or '.join(names)}"
+                ids.append(None)
+                vectors.append(None)
+            if len(ids) == PIECE_ROWS or numbers >= _PIECE_NUMBERS:
+                if not known:
+                    break
+                yield Piece(ids, vectors, None, wrong)
+                ids, vectors, wrong, numbers = [], [], {}, 0
+    if not known and problem is not None:  # not one row has these fields: they have other names
+        raise problem
     if ids:
-        yield Piece(ids, vectors, None)
+        yield Piece(ids, vectors, None, wrong)
+
+
+def _json_row(line: bytes) -> Any:
+    """What a line holds; ... when it is not JSON."""
+    try:
+        return msgspec.json.decode(line)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        try:
+            return json.loads(line)  # Python writes NaN, which JSON has not: the vector is bad, not the line
+        except (ValueError, RecursionError):
+            return ...
+
+
+def _numbers(value: Any) -> Float64 | None:
+    """A list of numbers as an array; None for anything else, texts and truth values that look like numbers included."""
+    try:
+        return np.array(msgspec.convert(value, list[float]), dtype=np.float64)
+    except (msgspec.ValidationError, OverflowError):
+        return None
 
 
 def _lacks(file: Path, names: Columns, there: Any, where: str = "") -> ConfigError:

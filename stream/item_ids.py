@@ -13,16 +13,30 @@ from numpy.typing import NDArray
 
 from stream.keys import MAX_ID_BYTES, canonical_id
 
-_CHUNK_BYTES: Final = 8 << 20
-_PARTS: Final = 16  # rows are sorted in so many parts: the memory that sorting takes stays small
+_CHUNK_BYTES: Final = 1 << 20  # small beside what stays: the index is made in little more memory than it takes
+_CHUNK_ROWS: Final = 1 << 18
+_PARTS: Final = 16  # rows are sorted in so many parts, for the same reason
 _ROWS_PER_BUCKET: Final = 2
 #: Ids that were asked for are remembered, up to so many; a space that is no larger is remembered whole.
 _MEMO_LIMIT: Final = 1 << 18
 _NEWLINE: Final = 10
+UInt32 = NDArray[np.uint32]
 
 
 class BadIds(ValueError):
     """The file is no list of ids; the text says which line and why."""
+
+
+class RepeatedIds(BadIds):
+    """Ids that are there more than once.
+
+    Attributes:
+        rows: every row whose id an earlier one has, ascending [k].
+    """
+
+    def __init__(self, rows: NDArray[np.int64]) -> None:
+        super().__init__(f"row {rows[0]} repeats an id")
+        self.rows = rows
 
 
 class ItemIds(Sequence[bytes]):
@@ -53,22 +67,16 @@ class ItemIds(Sequence[bytes]):
         return cls(np.frombuffer(b"".join(item + b"\n" for item in ids), dtype=np.uint8), len(ids))
 
     def __init__(self, data: NDArray[np.uint8], count: int) -> None:
-        self._text = memoryview(data)  # type: ignore[arg-type]  # an array is a buffer
-        self._ends = _line_ends(data, count)
-        self._check_lines(data)
-        hashes = np.empty(count, dtype=np.int64)
-        for first, lines in self._chunks():
-            hashes[first : first + len(lines)] = np.fromiter(map(hash, lines), dtype=np.int64, count=len(lines))
-        self._index(hashes.view(np.uint64))
-        self._memo: dict[bytes, int] = {}
+        self._lines = _Lines(data, count)
+        self._lines.check(data)
+        self._index = _Index(self._lines)
         if count <= _MEMO_LIMIT:
-            self._memo = {item: row for row, item in enumerate(self)}
-            self.row = self._memo.get
+            self.row = {item: row for row, item in enumerate(self)}.get
         else:
-            self.row = self._find
+            self.row = self._index.find
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self._lines.ends)
 
     @overload
     def __getitem__(self, row: int) -> bytes: ...
@@ -79,10 +87,10 @@ class ItemIds(Sequence[bytes]):
             return [self[n] for n in range(*row.indices(len(self)))]
         if not -len(self) <= row < len(self):
             raise IndexError(row)
-        return bytes(self._line(row % len(self)))
+        return bytes(self._lines[row % len(self)])
 
     def __iter__(self) -> Iterator[bytes]:
-        for _, lines in self._chunks():
+        for _, lines in self._lines.chunks():
             yield from lines
 
     def __eq__(self, other: object) -> bool:
@@ -92,91 +100,136 @@ class ItemIds(Sequence[bytes]):
 
     __hash__ = None  # type: ignore[assignment]
 
-    def _line(self, row: int) -> memoryview:
-        return self._text[int(self._ends[row - 1]) + 1 if row else 0 : int(self._ends[row])]
 
-    def _chunks(self) -> Iterator[tuple[int, list[bytes]]]:
+class _Lines:
+    """A text, and where its lines end."""
+
+    def __init__(self, data: NDArray[np.uint8], count: int) -> None:
+        self.text = memoryview(data)  # type: ignore[arg-type]  # an array is a buffer
+        self.ends = memoryview(_line_ends(data, count))  # type: ignore[arg-type]  # one by one it beats the array
+
+    def __getitem__(self, row: int) -> memoryview:
+        return self.text[self.ends[row - 1] + 1 if row else 0 : self.ends[row]]
+
+    def chunks(self) -> Iterator[tuple[int, list[bytes]]]:
         """First row and the ids of runs of lines."""
+        ends = np.asarray(self.ends)
         first = start = 0
-        while first < len(self._ends):
-            last = max(first + 1, int(np.searchsorted(self._ends, start + _CHUNK_BYTES)))
-            end = int(self._ends[last - 1])
-            yield first, bytes(self._text[start:end]).split(b"\n")
+        while first < len(ends):
+            last = max(first + 1, int(np.searchsorted(ends, start + _CHUNK_BYTES)))
+            end = int(ends[last - 1])
+            yield first, bytes(self.text[start:end]).split(b"\n")
             first, start = last, end + 1
 
-    def _check_lines(self, data: NDArray[np.uint8]) -> None:
+    def check(self, data: NDArray[np.uint8]) -> None:
         """Every line must be an id; looks at single ones only where something is wrong."""
-        starts = np.concatenate(([0], self._ends[:-1].astype(np.int64) + 1))
-        lengths = self._ends - starts
-        suspects = [np.flatnonzero((lengths < 1) | (lengths > MAX_ID_BYTES))[:1]]
+        suspects = []
+        ends = np.asarray(self.ends)
+        for first in range(0, len(ends), _CHUNK_ROWS):
+            here = ends[first : first + _CHUNK_ROWS].astype(np.int64)
+            lengths = np.diff(here, prepend=int(ends[first - 1]) if first else -1) - 1
+            wrong = (lengths < 1) | (lengths > MAX_ID_BYTES)
+            if wrong.any():
+                suspects.append(first + int(np.argmax(wrong)))
+                break
         for start in range(0, len(data), _CHUNK_BYTES):
             part = data[start : start + _CHUNK_BYTES + 1]  # a C1 control has two bytes
             odd = ((part < 0x20) & (part != _NEWLINE)) | (part == 0x7F)
             odd[:-1] |= (part[:-1] == 0xC2) & (part[1:] >= 0x80) & (part[1:] <= 0x9F)
             if odd.any():
-                suspects.append(np.searchsorted(self._ends, [start + int(np.argmax(odd))]))
+                suspects.append(int(np.searchsorted(ends, start + int(np.argmax(odd)))))
                 break
-        for first, lines in self._chunks():
+        for first, lines in self.chunks():
             try:
                 b"\n".join(lines).decode()
             except UnicodeDecodeError:
-                suspects.append(np.array([first + next(n for n, line in enumerate(lines) if not _is_utf8(line))]))
+                suspects.append(first + next(n for n, line in enumerate(lines) if not _is_utf8(line)))
                 break
-        for row in sorted({int(row) for found in suspects for row in found}):
+        for row in sorted(suspects):
             try:
-                canonical_id(bytes(self._line(row)).decode())
+                canonical_id(bytes(self[row]).decode())
             except ValueError as exc:
                 msg = f"line {row + 1}: {exc}"
                 raise BadIds(msg) from exc
 
-    def _index(self, hashes: NDArray[np.uint64]) -> None:
-        """Order rows by hash, and note where each bucket begins."""
-        count = len(hashes)
+
+class _Index:
+    """Rows in the order of their ids' hashes; a repeated id is an error."""
+
+    def __init__(self, lines: _Lines) -> None:
+        self._lines = lines
+        self._recent: dict[bytes, int] = {}
+        self._before: dict[bytes, int] = {}
+        count = len(lines.ends)
+        hashes = np.empty(count, dtype=np.uint32)  # the upper half tells ids apart well enough to compare few of them
+        for first, some in lines.chunks():
+            whole = np.fromiter(map(hash, some), dtype=np.int64, count=len(some))
+            hashes[first : first + len(some)] = whole >> 32
         bits = max(1, (max(1, count // _ROWS_PER_BUCKET) - 1).bit_length())
-        self._shift = np.uint64(64 - bits)
-        filled = np.zeros((1 << bits) + 1, dtype=np.uint32)
-        self._rows = np.empty(count, dtype=np.uint32)
+        starts = np.zeros((1 << bits) + 1, dtype=np.uint32)
+        ordered = np.empty(count, dtype=np.uint32)
+        repeats: list[int] = []
         at = 0
         for part in range(_PARTS):
-            rows = np.flatnonzero((hashes >> np.uint64(60)) == part)
+            rows = _rows_of_part(hashes, part)
             sub = hashes[rows]
             order = np.argsort(sub, kind="stable")
             rows, sub = rows[order], sub[order]
-            self._check_unique(rows, sub)
-            self._rows[at : at + len(rows)] = rows
-            buckets, sizes = np.unique(sub >> self._shift, return_counts=True)
-            filled[buckets.astype(np.int64) + 1] += sizes.astype(np.uint32)
+            repeats += self._repeats(rows, sub)
+            ordered[at : at + len(rows)] = rows
+            buckets, sizes = np.unique(sub >> np.uint32(32 - bits), return_counts=True)
+            starts[buckets.astype(np.int64) + 1] += sizes.astype(np.uint32)
             at += len(rows)
-        self._starts = np.cumsum(filled, dtype=np.uint32)
-        self._shift_by = 64 - bits
-
-    def _check_unique(self, rows: NDArray[np.int64], hashes: NDArray[np.uint64]) -> None:
-        """Equal ids have equal hashes; the first row that repeats one is an error."""
-        repeats = []
-        for n in np.flatnonzero(hashes[1:] == hashes[:-1]).tolist():
-            before = n
-            while before >= 0 and hashes[before] == hashes[n + 1]:
-                if self._line(int(rows[before])) == self._line(int(rows[n + 1])):
-                    repeats.append(int(rows[n + 1]))
-                before -= 1
         if repeats:
-            msg = f"row {min(repeats)} repeats an id"
-            raise BadIds(msg)
+            raise RepeatedIds(np.sort(np.array(repeats, dtype=np.int64)))
+        np.cumsum(starts, out=starts)
+        self._rows, self._starts = memoryview(ordered), memoryview(starts)  # type: ignore[arg-type]
+        self._shift, self._mask = 64 - bits, (1 << bits) - 1
 
-    def _find(self, item: bytes, default: int) -> int:
-        row = self._memo.get(item)
-        if row is None:
-            if len(self._memo) >= _MEMO_LIMIT:
-                self._memo.clear()
-            row = self._memo[item] = self._search(item)
-        return row if row >= 0 else default
+    def _repeats(self, rows: UInt32, hashes: UInt32) -> list[int]:
+        """Rows whose id an earlier row has, among rows in the order of their hashes: equal ids have equal ones."""
+        repeats = []
+        group, seen = -1, set[bytes]()
+        for n in np.flatnonzero(hashes[1:] == hashes[:-1]).tolist():
+            if hashes[n] != group:
+                group, seen = int(hashes[n]), {bytes(self._lines[int(rows[n])])}
+            line = bytes(self._lines[int(rows[n + 1])])
+            if line in seen:
+                repeats.append(int(rows[n + 1]))
+            seen.add(line)
+        return repeats
 
-    def _search(self, item: bytes) -> int:
-        bucket = (hash(item) & 0xFFFFFFFFFFFFFFFF) >> self._shift_by
-        for row in self._rows[self._starts[bucket] : self._starts[bucket + 1]].tolist():
-            if self._line(row) == item:
-                return int(row)
+    def find(self, item: bytes, default: int) -> int:
+        """Row of an id, remembered in two generations: what is asked for again survives what is asked for once."""
+        row = self._recent.get(item, -1)
+        if row < 0:
+            row = self._before.get(item, -1)
+            if row < 0 and (row := self.search(item)) < 0:
+                return default  # not remembered: there is no end of unknown ids
+            if 2 * len(self._recent) >= _MEMO_LIMIT:
+                self._before, self._recent = self._recent, {}
+            self._recent[item] = row
+        return row
+
+    def search(self, item: bytes) -> int:
+        """Row of an id, -1 for an unknown one."""
+        bucket = hash(item) >> self._shift & self._mask
+        text, ends, size = self._lines.text, self._lines.ends, len(item)
+        for row in self._rows[self._starts[bucket] : self._starts[bucket + 1]]:
+            end = ends[row]
+            start = ends[row - 1] + 1 if row else 0
+            if end - start == size and text[start:end] == item:
+                return row
         return -1
+
+
+def _rows_of_part(hashes: UInt32, part: int) -> UInt32:
+    """Rows whose hash begins with `part`, ascending."""
+    found = [
+        first + np.flatnonzero(hashes[first : first + _CHUNK_ROWS] // np.uint32((1 << 32) // _PARTS) == part)
+        for first in range(0, len(hashes), _CHUNK_ROWS)
+    ]
+    return np.concatenate([np.empty(0, dtype=np.int64), *found]).astype(np.uint32)
 
 
 def _line_ends(data: NDArray[np.uint8], count: int) -> NDArray[np.uint32] | NDArray[np.int64]:

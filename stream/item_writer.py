@@ -14,11 +14,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from stream.embedding import DEGENERATE_NORM, Float32, Float64, fallback_user_embedding, l2_normalize
 from stream.errors import ItemSpaceError
-from stream.item_ids import BadIds, ItemIds
+from stream.item_ids import BadIds, ItemIds, RepeatedIds
 from stream.item_manifest import UNIT_TOLERANCE, Manifest, Metric
 from stream.keys import canonical_id, check_version_name
 
 _NPY_HEADER_BYTES: Final = 128
+_PIECE_NUMBERS: Final = 1 << 20
+_IDS: Final = "ids.txt"
+_VECTORS: Final = "vectors.npy"
 
 
 def bad_space(folder: Path, text: str) -> ItemSpaceError:
@@ -61,8 +64,11 @@ class SpaceWriter:
         self.count = 0
         self._folder.parent.mkdir(parents=True, exist_ok=True)
         self._staging = Path(tempfile.mkdtemp(prefix=f".{self._folder.name}.", dir=self._folder.parent))
-        self._ids: BinaryIO = (self._staging / "ids.txt").open("wb")
-        self._vectors: BinaryIO = (self._staging / "vectors.npy").open("wb")
+        self._open()
+
+    def _open(self) -> None:
+        self._ids: BinaryIO = (self._staging / _IDS).open("wb")
+        self._vectors: BinaryIO = (self._staging / _VECTORS).open("wb")
         self._vectors.write(bytes(_NPY_HEADER_BYTES))
 
     def __enter__(self) -> Self:
@@ -99,11 +105,55 @@ class SpaceWriter:
             if weights.shape != (len(ids),) or not np.isfinite(weights).all():
                 raise bad_space(self._folder, "popularity must be one finite number per item")
             self._popularity.append(weights)
+        self._write(text, rows, norms)
+
+    def _write(self, text: bytes, rows: Float32, norms: Float64) -> None:
         self._ids.write(text)
         self._vectors.write(rows.astype("<f4", copy=False).tobytes())
         self._sum = rows.sum(axis=0, dtype=np.float64) + (0.0 if self._sum is None else self._sum)
         self._longest = max(self._longest, float(norms.max()))
-        self.count += len(ids)
+        self.count += len(rows)
+
+    def repeated_rows(self) -> NDArray[np.int64]:
+        """Rows, in the order in which they were appended, whose id an earlier one has [k], ascending."""
+        self._ids.flush()
+        try:
+            ItemIds.load(self._staging / _IDS, self.count)
+        except RepeatedIds as exc:
+            return exc.rows
+        return np.empty(0, dtype=np.int64)
+
+    def drop_rows(self, rows: NDArray[np.int64]) -> None:
+        """Take rows back that were appended; not all of them.
+
+        Args:
+            rows: their numbers in the order in which they were appended [k], ascending.
+        """
+        if self._sum is None:
+            return
+        self._ids.close()
+        self._vectors.flush()
+        shape, dim = (self.count, len(self._sum)), len(self._sum)
+        old = np.memmap(self._staging / _VECTORS, dtype="<f4", mode="r", offset=_NPY_HEADER_BYTES, shape=shape)
+        names = (self._staging / _IDS).open("rb")
+        self._vectors.close()
+        for name in (_IDS, _VECTORS):  # what was opened above stays readable without its name
+            (self._staging / name).unlink()
+        self._open()
+        self._sum, self._longest, self.count = None, 0.0, 0
+        size = max(1, _PIECE_NUMBERS // dim)
+        with names:
+            for start in range(0, shape[0], size):
+                stay = np.ones(min(size, shape[0] - start), dtype=np.bool_)
+                here = slice(*np.searchsorted(rows, [start, start + size]).tolist())
+                stay[rows[here] - start] = False
+                lines = [names.readline() for _ in range(len(stay))]
+                if stay.any():
+                    kept = np.asarray(old[start : start + size][stay])
+                    norms = check_norms(kept, self._metric, start, self._folder)
+                    self._write(b"".join(lines[n] for n in np.flatnonzero(stay).tolist()), kept, norms)
+        if self._popularity:
+            self._popularity = [np.delete(np.concatenate(self._popularity), rows)]
 
     def _line(self, row: int, item: str | int) -> bytes:
         try:
@@ -131,7 +181,7 @@ class SpaceWriter:
         self._vectors.seek(0)
         self._vectors.write(_npy_header(self.count, len(self._sum)))
         self._vectors.close()
-        files = {"ids.txt", "vectors.npy"}
+        files = {_IDS, _VECTORS}
         if self._popularity:
             weights = np.concatenate(self._popularity)
             if len(weights) != self.count:
@@ -139,7 +189,7 @@ class SpaceWriter:
             np.save(self._staging / "popularity.npy", weights, allow_pickle=False)
             files.add("popularity.npy")
         try:
-            ItemIds.load(self._staging / "ids.txt", self.count)
+            ItemIds.load(self._staging / _IDS, self.count)
         except BadIds as exc:
             raise bad_space(self._folder, str(exc)) from exc
         manifest = Manifest(

@@ -20,6 +20,7 @@ from stream.item_writer import SpaceWriter, bad_space, check_norms
 from stream.keys import check_version_name
 
 _CHUNK_ROWS: Final = 65_536
+_CHUNK_NUMBERS: Final = 1 << 20
 
 
 class ItemSpace:
@@ -148,8 +149,9 @@ class ItemSpace:
 
 def _longest_row(vectors: Float32, metric: Metric, folder: Path) -> float:
     """Norm of the longest row; the first row that is not acceptable is an error."""
-    chunks = range(0, vectors.shape[0], _CHUNK_ROWS)
-    return max(float(check_norms(vectors[n : n + _CHUNK_ROWS], metric, n, folder).max()) for n in chunks)
+    size = max(1, _CHUNK_NUMBERS // vectors.shape[1])
+    chunks = range(0, vectors.shape[0], size)
+    return max(float(check_norms(vectors[n : n + size], metric, n, folder).max()) for n in chunks)
 
 
 def _sha256(path: Path) -> str:

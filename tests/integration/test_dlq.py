@@ -1,16 +1,22 @@
 """`uemb dlq`: dead letters counted, shown, and replayed once the cause is mended."""
 
 import json
+import random
 import subprocess
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from confluent_kafka import Producer
+from confluent_kafka import Consumer, Producer
+from confluent_kafka.admin import AdminClient
+from kafka_broker import KafkaBroker
 from pipeline import UEMB, Event, Pipeline, check_end_state, event_json, expected
 
-from stream.config import load_settings
+from stream import dlq
+from stream.config import Settings, load_settings
 from stream.dataset import Dataset, EventRow
+from stream.dlq import Filter, Replayer, read_letters
+from stream.errors import DeliveryError
 from stream.items import ItemSpace
 from stream.keys import partition_of
 
@@ -164,9 +170,112 @@ def test_references_are_fetched_again_and_foreign_letters_stay(
     assert pipeline.stop() == 0
 
 
+def test_a_record_keeps_headers_of_ours_and_may_be_replayed_alone(make_pipeline: Callable[..., Pipeline]) -> None:
+    """Its producer may use our names, or pass on what was dead-lettered elsewhere."""
+    pipeline = make_pipeline()
+    view = pipeline.topics["view"]
+    pipeline.start()
+    pipeline.until_ready()
+    send = Sender(pipeline.bootstrap)
+    own = [("dlq.reason", b"not_json"), ("dlq.value_sha256", b"0" * 64), ("dlq.topic", b"elsewhere"), ("x", None)]
+    for number in range(20):
+        send(view, b"1", None, headers=[*own, ("dlq.replayed", b"9:9"), ("number", b"%d" % number)])
+    send.flush()
+    pipeline.until_committed()
+    records = documents(pipeline, "list", "--records", "--reason", "null_value")
+    assert [record["bytes"] for record in records] == [0] * 20
+    chosen = records[7]["letter"]
+    for found in (
+        documents(pipeline, "list", "--records", "--letter", chosen),
+        documents(pipeline, "list", "--records", "--since", "1", "--letter", chosen),
+    ):
+        assert found == [records[7]]
+    (shown,) = documents(pipeline, "show", chosen)
+    assert shown["value"] is None
+    assert ["number", "7"] in shown["headers"]
+    for replays in (1, 2):  # it is still at fault: each replay adds a letter
+        (report,) = documents(pipeline, "replay", "--letter", chosen)
+        assert report == {"sent": 1, "dry_run": False, "left": {}}
+        pipeline.until_committed()
+        assert len(documents(pipeline, "list", "--records")) == 20 + replays
+    again = pipeline.read(view)[-1]
+    assert (again.key(), again.value()) == (b"1", None)
+    assert again.headers() == [*own, ("number", b"7"), ("dlq.replayed", chosen.encode())]
+    assert documents(pipeline, "list", "--records", "--letter", "0:99999") == []
+    assert pipeline.stop() == 0
+
+
+@pytest.fixture
+def letters(make_pipeline: Callable[..., Pipeline], monkeypatch: pytest.MonkeyPatch) -> tuple[Pipeline, Settings]:
+    """Letters of large values and one that is a reference, of a worker that has ended; and its settings."""
+    pipeline = make_pipeline(dlq_max_bytes=500_000)
+    pipeline.start()
+    pipeline.until_ready()
+    send = Sender(pipeline.bootstrap)
+    send(pipeline.topics["view"], b"1", b"{" + b"x" * 600_000)
+    for number in range(8):
+        send(pipeline.topics["view"], b"1", random.Random(number).randbytes(400_000))
+    send.flush()
+    pipeline.until_committed()
+    assert pipeline.stop() == 0
+    for name, value in pipeline.environment.items():
+        if name.startswith("UEMB_"):
+            monkeypatch.setenv(name, value)
+    return pipeline, load_settings()
+
+
+def test_reading_starts_where_the_letters_may_be(letters: tuple[Pipeline, Settings]) -> None:
+    told: list[tuple[int, int | None]] = []
+    found = list(read_letters(letters[1], Filter(), lambda *at: told.append(at)))
+    assert max(told) == (9, 9)
+    told.clear()
+    assert list(read_letters(letters[1], Filter(letters=frozenset([(found[4].partition, found[4].offset)])))) == [
+        found[4]
+    ]
+    since = Filter(since_ms=found[4].timestamp_ms)
+    late = list(read_letters(letters[1], since, lambda *at: told.append(at)))
+    assert late == [letter for letter in found if letter.timestamp_ms >= found[4].timestamp_ms]
+    assert max(told) == (len(late), len(late))
+    assert list(read_letters(letters[1], Filter(since_ms=found[-1].timestamp_ms + 1))) == []
+
+
+def test_a_topic_that_ends_to_be_read_is_an_error(
+    letters: tuple[Pipeline, Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dlq, "_STALL_S", 3)
+    monkeypatch.setattr(dlq, "Consumer", lambda config: Consumer({**config, "queued.max.messages.kbytes": 1}))
+    reading = read_letters(letters[1], Filter())
+    next(reading)
+    admin = AdminClient({"bootstrap.servers": letters[0].bootstrap, "log_level": 2})
+    admin.delete_topics([letters[0].dlq])[letters[0].dlq].result()
+    with pytest.raises(DeliveryError, match="can't be read"):
+        list(reading)
+
+
+def test_a_reference_whose_topic_is_silent_is_no_reference_to_nothing(
+    letters: tuple[Pipeline, Settings], kafka: KafkaBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dlq, "_TIMEOUT_S", 3)
+    found = list(read_letters(letters[1], Filter()))
+    (reference,) = [letter for letter in found if letter.text("value_sha256")]
+    with Replayer(letters[1], dry_run=True) as replayer:
+        assert replayer.replay([reference]).sent == 1
+        kafka.pause()
+        try:
+            with pytest.raises(DeliveryError, match=r"view can't be read \(no answer\)"):
+                replayer.replay([reference])
+        finally:
+            kafka.resume()
+    admin = AdminClient({"bootstrap.servers": letters[0].bootstrap, "log_level": 2})
+    admin.delete_topics([letters[0].topics["view"]])[letters[0].topics["view"]].result()
+    with Replayer(letters[1], dry_run=True) as replayer:
+        assert replayer.replay([reference]).left == {"gone": 1}
+
+
 def test_errors_are_one_line(make_pipeline: Callable[..., Pipeline]) -> None:
     pipeline = make_pipeline()
     assert pipeline.dlq in uemb(pipeline, "list", code=2)
     assert "unknown_type" in uemb(pipeline, "list", "--reason", "nonsense", code=2)
     assert "--since" in uemb(pipeline, "replay", "--since", "yesterday", code=2)
     assert "partition:offset" in uemb(pipeline, "show", "seven", code=2)
+    assert "partition:offset" in uemb(pipeline, "replay", "--letter", "7", code=2)

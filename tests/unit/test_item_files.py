@@ -1,6 +1,7 @@
 """Item vectors of one's own: four kinds of files in, four out, and bad rows named or left out."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from stream import item_files
 from stream.cli import cli
 from stream.errors import ConfigError, ItemSpaceError
 from stream.item_export import export_items
-from stream.item_files import Columns, import_items
+from stream.item_files import Columns
+from stream.item_import import import_items
+from stream.item_writer import SpaceWriter
 from stream.items import ItemSpace
 
-IDS = ["a", "7", "été", "0b0e0c52-95cf-4d4e-9d0a-2c2a2b9b8d11", "x" * 256]
+IDS = ["a", "7", "été\u2028x", "0b0e0c52-95cf-4d4e-9d0a-2c2a2b9b8d11", "x" * 256]
 ROWS = np.random.default_rng(1).normal(size=(5, 3))
 KINDS = (".npy", ".npz", ".parquet", ".jsonl")
 Rows = list[tuple[Any, Any]]
@@ -60,7 +63,9 @@ def test_every_kind_makes_the_same_space_and_comes_back(kind: str, metric: Any, 
     assert bad.total == 0
     for name in ("manifest.json", "ids.txt", "vectors.npy"):
         assert (tmp_path / "v1" / name).read_bytes() == (tmp_path / "want" / name).read_bytes()
-    again: list[Path] = export_items(space, tmp_path / f"out{kind}")
+    told: list[tuple[int, int | None]] = []
+    again: list[Path] = export_items(space, tmp_path / f"out{kind}", lambda *at: told.append(at))
+    assert told == [(2, 5), (4, 5), (5, 5)]
     back, _ = import_items(again[0], tmp_path / "v2", "v1", metric=metric, ids=again[1] if len(again) > 1 else None)
     assert back.ids == want.ids
     np.testing.assert_array_equal(back.vectors, want.vectors) if metric == "dot" else np.testing.assert_allclose(
@@ -68,6 +73,41 @@ def test_every_kind_makes_the_same_space_and_comes_back(kind: str, metric: Any, 
     )
     with pytest.raises(ConfigError, match="exists already"):
         export_items(space, tmp_path / f"out{kind}")
+
+    # an export that ends early leaves nothing behind
+    def stop(done: int, _: int | None) -> None:
+        if done == 4:
+            raise KeyboardInterrupt
+
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(KeyboardInterrupt):
+        export_items(space, tmp_path / f"other{kind}", stop)
+    with pytest.raises(ConfigError, match="can't be written"):
+        export_items(space, tmp_path / f"none/out{kind}")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_ids_are_lines_by_the_line_feed_alone(tmp_path: Path) -> None:
+    np.save(tmp_path / "v.npy", ROWS)
+    lines = tmp_path / "ids.txt"
+    names = ["a\u2028b", "a\u2029", "c", "\ufeff", "d"]
+    for text in ("\n".join(names), "\r\n".join(names) + "\r\n", "\ufeff" + "\n".join(names) + "\n"):
+        lines.write_bytes(text.encode())
+        space, _ = import_items(tmp_path / "v.npy", tmp_path / f"s{len(text)}", "v1", ids=lines)
+        assert list(space.ids) == [name.encode() for name in names]
+    lines.write_bytes(b"a\nb\n\xff\nd\ne\n")
+    with pytest.raises(ItemSpaceError, match="row 2 an id must be valid Unicode"):
+        import_items(tmp_path / "v.npy", tmp_path / "s", "v1", ids=lines)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_arrays_in_an_archive_of_any_layout(save: Callable[..., None], tmp_path: Path) -> None:
+    rows = np.asfortranarray(ROWS.astype(np.float16))
+    save(tmp_path / "v.npz", vectors=rows, other=np.zeros(3), ids=np.array([name.encode() for name in "abcde"]))
+    space, _ = import_items(tmp_path / "v.npz", tmp_path / "s", "v1", metric="dot")
+    assert list(space.ids) == [b"a", b"b", b"c", b"d", b"e"]
+    np.testing.assert_array_equal(space.vectors, rows)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["s", "v.npz"]
 
 
 def test_integer_ids_are_their_text(tmp_path: Path) -> None:
@@ -101,24 +141,123 @@ RAGGED: dict[str, tuple[Any, Any, str]] = {
     "short": ("b", [1.0], "has no vector of 3 numbers"),
     "null": ("b", None, "has no vector"),
     "null_id": (None, GOOD, "must be a string or an integer"),
+    "empty_list": ("b", [], "has no vector of 3 numbers"),
+    "null_in_it": ("b", [1.0, None, 2.0], "has no vector|is not finite"),
+}
+JSON_ONLY: dict[str, tuple[Any, Any, str]] = {
+    "texts": ("b", ["1", "2", "3"], "has no vector of numbers"),
+    "truth_values": ("b", [True, False, True], "has no vector of numbers"),
+    "one_truth_value": ("b", [True, 2.0, 3.0], "has no vector of numbers"),
+    "nested": ("b", [[1.0, 2.0, 3.0]], "has no vector of numbers"),
+    "an_object": ("b", {"0": 1.0}, "has no vector of numbers"),
+    "a_text": ("b", "123", "has no vector of numbers"),
+    "beyond_all_numbers": ("b", [10**400, 1, 1], "has no vector of numbers"),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", [*BAD, *RAGGED])
+@pytest.mark.parametrize("name", [*BAD, *RAGGED, *JSON_ONLY])
 def test_a_bad_row_is_named_or_left_out(name: str, kind: str, tmp_path: Path) -> None:
     if name in RAGGED and kind in (".npy", ".npz"):
         return  # a matrix can't hold it
-    item, vector, why = {**BAD, **RAGGED}[name]
+    if name in JSON_ONLY and kind != ".jsonl":
+        return
+    item, vector, why = {**BAD, **RAGGED, **JSON_ONLY}[name]
     file, ids = write(tmp_path, kind, [("a", GOOD), ("c", GOOD), ("d", GOOD), (item, vector), ("e", GOOD)])
-    with pytest.raises(ItemSpaceError, match=rf"row 3 .*{why}.*--drop-bad") as caught:
+    with pytest.raises(ItemSpaceError, match=rf"row 3 .*({why}).*--drop-bad") as caught:
         import_items(file, tmp_path / "v1", "v1", ids=ids)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "v1").exists()
     space, bad = import_items(file, tmp_path / "v1", "v1", ids=ids, drop_bad=True)
     assert list(space.ids) == [b"a", b"c", b"d", b"e"]
     assert bad.total == 1
-    assert why in next(iter(bad.counts))
+    assert re.search(why, next(iter(bad.counts)))
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ("", "is not JSON"),
+        ("  ", "is not JSON"),
+        ("{", "is not JSON"),
+        ("null", "lacks item_id or vector"),
+        ("[1]", "lacks item_id or vector"),
+        ('{"item_id": "b"}', "lacks item_id or vector"),
+        ('{"vector": [1, 2, 3]}', "lacks item_id or vector"),
+        ("[" * 100_000, "is not JSON"),
+    ],
+)
+def test_a_line_that_holds_no_item(line: str, why: str, first: bool, tmp_path: Path) -> None:
+    good = [json.dumps({"item_id": name, "vector": GOOD}) for name in "acde"]
+    lines = [line, *good] if first else [*good[:3], line, *good[3:]]
+    (tmp_path / "v.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(ItemSpaceError, match=f"row {0 if first else 3} {why}"):
+        import_items(tmp_path / "v.jsonl", tmp_path / "v1", "v1")
+    space, bad = import_items(tmp_path / "v.jsonl", tmp_path / "v1", "v1", drop_bad=True)
+    assert list(space.ids) == [b"a", b"c", b"d", b"e"]
+    assert dict(bad.counts) == {why: 1}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_repeated_ids_are_named_by_their_rows_and_the_first_stays(kind: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(4)
+    rows: Rows = [(str(n % 7), rng.normal(size=3).tolist()) for n in range(30)]
+    rows[3] = ("3", [0.0, 0.0, 0.0])  # a bad row repeats nothing: the next of its id is the first
+    rows[20] = ("x" * 300, rows[20][1])
+    file, ids = write(tmp_path, kind, rows)
+    with pytest.raises(ItemSpaceError) as caught:
+        import_items(file, tmp_path / "v1", "v1", ids=ids)
+    said = [int(number) for number in re.findall(r"row (\d+) ", str(caught.value))]
+    assert said == [3, 7, 8, 9, 11, 12, 13, 14, 15, 16]
+    assert "and 13 more" in str(caught.value)
+    space, bad = import_items(file, tmp_path / "v1", "v1", ids=ids, drop_bad=True)
+    stay = [0, 1, 2, 4, 5, 6, 10]
+    want = ItemSpace.save(tmp_path / "want", "v1", [rows[n][0] for n in stay], np.array([rows[n][1] for n in stay]))
+    assert space.ids == want.ids
+    np.testing.assert_array_equal(space.vectors, want.vectors)
+    np.testing.assert_allclose(space.fallback, want.fallback, atol=1e-6)
+    assert bad.total == 23
+    assert bad.counts["repeats an id"] == 21
+
+
+def test_rows_taken_back_take_their_popularity_along(tmp_path: Path) -> None:
+    with SpaceWriter(tmp_path / "v1", "v1", "dot") as writer:
+        writer.append(["a", "b", "a"], [[1, 0], [0, 2], [9, 9]], [1, 2, 3])
+        writer.append(["b", "c"], [[9, 9], [3, 4]], [4, 5])
+        assert writer.repeated_rows().tolist() == [2, 3]
+        writer.drop_rows(writer.repeated_rows())
+    want = ItemSpace.save(tmp_path / "w", "v1", ["a", "b", "c"], [[1, 0], [0, 2], [3, 4]], metric="dot")
+    space = ItemSpace.load(tmp_path / "v1")
+    assert space.ids == want.ids
+    np.testing.assert_array_equal(space.vectors, want.vectors)
+    assert space.popularity is not None
+    assert space.popularity.tolist() == [1, 2, 5]
+    assert space.max_row_norm == want.max_row_norm
+
+
+@pytest.mark.parametrize(
+    ("column", "why"),
+    [
+        (pa.array([["1", "2"]]), "holds list<.*string>"),
+        (pa.array([[True, False]]), "holds list<.*bool>"),
+        (pa.array([1.0]), "holds double"),
+        (pa.array(["1,2"]), "holds string"),
+    ],
+)
+def test_a_column_that_holds_no_lists_of_numbers(column: Any, why: str, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"item_id": ["a"], "vector": column}), tmp_path / "v.parquet")
+    with pytest.raises(ConfigError, match=f"vector {why}.*--vector-column"):
+        import_items(tmp_path / "v.parquet", tmp_path / "v1", "v1")
+
+
+@pytest.mark.parametrize("kind", [pa.list_(pa.int32()), pa.large_list(pa.float16()), pa.list_(pa.float32(), 3)])
+def test_lists_of_any_numbers(kind: pa.DataType, tmp_path: Path) -> None:
+    rows = np.arange(15, dtype=np.float16).reshape(5, 3)
+    lists = pa.array([list(row) for row in rows] if pa.types.is_large_list(kind) else rows.tolist(), kind)
+    pq.write_table(pa.table({"item_id": pa.array(range(5)), "vector": lists}), tmp_path / "v.parquet")
+    space, _ = import_items(tmp_path / "v.parquet", tmp_path / "v1", "v1", metric="dot")
+    np.testing.assert_array_equal(space.vectors, rows)
 
 
 def test_many_bad_rows_are_counted(tmp_path: Path) -> None:
@@ -137,6 +276,25 @@ def _objects(folder: Path) -> Path:
     return folder / "o.npz"
 
 
+def _broken(folder: Path) -> Path:
+    np.savez(folder / "b.npz", ids=np.arange(50), vectors=np.ones((50, 3)))
+    data = bytearray((folder / "b.npz").read_bytes())
+    data[400] ^= 1  # in an array: its checksum tells
+    (folder / "b.npz").write_bytes(data)
+    return folder / "b.npz"
+
+
+def _cut(folder: Path) -> Path:
+    file = _broken(folder)
+    file.write_bytes(file.read_bytes()[:700])
+    return file
+
+
+def _one_id(folder: Path) -> Path:
+    np.savez(folder / "i.npz", ids=np.array("a"), vectors=np.ones((1, 3)))
+    return folder / "i.npz"
+
+
 def _text(name: str, data: bytes) -> Callable[[Path], Path]:
     def make(folder: Path) -> Path:
         (folder / name).write_bytes(data)
@@ -149,13 +307,17 @@ def _text(name: str, data: bytes) -> Callable[[Path], Path]:
     ("make", "why"),
     [
         (_npy, "--ids"),
-        (_objects, "plain arrays"),
+        (_objects, "o.npz is not a .npz of plain arrays"),
+        (_broken, "b.npz is not a .npz of plain arrays"),
+        (_cut, "b.npz is not a .npz of plain arrays"),
+        (_one_id, "ids must be one a row"),
         (_text("a.csv", b"x"), "must end in"),
         (_text("a.npy", b"x"), "--ids"),
         (_text("a.npz", b"x"), "not a .npz"),
         (_text("a.parquet", b"x"), "Parquet"),
         (_text("a.jsonl", b"{"), "line 1"),
         (_text("a.jsonl", b"[]\n"), "line 1"),
+        (_text("a.jsonl", b'{"a": 1}\n{"item_id": 1}\n{"a": 1}'), r"line 1 lacks item_id and vector \(it has a\)"),
         (lambda folder: folder / "gone.npz", "no file"),
     ],
 )
@@ -170,6 +332,9 @@ def test_ids_and_vectors_must_be_as_many(tmp_path: Path) -> None:
     (tmp_path / "ids.txt").write_text("a\nb\n")
     with pytest.raises(ConfigError, match="5 vectors need as many ids, there are 2"):
         import_items(_npy(tmp_path), tmp_path / "v1", "v1", ids=tmp_path / "ids.txt")
+    np.save(tmp_path / "ids.npy", np.array(5))
+    with pytest.raises(ConfigError, match="ids must be one a row"):
+        import_items(_npy(tmp_path), tmp_path / "v1", "v1", ids=tmp_path / "ids.npy")
 
 
 def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

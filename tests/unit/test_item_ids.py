@@ -1,5 +1,7 @@
 """Ids in a mapped file are found as a dictionary finds them, without an object for each."""
 
+import gc
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stream import item_ids
-from stream.item_ids import BadIds, ItemIds
+from stream.item_ids import BadIds, ItemIds, RepeatedIds
 from stream.items import ItemSpace
 from stream.keys import canonical_id
 
@@ -58,7 +60,20 @@ def test_many_are_found_across_chunks(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert list(ids) == names
     assert [ids.row(name, -1) for name in names] == list(range(len(names)))
     assert [ids.row(name + b"x", -1) for name in names[:500]] == [-1] * 500
-    assert len(ids._memo) <= 100
+    assert len(ids._index._recent) + len(ids._index._before) <= 100
+
+
+def test_what_is_asked_for_again_is_remembered_among_what_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(item_ids, "_MEMO_LIMIT", 20)
+    names = [str(n).encode() for n in range(1000)]
+    ids = ItemIds.of(names)
+    searched: list[bytes] = []
+    search = ids._index.search
+    monkeypatch.setattr(ids._index, "search", lambda item: (searched.append(item), search(item))[1])
+    for n, name in enumerate(names):  # a hot id in a stream of others, known and unknown
+        assert [ids.row(item, -1) for item in (b"7", name, name + b"x", name + b"y")] == [7, n, -1, -1]
+    assert searched.count(b"7") == 1
+    assert len(ids._index._recent) + len(ids._index._before) <= 20
 
 
 @pytest.mark.parametrize(
@@ -92,12 +107,37 @@ def test_a_repeated_id_is_named_by_its_first_repetition(monkeypatch: pytest.Monk
     names = [str(n).encode() for n in range(1000)]
     with pytest.raises(BadIds, match="row 600 repeats"):
         ItemIds.of([*names[:600], b"5", *names[601:], b"5"])
+    with pytest.raises(RepeatedIds) as caught:
+        ItemIds.of([*names, b"5", b"new", b"5", b"999", b"0"])
+    assert caught.value.rows.tolist() == [1000, 1002, 1003, 1004]
     # ids whose hashes are equal are two ids all the same
     monkeypatch.setattr(item_ids, "hash", lambda _: 5, raising=False)
     ids = ItemIds.of(names)
-    assert [ids._search(name) for name in names[:50]] == list(range(50))
+    assert [ids._index.search(name) for name in names[:50]] == list(range(50))
     with pytest.raises(BadIds, match="row 3 repeats"):
         ItemIds.of([b"a", b"b", b"c", b"a"])
+
+
+def test_the_price_of_equal_ids_grows_with_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[int] = []
+    line = item_ids._Lines.__getitem__
+    monkeypatch.setattr(item_ids._Lines, "__getitem__", lambda ids, row: (compared.append(row), line(ids, row))[1])
+    with pytest.raises(RepeatedIds) as caught:
+        ItemIds.of([b"same"] * 4000)
+    assert caught.value.rows.tolist() == list(range(1, 4000))
+    assert len(compared) <= 8000
+
+
+def test_ids_that_nobody_holds_are_gone_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(item_ids, "_MEMO_LIMIT", 1)
+    ids = ItemIds.of([b"a", b"b"])
+    gone = weakref.ref(ids._lines)
+    gc.disable()  # a cycle would keep as much memory as the ids of ten million items take
+    try:
+        del ids
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_ids_that_are_no_text_are_unknown(tmp_path: Path) -> None:
