@@ -184,7 +184,8 @@ def replay(
     dead-letter topic; sending one twice changes no history. What is still at fault is turned away again: each replay
     adds a new dead letter for it, so replay by --reason or --letter what the fix has mended.
     """
-    from stream.dlq import Replayer, read_letters
+    from stream.dlq import read_letters
+    from stream.dlq_replay import Replayer
 
     settings = load_settings()
     wanted = _filter(reasons, topics, since, until, letters)

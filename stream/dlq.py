@@ -1,38 +1,17 @@
-"""Dead letters: read, counted, shown, and sent again to where they came from once the cause is mended."""
+"""Dead letters: read, and told apart by why and where from."""
 
-import hashlib
-import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Any, Final, NamedTuple, Self
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final, NamedTuple
 
-from confluent_kafka import OFFSET_INVALID, Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
+from confluent_kafka import Consumer, KafkaException, Message, TopicPartition
 
 from stream.config import Settings
-from stream.errors import ConfigError, DeliveryError
+from stream.errors import ConfigError
+from stream.topic_reader import TIMEOUT_S, Progress, Span, open_consumer, read, unreadable, whole
 
 _FIRST_HEADER: Final = "dlq.reason"
-REPLAYED_HEADER: Final = "dlq.replayed"
-_TIMEOUT_S: Final = 10.0
-_STALL_S: Final = 30.0
-_POLL_S: Final = 0.5
-#: Errors of a partition that waiting does not mend; of others a client says nothing, or goes on by itself.
-_LASTING: Final = (
-    KafkaError.TOPIC_AUTHORIZATION_FAILED,
-    KafkaError.GROUP_AUTHORIZATION_FAILED,
-    KafkaError._AUTHENTICATION,
-)
-_NOT_THERE: Final = (
-    KafkaError._PARTITION_EOF,
-    KafkaError._UNKNOWN_TOPIC,
-    KafkaError._UNKNOWN_PARTITION,
-    KafkaError.UNKNOWN_TOPIC_OR_PART,
-)
-_ROWS_PER_POLL: Final = 200
 Headers = list[tuple[str, bytes | None]]
-Progress = Callable[[int, int | None], None]
 
 
 class Place(NamedTuple):
@@ -121,20 +100,6 @@ class Filter:
         )
 
 
-def _consumer(settings: Settings) -> Consumer:
-    return Consumer(
-        {
-            **settings.librdkafka_client,
-            "group.id": f"{settings.app_id}-dlq",  # nothing is committed under it
-            "enable.auto.commit": False,
-            "enable.partition.eof": True,
-            "auto.offset.reset": "earliest",
-            "isolation.level": "read_committed",
-            "log_level": 2,
-        }
-    )
-
-
 def read_letters(settings: Settings, wanted: Filter, on_progress: Progress | None = None) -> Iterator[Letter]:
     """The letters that `wanted` admits, up to the topic's ends as of now, each partition in its order.
 
@@ -142,90 +107,43 @@ def read_letters(settings: Settings, wanted: Filter, on_progress: Progress | Non
         ConfigError: no broker answers, or there is no dead-letter topic.
         DeliveryError: the topic can't be read to its end.
     """
-    consumer, name = _consumer(settings), settings.dlq_topic
+    consumer, name = open_consumer(settings, "dlq"), settings.dlq_topic
     try:
         try:
-            topic = consumer.list_topics(name, timeout=_TIMEOUT_S).topics[name]
+            topic = consumer.list_topics(name, timeout=TIMEOUT_S).topics[name]
         except KafkaException as exc:
             msg = f"no broker answers at {settings.bootstrap_servers}; set UEMB_BOOTSTRAP_SERVERS"
             raise ConfigError(msg) from exc
         if topic.error is not None:
             msg = f"there is no topic {name}; set UEMB_DLQ_TOPIC, or start a worker first, which creates it"
             raise ConfigError(msg)
-        left = {}
-        places = []
-        for start, end in _bounds(consumer, name, list(topic.partitions), wanted):
-            left[start.partition] = end
-            places.append(start)
-        total, seen, moved_at = sum(left[at.partition] - at.offset for at in places), 0, time.monotonic()
-        consumer.assign(places)
-        problem = "no answer"
-        while left:
-            message = consumer.poll(_POLL_S)
-            if message is not None:
-                problem = _problem(message, name) or problem
-                if not message.error():
-                    seen, moved_at = seen + 1, time.monotonic()
-                    letter = _letter(message)
-                    if letter.offset < left.get(letter.partition, 0) and wanted.admits(letter):
-                        yield letter
-                        moved_at = time.monotonic()  # what the caller does with it is no stall
-            if _forget_read(consumer, name, left):
-                moved_at = time.monotonic()
-            if message is not None and on_progress is not None:
-                on_progress(min(seen, total), total)
-            if left and time.monotonic() - moved_at > _STALL_S:
-                msg = f"{name} can't be read to its end ({problem}); see the brokers' logs"
-                raise DeliveryError(msg)
+        for message in read(consumer, _spans(consumer, name, list(topic.partitions), wanted), on_progress):
+            letter = _letter(message)
+            if wanted.admits(letter):
+                yield letter
     finally:
         consumer.close()
 
 
-def _bounds(
-    consumer: Consumer, name: str, partitions: list[int], wanted: Filter
-) -> Iterator[tuple[TopicPartition, int]]:
-    """Where to start in each partition that may hold what is wanted, and before which offset to end."""
-    try:
-        ends = {p: consumer.get_watermark_offsets(TopicPartition(name, p), timeout=_TIMEOUT_S) for p in partitions}
-        starts = {partition: low for partition, (low, _) in ends.items()}
-        if wanted.since_ms is not None:  # all before these offsets was written earlier
-            asked = [TopicPartition(name, p, max(0, wanted.since_ms)) for p in partitions]
-            for at in consumer.offsets_for_times(asked, timeout=_TIMEOUT_S):
-                starts[at.partition] = at.offset if at.offset >= 0 else ends[at.partition][1]
-    except KafkaException as exc:
-        msg = f"{name} can't be read ({exc.args[0].str()}); see the brokers' logs"
-        raise DeliveryError(msg) from exc
-    for partition, (_, high) in ends.items():
-        start, end = starts[partition], high
-        if wanted.letters:
-            offsets = [offset for of, offset in wanted.letters if of == partition]
-            start, end = max([start, min(offsets, default=high)]), min(high, max(offsets, default=-1) + 1)
-        if start < end:
-            yield TopicPartition(name, partition, start), end
-
-
-def _problem(message: Message, what: str) -> str:
-    """What a message that is none says; empty for a record, and at a partition's end.
-
-    Raises:
-        DeliveryError: it won't pass.
-    """
-    error = message.error()
-    if error is None or error.code() == KafkaError._PARTITION_EOF:
-        return ""
-    if error.fatal() or error.code() in _LASTING:
-        msg = f"{what} can't be read ({error.str()})"
-        raise DeliveryError(msg)
-    return str(error.str())
-
-
-def _forget_read(consumer: Consumer, name: str, left: dict[int, int]) -> bool:
-    """Drop the partitions that have been read to where they ended; return whether there were any."""
-    before = len(left)
-    for at in consumer.position([TopicPartition(name, p) for p in left]):
-        if at.offset != OFFSET_INVALID and at.offset >= left[at.partition]:
-            del left[at.partition]
-    return len(left) < before
+def _spans(consumer: Consumer, name: str, partitions: list[int], wanted: Filter) -> list[Span]:
+    """Where the letters that are wanted may lie."""
+    spans = [span for partition in partitions if (span := whole(consumer, name, partition)) is not None]
+    if wanted.since_ms is not None:  # all before these offsets was written earlier
+        asked = [TopicPartition(name, span.partition, wanted.since_ms) for span in spans]
+        try:
+            found = consumer.offsets_for_times(asked, timeout=TIMEOUT_S)
+        except KafkaException as exc:
+            raise unreadable(name, exc.args[0].str()) from exc
+        starts = {at.partition: at.offset for at in found if at.offset >= 0}
+        spans = [span._replace(start=starts[span.partition]) for span in spans if span.partition in starts]
+    if wanted.letters:
+        offsets = {p: [offset for of, offset in wanted.letters if of == p] for p, _ in wanted.letters}
+        spans = [
+            span._replace(start=max(span.start, min(here)), end=min(span.end, max(here) + 1))
+            for span in spans
+            if (here := offsets.get(span.partition))
+        ]
+    return spans
 
 
 def _letter(message: Message) -> Letter:
@@ -237,134 +155,3 @@ def _letter(message: Message) -> Letter:
         message.value(),
         list(message.headers() or []),
     )
-
-
-@dataclass
-class ReplayReport:
-    """What became of the letters: sent again, or left where they are, by cause.
-
-    Attributes:
-        sent: acknowledged by Kafka.
-        left: ``foreign`` (not a letter of these input topics), ``keyless`` (a null key belongs to no partition),
-            ``gone`` (a reference whose record the topic no longer holds).
-    """
-
-    sent: int = 0
-    left: Counter[str] = field(default_factory=Counter)
-
-
-class Replayer:
-    """Sends rejected records to their topics again: same key, value and headers, on the partition of their key.
-
-    Records carry the time of now, so that retention keeps them and an event that was ahead of its time may be due.
-    What was processed meanwhile changes nobody's history when it is sent again (law 1); what is still at fault is
-    turned away again, with a letter of its own.
-
-    Args:
-        settings: topics; a letter that names any other topic is left alone.
-        dry_run: only count.
-    """
-
-    def __init__(self, settings: Settings, *, dry_run: bool = False) -> None:
-        self._topics = {*settings.event_topics, settings.deletion_topic}
-        self._dry_run = dry_run
-        self._originals = _consumer(settings)
-        self._producer = Producer(
-            {
-                **settings.librdkafka_client,
-                "partitioner": "murmur2_random",
-                "acks": "all",
-                "enable.idempotence": True,
-                "compression.type": "lz4",
-                "message.max.bytes": min(settings.dlq_max_bytes + (1 << 20), 1_000_000_000),
-                "log_level": 2,
-            }
-        )
-        self._failure = ""
-        self.report = ReplayReport()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._originals.close()
-        self._producer.purge()
-        self._producer.close()
-
-    def replay(self, letters: Iterable[Letter]) -> ReplayReport:
-        """Send letters again and wait until all are acknowledged.
-
-        Raises:
-            DeliveryError: Kafka refused a record; what was acknowledged before stays sent.
-        """
-        for number, letter in enumerate(letters):
-            if left := self._send(letter):
-                self.report.left[left] += 1
-            if number % _ROWS_PER_POLL == 0:
-                self._producer.poll(0)
-            if self._failure:
-                break
-        self._producer.flush()
-        if self._failure:
-            msg = f"a record was not acknowledged ({self._failure}); replay again, what arrives twice changes nothing"
-            raise DeliveryError(msg)
-        return self.report
-
-    def _send(self, letter: Letter) -> str:
-        """Send one letter; return why it was left, empty when it was not."""
-        source = letter.source
-        if source is None or source.topic not in self._topics:
-            return "foreign"
-        if letter.key is None:
-            return "keyless"
-        value = letter.value
-        if value is None and letter.text("value_sha256"):
-            value = self._original(source, letter.text("value_sha256"))
-            if value is None:
-                return "gone"
-        if self._dry_run:
-            self.report.sent += 1
-            return ""
-        headers = [header for header in letter.own_headers if header[0] != REPLAYED_HEADER]
-        headers.append((REPLAYED_HEADER, f"{letter.partition}:{letter.offset}".encode()))
-        while True:
-            try:
-                self._producer.produce(source.topic, value, letter.key, headers=headers, on_delivery=self._delivered)
-            except BufferError:
-                self._producer.poll(_POLL_S)
-            except KafkaException as exc:
-                self._failure = self._failure or exc.args[0].str()
-                return ""
-            else:
-                return ""
-
-    def _delivered(self, error: Any, _: Message) -> None:
-        if error is None:
-            self.report.sent += 1
-        else:
-            self._failure = self._failure or error.str()
-
-    def _original(self, source: Place, sha256: str) -> bytes | None:
-        """Value of the record that a reference stands for; None when its topic no longer holds it.
-
-        Raises:
-            DeliveryError: the topic can't be read.
-        """
-        self._originals.assign([TopicPartition(*source)])
-        deadline, problem = time.monotonic() + _TIMEOUT_S, "no answer"
-        while time.monotonic() < deadline:
-            message = self._originals.poll(_POLL_S)
-            if message is None:
-                continue
-            error = message.error()
-            if error is not None and error.code() not in _NOT_THERE:
-                problem = _problem(message, source.topic)
-                continue
-            if error is not None or message.offset() != source.offset:
-                return None
-            value: bytes | None = message.value()
-            return value if value is not None and hashlib.sha256(value).hexdigest() == sha256 else None
-        msg = f"{source.topic} can't be read ({problem}); replay again, what arrives twice changes nothing"
-        raise DeliveryError(msg)

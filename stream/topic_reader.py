@@ -1,0 +1,125 @@
+"""Reading stretches of topics to their ends: the command line's view of a log, outside any consumer group."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Final, NamedTuple
+
+from confluent_kafka import OFFSET_INVALID, Consumer, KafkaError, KafkaException, Message, TopicPartition
+
+from stream.config import Settings
+from stream.errors import DeliveryError
+
+TIMEOUT_S: Final = 10.0
+STALL_S: Final = 30.0
+_POLL_S: Final = 0.5
+_BATCH: Final = 500
+#: Errors that waiting does not mend; a client goes on by itself after any other.
+_LASTING: Final = (
+    KafkaError.TOPIC_AUTHORIZATION_FAILED,
+    KafkaError.GROUP_AUTHORIZATION_FAILED,
+    KafkaError._AUTHENTICATION,
+)
+_NOT_THERE: Final = (KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION, KafkaError.UNKNOWN_TOPIC_OR_PART)
+Progress = Callable[[int, int | None], None]
+
+
+class Span(NamedTuple):
+    """Records of a partition: from offset `start` to before `end`."""
+
+    topic: str
+    partition: int
+    start: int
+    end: int
+
+
+def open_consumer(settings: Settings, purpose: str) -> Consumer:
+    """A consumer that joins no group and sees what is committed; `purpose` tells it apart in the brokers' logs."""
+    return Consumer(
+        {
+            **settings.librdkafka_client,
+            "group.id": f"{settings.app_id}-{purpose}",  # nothing is committed under it
+            "enable.auto.commit": False,
+            "enable.partition.eof": True,
+            "auto.offset.reset": "earliest",
+            "isolation.level": "read_committed",
+            "log_level": 2,
+        }
+    )
+
+
+def whole(consumer: Consumer, topic: str, partition: int) -> Span | None:
+    """All that a partition holds now; None when there is no such partition.
+
+    Raises:
+        DeliveryError: the broker does not answer.
+    """
+    try:
+        low, high = consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=TIMEOUT_S)
+    except KafkaException as exc:
+        if exc.args[0].code() in _NOT_THERE:
+            return None
+        raise unreadable(topic, exc.args[0].str()) from exc
+    return Span(topic, partition, low, high)
+
+
+def read(
+    consumer: Consumer, spans: Iterable[Span], on_progress: Progress | None = None, stall_s: float = STALL_S
+) -> Iterator[Message]:
+    """The records of `spans`, each in its order; offsets that hold none (compacted, aborted) are passed over.
+
+    Args:
+        consumer: its assignment is replaced.
+        spans: at most one of a partition.
+        on_progress: called with offsets done and their total.
+        stall_s: seconds without progress that are an error.
+
+    Raises:
+        DeliveryError: a span can't be read to its end.
+    """
+    left = {(span.topic, span.partition): span for span in spans if span.start < span.end}
+    at = {place: span.start for place, span in left.items()}
+    first, total = sum(at.values()), sum(span.end - span.start for span in left.values())
+    consumer.assign([TopicPartition(*place, offset) for place, offset in at.items()])
+    moved_at, problem = time.monotonic(), "no answer"
+    while left:
+        before = sum(at.values())
+        for message in consumer.consume(_BATCH, _POLL_S):
+            place = message.topic(), message.partition()
+            if place not in left:
+                continue
+            if (error := message.error()) is None:
+                end = left[place].end
+                at[place] = min(message.offset() + 1, end)
+                if message.offset() < end:
+                    yield message
+            elif error.code() != KafkaError._PARTITION_EOF:
+                problem = _checked(error, message.topic())
+        for seen in consumer.position([TopicPartition(*place) for place in left]):
+            place = seen.topic, seen.partition
+            if seen.offset != OFFSET_INVALID:
+                at[place] = max(at[place], min(seen.offset, left[place].end))
+            if at[place] >= left[place].end:
+                del left[place]
+                consumer.incremental_unassign([TopicPartition(*place)])
+        if (now := sum(at.values())) > before:
+            moved_at = time.monotonic()
+            if on_progress is not None:
+                on_progress(now - first, total)
+        elif left and time.monotonic() - moved_at > stall_s:
+            raise unreadable(next(iter(left))[0], problem)
+
+
+def _checked(error: KafkaError, topic: str) -> str:
+    """Text of an error that may pass.
+
+    Raises:
+        DeliveryError: it won't.
+    """
+    if error.fatal() or error.code() in _LASTING:
+        raise unreadable(topic, error.str())
+    return str(error.str())
+
+
+def unreadable(topic: str, problem: str) -> DeliveryError:
+    """An error about a topic."""
+    return DeliveryError(f"{topic} can't be read ({problem}); see the brokers' logs, then try again")
