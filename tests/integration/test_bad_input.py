@@ -1,175 +1,33 @@
-"""Bad records: each in the dead-letter topic with its reason and its bytes, and the valid ones around it processed."""
+"""Dead letters of large values; records on partitions where their keys don't belong."""
 
 import hashlib
-import json
 import random
-import uuid
-from collections.abc import Callable, Iterator, Mapping
-from importlib.resources import files
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable
 
-import numpy as np
-import pytest
-from bad_records import (
-    BAD,
-    DLQ_MAX_BYTES,
-    MARK,
-    MINUTE_MS,
-    NOW_MS,
-    OWN_HEADERS,
-    PARTITIONS,
-    REFERENCES,
-    USERS,
-    Sender,
-    Sent,
-)
 from confluent_kafka import Consumer, TopicPartition
-from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource
-from kafka_broker import KafkaBroker
-from pipeline import Event, Pipeline, check_end_state, delete_topics, event_json, expected
+from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, NewTopic
+from odd_records import MARK, NOISE, NOW_MS, PARTITIONS, Sender
+from pipeline import Pipeline, event_json
 
-from stream.config import load_settings
-from stream.events import Reason
-from stream.items import ItemSpace
 from stream.keys import partition_of
 
-USER_VERSION = load_settings().versioned_encoder.version
 
-
-class Outcome(NamedTuple):
-    """What became of `BAD` and of the valid events among them."""
-
-    pipeline: Pipeline
-    sent: Mapping[str, Sent]
-    letters: list[Any]
-    valid: list[Event]
-
-
-@pytest.fixture(scope="module")
-def item_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Fifty items in eight dimensions: what is tested here needs no real ones."""
-    folder = tmp_path_factory.mktemp("items") / "v1"
-    ItemSpace.save(folder, "items_v1", range(50), np.random.default_rng(3).normal(size=(50, 8)))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def space(item_folder: Path) -> ItemSpace:
-    """The item space in `item_folder`."""
-    return ItemSpace.load(item_folder)
-
-
-@pytest.fixture(scope="module")
-def outcome(kafka: KafkaBroker, item_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcome]:
-    """All of `BAD` in random order, valid events before, between and after, through one worker."""
-    prefix = f"t{uuid.uuid4().hex[:10]}"
-    pipeline = Pipeline(
-        kafka.bootstrap,
-        prefix,
-        tmp_path_factory.mktemp("bad"),
-        item_folder,
-        dlq_max_bytes=DLQ_MAX_BYTES,
-        ignored_types="impression",
-    )
-    topics = {**pipeline.topics, "deletions": pipeline.deletions}
-    rng = random.Random(11)
-    valid: list[Event] = []
-    sender = Sender(kafka.bootstrap)
-
-    def send_valid() -> None:
-        user, item, kind = rng.choice(USERS), str(rng.randrange(60)), rng.choice(["view", "like"])
-        ts = NOW_MS + 5 * MINUTE_MS - rng.randrange(1_000_000)  # up to the permitted lead
-        # an integer id is the same as its text; unknown fields and blanks mean nothing
-        value = event_json(int(user) if user.isdigit() and rng.random() < 0.5 else user, int(item), kind, ts)
-        sender.send(topics[kind], user.encode(), rng.choice([value, value[:-1] + b', "extra": [1.5, {"a": null}]}\n']))
-        valid.append((user, item, kind, ts))
-
-    try:
-        pipeline.start()
-        pipeline.until_ready()
-        # an erasure of nothing: each topic has a record where it belongs before it has one where it doesn't
-        nothing = {"user_id": USERS[0], "ts": NOW_MS - 1000 * MINUTE_MS}
-        sender.send(pipeline.deletions, USERS[0].encode(), json.dumps(nothing).encode())
-        for _ in range(20):
-            send_valid()
-        sender.flush()
-        pipeline.until_committed(30)
-        for name in rng.sample(sorted(BAD), len(BAD)):
-            for _ in range(3):
-                send_valid()
-            bad = BAD[name]
-            sender.send(topics[bad.topic], bad.key, bad.value, bad.partition, name)
-        sender.send(topics["view"], USERS[2].encode(), event_json(USERS[2], 3, "impression", NOW_MS))
-        for _ in range(20):
-            send_valid()
-        sender.flush()
-        pipeline.until_committed(30)
-        yield Outcome(pipeline, sender.sent, pipeline.read(pipeline.dlq), valid)
-        assert pipeline.stop() == 0
-    finally:
-        pipeline.kill()
-        delete_topics(kafka.bootstrap, prefix)
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_dead_letter(name: str, outcome: Outcome) -> None:
-    bad, sent = BAD[name], outcome.sent[name]
-    place = [("dlq.topic", sent.topic), ("dlq.partition", str(sent.partition)), ("dlq.offset", str(sent.offset))]
-    mine = [r for r in outcome.letters if {(n, v.encode()) for n, v in place} <= set(r.headers())]
-    assert len(mine) == 1
-    headers = mine[0].headers()
-    assert headers[: len(OWN_HEADERS)] == OWN_HEADERS
-    added = dict(headers[len(OWN_HEADERS) :])
-    assert len(added) == len(headers) - len(OWN_HEADERS), "a header was added twice"
-    detail = added.pop("dlq.detail").decode()
-    want = {"dlq.reason": bad.reason, **dict(place), "dlq.timestamp": str(NOW_MS)}
-    if name in REFERENCES:
-        assert bad.value is not None
-        want |= {"dlq.value_sha256": hashlib.sha256(bad.value).hexdigest(), "dlq.value_size": str(len(bad.value))}
-    assert {n: v.decode() for n, v in added.items()} == want, detail
-    assert detail
-    assert detail.isprintable()
-    assert MARK not in detail
-    assert mine[0].key() == bad.key
-    assert mine[0].value() == (None if name in REFERENCES else bad.value)
-
-
-def test_nothing_else_is_dead_lettered(outcome: Outcome) -> None:
-    assert len(outcome.letters) == len(BAD)
-
-
-def test_every_reason_is_shown_and_listed() -> None:
-    listed = json.loads(files("schemas").joinpath("dead_letter_reasons.v1.json").read_text())["enum"]
-    assert {bad.reason for bad in BAD.values()} == {str(reason) for reason in Reason} == set(listed)
-
-
-def test_the_valid_events_around_them_are_processed(outcome: Outcome, space: ItemSpace) -> None:
-    assert len(outcome.valid) > 3 * len(BAD)
-    check_end_state(outcome.pipeline, expected(outcome.valid, space), space, USER_VERSION)
-
-
-def test_the_log_holds_no_ids_and_no_payload(outcome: Outcome) -> None:
-    log = outcome.pipeline.log.read_text(errors="replace")
-    assert "claimed epoch" in log
-    assert MARK not in log
-    assert USERS[9] not in log
-    assert "Traceback" not in log
-
-
-def test_values_that_compress_well_are_kept_and_those_the_topic_refuses_are_referred_to(
+def test_large_values_are_kept_whole_and_those_the_topic_refuses_are_referred_to(
     make_pipeline: Callable[..., Pipeline],
 ) -> None:
     pipeline = make_pipeline()
     admin = AdminClient({"bootstrap.servers": pipeline.bootstrap, "log_level": 2})
+    view = NewTopic(pipeline.topics["view"], PARTITIONS, 1, config={"max.message.bytes": "3000000"})
+    admin.create_topics([view])[view.topic].result()
     sender = Sender(pipeline.bootstrap)
     pipeline.start()
     pipeline.until_ready()
     long = MARK.encode() * 2_500_000
-    sender.send(pipeline.topics["view"], b"1", long)
+    for value in (long, NOISE):
+        sender.send(pipeline.topics["view"], b"1", value)
     sender.flush()
     pipeline.until_committed(30)
-    assert [letter.value() for letter in pipeline.read(pipeline.dlq)] == [long]
+    assert [letter.value() for letter in pipeline.read(pipeline.dlq)] == [long, NOISE]
     limit = ConfigEntry("max.message.bytes", "9000", incremental_operation=AlterConfigOpType.SET)
     change = ConfigResource(ConfigResource.Type.TOPIC, pipeline.dlq, incremental_configs=[limit])
     for future in admin.incremental_alter_configs([change]).values():
