@@ -70,7 +70,8 @@ class _Secondary:
         self._scratch = scratch
         self._cache = cache
         self._files: _Files | None = None
-        self._seen = 0
+        self._seen = 0  # the owner's count up to which nothing is left to do
+        self._shown = 0  # the count that `db` holds
         self._opened_at = self._retry_at = 0.0
         self._backoff_s = _BACKOFF_S[0]
 
@@ -94,9 +95,10 @@ class _Secondary:
                 if read_count(shown) < count:
                     # Flushed before it was read from the log (as at every close), a write lies under older values that
                     # the secondary holds in memory, however often it catches up.
+                    self._shown = max(self._shown, read_count(shown))
                     self._open(now)
                 else:
-                    self._seen, self.watermark = count, watermark
+                    self._seen, self._shown, self.watermark = count, read_count(shown), watermark
         except FileNotFoundError:  # not made yet, or wiped
             self.watermark = None
             self._let_go()
@@ -130,6 +132,12 @@ class _Secondary:
             files.close()
             raise
         before = self._files
+        same = before is not None and self.db is not None and before.incarnation == files.incarnation
+        if same and read_count(shown) < self._shown <= count:
+            # Files moved while it opened: what is open knows more, and nobody shall see a vector go backward.
+            files.close()
+            self._postpone(now)
+            return
         if read_count(shown) < count:  # files moved while it opened, or a power failure took what had been announced
             self._postpone(now)
             count = -1
@@ -137,7 +145,7 @@ class _Secondary:
         # it: the last lookup to let go closes it.
         self.db = db
         self.watermark, self._files, self._opened_at, self.suspect = watermark, files, now, False
-        self._seen = count
+        self._seen, self._shown = count, read_count(shown)
         if before is not None:
             before.close()
 

@@ -451,6 +451,38 @@ def test_lookups_from_many_threads_survive_reopening(
     assert wrong == []
 
 
+def test_opening_anew_never_shows_less_than_what_was_open(
+    spawn: Callable[[], Process],
+    read: Callable[[], RocksReader],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """RocksDB may open a secondary on files that are moving as they were a moment ago; here it is made to."""
+    worker = spawn()
+    worker.call("meta", 1)
+    worker.call("open", 0)
+    worker.call("put", ["1", "2"], 0, 1, 5)
+    earlier = tmp_path / "earlier"
+    shutil.copytree(tmp_path / "kv" / "p-00000", earlier)
+    worker.call("put", ["1", "2"], 0, 1, 9)
+    reader = read()
+    assert revisions(reader, ["1", "2"]) == [9, 9]
+    stale: list[str] = []
+    real = rocksdb_reader.Rdict
+
+    def behind(path: str, *args: object, **options: object) -> object:
+        stale.append(path)
+        return real(str(earlier), *args, **options)
+
+    monkeypatch.setattr(rocksdb_reader, "Rdict", behind)
+    monkeypatch.setattr(rocksdb_reader, "_RENEW_FILES", -1)
+    eventually(lambda: len(stale) >= 3 or revisions(reader, ["1", "2"]) != [9, 9], 10)
+    assert revisions(reader, ["1", "2"]) == [9, 9]
+    monkeypatch.setattr(rocksdb_reader, "Rdict", real)
+    worker.call("put", ["1", "2"], 0, 1, 10)
+    eventually(lambda: shows(reader, ["1", "2"], [10, 10]), 2.0)
+
+
 def test_a_reader_lets_go_of_removed_files_by_opening_anew_and_loses_none_it_needs(
     spawn: Callable[[], Process], read: Callable[[], RocksReader], monkeypatch: pytest.MonkeyPatch
 ) -> None:
