@@ -15,6 +15,7 @@ from stream.cli_dlq import dlq
 from stream.cli_items import items
 from stream.cli_kv import kv
 from stream.cli_send import send
+from stream.cli_verify import verify
 from stream.config import ENV_PREFIX, Settings, load_settings
 from stream.errors import UembError
 from stream.terminal import INTERRUPTED, USAGE_ERROR, err, out, print_json
@@ -167,6 +168,7 @@ cli.add_command(dlq)
 cli.add_command(items)
 cli.add_command(kv)
 cli.add_command(send)
+cli.add_command(verify)
 
 
 def main() -> None:

@@ -160,15 +160,16 @@ def apply_changelog(db: PartitionDB, codec: HistoryCodec, limit: int, records: l
 def _newer(key: bytes, held: bytes | None, value: bytes, codec: HistoryCodec, limit: int) -> bytes:
     if held is None:
         return value
-    return _later_claim(held, value) if key == CLAIM_KEY else _join(held, value, codec, limit)
+    return _later_claim(held, value) if key == CLAIM_KEY else joined(held, value, codec, limit)
 
 
 def _later_claim(held: bytes, value: bytes) -> bytes:
     return value if Claim.decode(value).epoch >= Claim.decode(held).epoch else held
 
 
-def _join(held: bytes, value: bytes, codec: HistoryCodec, limit: int) -> bytes:
-    if stored_order(value) >= stored_order(held):
+def joined(held: bytes | None, value: bytes, codec: HistoryCodec, limit: int) -> bytes:
+    """State of a user after one more changelog record: the newer one, joined with an older that came later."""
+    if held is None or stored_order(value) >= stored_order(held):
         return value
     merged = History.decode(held, codec, limit).merge(History.decode(value, codec, limit))
     return merged.encode(stored_order(held)[0])

@@ -11,7 +11,7 @@ from stream.errors import DeliveryError
 
 TIMEOUT_S: Final = 10.0
 STALL_S: Final = 30.0
-_POLL_S: Final = 0.5
+_POLL_S: Final = 0.05  # the client waits so long for a batch to fill
 _BATCH: Final = 500
 #: Errors that waiting does not mend; a client goes on by itself after any other.
 _LASTING: Final = (

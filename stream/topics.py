@@ -101,14 +101,14 @@ def prepare_topics(settings: Settings, dim: int) -> Prepared:
     return Prepared(partitions, found.get(settings.dlq_topic, partitions), administered=True)
 
 
-def topic_partitions(settings: Settings) -> int | None:
-    """Number of partitions of the event topics, None while there are none; blocking.
+def topic_partitions(settings: Settings, *topics: str) -> int | None:
+    """Number of partitions of the first of `topics` that is there, by default of the event topics; blocking.
 
     Raises:
         ConfigError: the broker can't be reached.
     """
     found = _partition_counts(AdminClient({**settings.librdkafka_client, "log_level": 0}), settings)
-    return next((found[topic] for topic in settings.event_topics if topic in found), None)
+    return next((found[topic] for topic in topics or settings.event_topics if topic in found), None)
 
 
 def _names(settings: Settings) -> list[str]:

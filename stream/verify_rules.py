@@ -1,0 +1,197 @@
+"""What a user's history demands of every store, and how what is there differs from it; no I/O."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from stream.encoders import REASONS, VersionedEncoder
+from stream.history import NEVER, History
+from stream.items import ItemSpace
+from stream.records import CorruptRecord, EmbeddingRecord, decode, kv_entry, to_json
+
+TOLERANCE: Final = 1e-6
+_ORDER_FIELDS: Final = ("epoch", "revision")
+
+
+@dataclass(frozen=True)
+class Published:
+    """Last record of a user on the output topic.
+
+    Attributes:
+        value: its bytes, None for a tombstone, or for no record.
+        newest: greatest ``(epoch, revision)`` that any of the user's records had.
+    """
+
+    value: bytes | None = None
+    newest: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
+class Logged:
+    """What a user's changelog records add up to.
+
+    Attributes:
+        state: their join.
+        newest: ``(epoch, revision)`` of the join.
+        last: that of the last record, which is all that compaction leaves.
+    """
+
+    state: History
+    newest: tuple[int, int]
+    last: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Found:
+    """All that is known of a user.
+
+    Attributes:
+        folded: the history that the input topics hold, None without input.
+        logged: what the changelog holds.
+        published: what the output topic holds.
+        stored: the key-value store's entry.
+    """
+
+    folded: History | None
+    logged: Logged | None
+    published: Published
+    stored: bytes | None
+
+
+class Rules:
+    """Compares what is found of a user with what must be there.
+
+    Args:
+        space: item space of the records.
+        encoder: the encoder that makes them.
+        json_output: whether the output topic has JSON.
+    """
+
+    def __init__(self, space: ItemSpace, encoder: VersionedEncoder, *, json_output: bool) -> None:
+        self._space = space
+        self._encoder = encoder
+        self._json_output = json_output
+
+    def is_whole(self, found: Found) -> bool:
+        """Whether the input explains all of the state; compaction may have taken an erasure before the user's last."""
+        mine, theirs = found.folded, found.logged.state if found.logged else None
+        return theirs is None or theirs.erased_at <= (mine.erased_at if mine else NEVER)
+
+    def differences(self, user: str, found: Found, *, whole: bool, with_store: bool = True) -> list[str]:
+        """How a user's stores differ from the user's history, each in a few words; empty when all is right.
+
+        Args:
+            user: canonical id.
+            found: what is there.
+            whole: the topics hold all of the user's input, so that the state must equal it; else it must contain it.
+            with_store: whether the store was read.
+        """
+        out = [*self._log_differences(found, whole=whole)]
+        state = found.logged.state if found.logged else None
+        basis = found.folded if (whole and found.folded) or state is None else state
+        want = self._expected(user, basis) if basis is not None and basis.keys else None
+        published = self._read_output(found.published)
+        out += self._record_differences("output", want, published)
+        if with_store:
+            out += self._store_differences(found, want, published, known=basis is not None)
+        return out
+
+    def _log_differences(self, found: Found, *, whole: bool) -> list[str]:
+        mine, logged = found.folded, found.logged
+        if logged is None:
+            return ["changelog: no state"] if mine is not None else []
+        out = []
+        if logged.last < logged.newest:
+            out.append("changelog: an older record came last")
+        state = logged.state
+        if whole:
+            keys, erased_at = (mine.keys, mine.erased_at) if mine else ([], NEVER)
+            if (state.keys, state.erased_at) != (keys, erased_at):
+                out.append(f"changelog: {len({*keys} ^ {*state.keys})} interactions differ from the input's")
+        elif mine is not None:
+            joined = state.merge(mine)
+            if (joined.keys, joined.erased_at) != (state.keys, state.erased_at):
+                out.append("changelog: lacks interactions or an erasure that the input holds")
+        return out
+
+    def _expected(self, user: str, history: History) -> EmbeddingRecord:
+        interactions = history.interactions()
+        vector, status, unknown = self._encoder.embed(
+            self._space, [i.item_id for i in interactions], [i.type for i in interactions]
+        )
+        norm = float(np.linalg.norm(vector.astype(np.float64)))
+        versions = (self._encoder.version, self._space.version)
+        as_of = history.as_of_ms
+        return EmbeddingRecord(user, 0, 0, *REASONS[status], len(interactions), unknown, as_of, *versions, vector, norm)
+
+    def _read_output(self, published: Published) -> Mapping[str, Any] | str | None:
+        """The last record in the JSON shape; None for none; a text where there is a fault."""
+        if published.value is None:
+            return None
+        document = output_document(published.value, json_output=self._json_output)
+        if document is None:
+            return "damaged"
+        if order_of(document) < published.newest:
+            return "an older record came last"
+        return document
+
+    def _record_differences(
+        self, where: str, want: EmbeddingRecord | None, got: Mapping[str, Any] | str | None
+    ) -> list[str]:
+        if isinstance(got, str):
+            return [f"{where}: {got}"]
+        if want is None or got is None:
+            if (want is None) == (got is None):
+                return []
+            return [f"{where}: no record" if got is None else f"{where}: a record where none may be"]
+        wanted = to_json(want)
+        body, mine = got["user_embedding"], wanted["user_embedding"]
+        rest = [
+            f"{where}: {name} is {got[name]!r}, the history says {wanted[name]!r}"
+            for name in wanted
+            if name not in (*_ORDER_FIELDS, "user_embedding") and got[name] != wanted[name]
+        ]
+        if len(body["vector"]) != mine["dim"]:
+            return [*rest, f"{where}: the vector has {len(body['vector'])} dimensions"]
+        off = float(np.abs(np.subtract(body["vector"], mine["vector"])).max())
+        off = max(off, abs(body["norm"] - mine["norm"]))
+        return rest if off <= TOLERANCE else [*rest, f"{where}: the vector is off by {off:.2g}"]
+
+    def _store_differences(
+        self, found: Found, want: EmbeddingRecord | None, published: Mapping[str, Any] | str | None, *, known: bool
+    ) -> list[str]:
+        if found.stored is None:
+            return ["store: no entry"] if known else []
+        try:
+            epoch, revision, body = kv_entry(found.stored)
+            record = to_json(decode(body)) if body else None
+        except CorruptRecord:
+            return ["store: damaged"]
+        out = self._record_differences("store", want, record)
+        if record is not None and order_of(record) != (epoch, revision):
+            out.append("store: the prefix is another than the record's")
+        if not isinstance(published, str) and not out:
+            same = record == published if self._json_output else (body or None) == found.published.value
+            if not same:
+                out.append("store: the record is another than the output's")
+        return out
+
+
+def output_document(value: bytes, *, json_output: bool) -> dict[str, Any] | None:
+    """A live output record in the JSON shape; None when it can't be read."""
+    try:
+        if not json_output:
+            return to_json(decode(value))
+        document = json.loads(value)
+        _ = order_of(document), document["user_embedding"]["vector"], document["user_embedding"]["norm"]
+    except (CorruptRecord, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return dict(document)
+
+
+def order_of(document: Mapping[str, Any]) -> tuple[int, int]:
+    """``(epoch, revision)`` of a record."""
+    return int(document["epoch"]), int(document["revision"])

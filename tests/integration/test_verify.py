@@ -1,0 +1,300 @@
+"""`uemb verify`: silent where all is in order, and loud about each way in which a store can be wrong."""
+
+import asyncio
+import json
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from confluent_kafka import Consumer, Producer, TopicPartition
+from confluent_kafka.admin import AdminClient
+from kafka_broker import KafkaBroker
+from pipeline import UEMB, Pipeline, delete_topics, event_json
+
+from stream.config import load_settings
+from stream.dataset import Dataset
+from stream.history import stored_order
+from stream.items import ItemSpace
+from stream.keys import partition_of
+from stream.kv.rocksdb import RocksKV
+from stream.records import decode, encode, kv_entry, kv_prefix
+
+USER_VERSION = load_settings().versioned_encoder.version
+ERASED = "259"  # who has the first event
+
+
+def verify(pipeline: Pipeline, *args: str, code: int = 0) -> dict[str, Any]:
+    """The report of `uemb verify`, which must end with `code`."""
+    ended = subprocess.run(
+        [*UEMB, "verify", "--json", "--patience", "2", *args],
+        env=pipeline.environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ended.returncode == code, ended.stdout + ended.stderr
+    report: dict[str, Any] = json.loads(ended.stdout)
+    assert report["ok"] is (code == 0)
+    return report
+
+
+class Sender:
+    """Sends records, and moves the group's committed offsets as a worker that lost them would."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
+        config = {"bootstrap.servers": pipeline.bootstrap, "partitioner": "murmur2_random"}
+        self._producer = Producer(config)
+
+    def send(self, topic: str, key: str, value: bytes | None) -> None:
+        self._producer.produce(topic, value, key.encode())
+
+    def flush(self) -> None:
+        assert self._producer.flush(20) == 0
+
+    def skip(self) -> None:
+        """Commit all input without processing it."""
+        self.flush()
+        group = Consumer({"bootstrap.servers": self._pipeline.bootstrap, "group.id": self._pipeline.app_id})
+        places = [TopicPartition(t, p) for t in self._pipeline.inputs for p in range(self._pipeline.partitions)]
+        ends = [TopicPartition(x.topic, x.partition, group.get_watermark_offsets(x)[1]) for x in places]
+        group.commit(offsets=ends, asynchronous=False)
+        group.close()
+
+
+def feed(pipeline: Pipeline, films: Dataset, count: int) -> int:
+    """Events, a rejected record and an erasure; return how many users there are."""
+    sender = Sender(pipeline)
+    rows = films.events[:count]
+    for row in rows:
+        sender.send(pipeline.topics[row.type], row.user_id, event_json(*row))
+    sender.send(pipeline.topics["view"], "1", b"{")
+    sender.send(pipeline.deletions, ERASED, json.dumps({"user_id": ERASED, "ts": rows[-1].ts_ms}).encode())
+    sender.flush()
+    pipeline.until_committed()
+    return len({row.user_id for row in rows})
+
+
+@pytest.fixture(scope="module")
+def ended(
+    kafka: KafkaBroker, films: Dataset, item_folder: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Pipeline]:
+    """A worker's work, and the worker has ended."""
+    pipeline = Pipeline(kafka.bootstrap, "verify-ended", tmp_path_factory.mktemp("verify"), item_folder)
+    try:
+        pipeline.start()
+        pipeline.until_ready()
+        feed(pipeline, films, 3_000)
+        assert pipeline.stop() == 0
+        yield pipeline
+    finally:
+        pipeline.close()
+        delete_topics(kafka.bootstrap, "verify-ended")
+
+
+@pytest.mark.parametrize("output_format", ["avro", "json"])
+def test_what_a_worker_did_is_in_order_while_it_runs_and_after(
+    output_format: str, films: Dataset, make_pipeline: Callable[..., Pipeline]
+) -> None:
+    pipeline = make_pipeline(output_format=output_format)
+    pipeline.start()
+    pipeline.until_ready()
+    users = feed(pipeline, films, 5_000)
+    want = {"users": users, "whole": users, "partial": 0, "busy": 0, "differ": 0, "rejected": 1, "letterless": 0}
+    want |= {"letters_checked": True, "other_versions": 0, "differences": []}
+    assert verify(pipeline) == {"ok": True, **want}
+    sender = Sender(pipeline)
+    for row in films.events[5_000:25_000]:
+        sender.send(pipeline.topics[row.type], row.user_id, event_json(*row))
+    during = verify(pipeline, "--patience", "30")  # 20,000 events are on their way
+    assert (during["differ"], during["busy"], during["letterless"]) == (0, 0, 0)
+    sender.flush()
+    pipeline.until_committed()
+    assert pipeline.stop() == 0
+    after = verify(pipeline)
+    assert after["users"] == after["whole"] == len({row.user_id for row in films.events[:25_000]})
+
+
+def test_input_that_is_not_committed_is_busy(ended: Pipeline, films: Dataset) -> None:
+    sender = Sender(ended)
+    users = {row.user_id for row in films.events[3_000:3_050]}
+    for row in films.events[3_000:3_050]:
+        sender.send(ended.topics[row.type], row.user_id, event_json(*row))
+    sender.flush()
+    report = verify(ended)
+    assert (report["busy"], report["differ"]) == (len(users), 0)
+    ended.start()
+    ended.until_committed()
+    assert ended.stop() == 0
+    assert verify(ended)["busy"] == 0
+
+
+def test_input_that_retention_took_is_not_demanded_but_what_is_left_is(
+    films: Dataset, make_pipeline: Callable[..., Pipeline]
+) -> None:
+    pipeline = make_pipeline()
+    pipeline.start()
+    pipeline.until_ready()
+    users = feed(pipeline, films, 3_000)
+    assert pipeline.stop() == 0
+    admin = AdminClient({"bootstrap.servers": pipeline.bootstrap})
+    view = pipeline.topics["view"]
+    taken = [TopicPartition(view, p, 200) for p in range(4)]
+    for future in admin.delete_records(taken).values():
+        future.result()
+    report = verify(pipeline)
+    assert (report["partial"], report["differ"]) == (users, 0)
+    sender = Sender(pipeline)
+    sender.send(view, "1", event_json(1, 7, "view", 900_000_000_000))
+    sender.skip()
+    report = verify(pipeline, code=1)
+    assert report["differ"] == 1
+    assert "lacks interactions" in report["differences"][0]["what"]
+
+
+# -- each way to be wrong, one after another on the same stores -----------------------------------------------------
+
+
+def key_of(space: ItemSpace, user: str) -> str:
+    return f"uemb:{USER_VERSION}:{space.version}:{user}"
+
+
+def stored(pipeline: Pipeline, key: str, user: str) -> bytes:
+    entry = pipeline.entries({user: key})[user]
+    assert entry is not None
+    return entry
+
+
+def overwrite(pipeline: Pipeline, user: str, entries: dict[str, bytes | None]) -> None:
+    """Write to the store as no worker would."""
+    partition = partition_of(user.encode(), pipeline.partitions)
+
+    async def write() -> None:
+        kv = RocksKV(pipeline.kv_path)
+        await kv.open_partition(partition)
+        db = kv._partitions[partition].db
+        for key, entry in entries.items():
+            if entry is None:
+                del db[key.encode()]
+            else:
+                db[key.encode()] = entry
+        await kv.close()
+
+    asyncio.run(write())
+
+
+def store_without(pipeline: Pipeline, space: ItemSpace, user: str) -> None:
+    overwrite(pipeline, user, {key_of(space, user): None})
+
+
+def store_with_another_vector(pipeline: Pipeline, space: ItemSpace, user: str) -> None:
+    epoch, revision, body = kv_entry(stored(pipeline, key_of(space, user), user))
+    record = decode(body)
+    vector = record.vector.astype(np.float64)
+    vector[0] += 3e-6
+    vector /= np.linalg.norm(vector)
+    other = encode(replace(record, vector=vector.astype(np.float32)))
+    overwrite(pipeline, user, {key_of(space, user): kv_prefix(epoch, revision) + other})
+
+
+def store_with_another_prefix(pipeline: Pipeline, space: ItemSpace, user: str) -> None:
+    epoch, revision, body = kv_entry(stored(pipeline, key_of(space, user), user))
+    overwrite(pipeline, user, {key_of(space, user): kv_prefix(epoch, revision + 1) + body})
+
+
+def store_damaged(pipeline: Pipeline, space: ItemSpace, user: str) -> None:
+    overwrite(pipeline, user, {key_of(space, user): stored(pipeline, key_of(space, user), user)[:-9]})
+
+
+def output_with_an_older_record(pipeline: Pipeline, space: ItemSpace, user: str) -> None:
+    first = next(r for r in pipeline.read(pipeline.output) if r.key().decode() == key_of(space, user))
+    partition = partition_of(user.encode(), pipeline.partitions)
+    producer = Producer({"bootstrap.servers": pipeline.bootstrap})
+    producer.produce(pipeline.output, first.value(), first.key(), partition)
+    producer.flush(10)
+
+
+def output_with_a_tombstone(pipeline: Pipeline, space: ItemSpace, user: str) -> None:
+    partition = partition_of(user.encode(), pipeline.partitions)
+    producer = Producer({"bootstrap.servers": pipeline.bootstrap})
+    producer.produce(pipeline.output, None, key_of(space, user).encode(), partition)
+    producer.flush(10)
+
+
+def changelog_with_an_older_record(pipeline: Pipeline, space: ItemSpace, user: str) -> None:
+    records = [r for r in pipeline.read(pipeline.changelog) if r.key() == user.encode()]
+    oldest = min(records, key=lambda r: stored_order(r.value()))
+    assert stored_order(oldest.value()) < stored_order(records[-1].value())
+    producer = Producer({"bootstrap.servers": pipeline.bootstrap})
+    producer.produce(pipeline.changelog, oldest.value(), user.encode(), partition_of(user.encode(), 4))
+    producer.flush(10)
+
+
+def an_event_that_was_skipped(pipeline: Pipeline, space: ItemSpace, user: str) -> None:
+    sender = Sender(pipeline)
+    sender.send(pipeline.topics["like"], user, event_json(user, 50, "like", 900_000_000_000))
+    sender.skip()
+
+
+def an_erasure_that_was_skipped(pipeline: Pipeline, space: ItemSpace, user: str) -> None:
+    sender = Sender(pipeline)
+    sender.send(pipeline.deletions, user, json.dumps({"user_id": user, "ts": 900_000_000_000}).encode())
+    sender.skip()
+
+
+def a_user_nobody_sent(pipeline: Pipeline, space: ItemSpace, user: str) -> None:
+    records = [r for r in pipeline.read(pipeline.changelog) if r.key() == user.encode()]
+    stranger = next(f"x{n}" for n in range(99) if partition_of(f"x{n}".encode(), 4) == records[-1].partition())
+    producer = Producer({"bootstrap.servers": pipeline.bootstrap})
+    producer.produce(pipeline.changelog, records[-1].value(), stranger.encode(), records[-1].partition())
+    producer.flush(10)
+
+
+def a_reject_without_a_letter(pipeline: Pipeline, space: ItemSpace, user: str) -> None:
+    sender = Sender(pipeline)
+    sender.send(pipeline.topics["like"], user, b"not JSON")
+    sender.skip()
+
+
+FAULTS: dict[Callable[[Pipeline, ItemSpace, str], None], str] = {
+    store_without: "store: no entry",
+    store_with_another_vector: "store: the vector is off by",
+    store_with_another_prefix: "store: the prefix is another",
+    store_damaged: "store: damaged",
+    output_with_an_older_record: "output: an older record came last",
+    output_with_a_tombstone: "output: no record",
+    changelog_with_an_older_record: "changelog: an older record came last",
+    an_event_that_was_skipped: "changelog: 1 interactions differ",
+    an_erasure_that_was_skipped: "output: a record where none may be",
+    a_user_nobody_sent: "interactions differ from the input's",
+    a_reject_without_a_letter: "no dead letter",
+}
+
+
+@pytest.fixture(scope="module")
+def known() -> list[dict[str, Any]]:
+    """Differences that earlier cases have made."""
+    return []
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda case: case.__name__)
+def test_each_fault_is_found(
+    fault: Callable[[Pipeline, ItemSpace, str], None],
+    ended: Pipeline,
+    space: ItemSpace,
+    films: Dataset,
+    known: list[dict[str, Any]],
+) -> None:
+    # each case has a user of its own, who was not erased
+    users = [user for user in dict.fromkeys(row.user_id for row in films.events[100:2_000]) if user != ERASED]
+    user = users[2 + list(FAULTS).index(fault)]
+    fault(ended, space, user)
+    new = [d for d in verify(ended, "--show", "100", "--patience", "0.2", code=1)["differences"] if d not in known]
+    known += new
+    assert len(new) == 1, new
+    assert FAULTS[fault] in new[0]["what"]
+    assert new[0]["partition"] == partition_of(user.encode(), 4)
