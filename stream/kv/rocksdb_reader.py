@@ -37,6 +37,7 @@ _BLOCK_CACHE_BYTES: Final = 64 << 20
 #: A secondary keeps files open that the owner has removed since, and their disk space taken, for as long as it lives.
 #: Bounding its open files instead would let it lose one that it still needs. So it is renewed after so many new files.
 _RENEW_FILES: Final = 128
+_OPEN_TRIES: Final = 50
 
 log = logging.getLogger(__name__)
 log.addFilter(OncePerMinute())
@@ -90,14 +91,16 @@ class _Secondary:
             if incarnation != files.incarnation or (look and self._outdated(files)):
                 self._open(now)
             elif count != self._seen and now >= self._retry_at:
+                before = _manifest(self._folder)
                 db.try_catch_up_with_primary()
                 shown, watermark = db.get([COUNT_KEY, self._watermark_key])
+                whole = _manifest(self._folder) == before
                 if read_count(shown) < count:
                     # Flushed before it was read from the log (as at every close), a write lies under older values that
                     # the secondary holds in memory, however often it catches up.
                     self._shown = max(self._shown, read_count(shown))
                     self._open(now)
-                else:
+                elif whole:  # else it may lack what was flushed meanwhile, and the next poll tries again
                     self._seen, self._shown, self.watermark = count, read_count(shown), watermark
         except FileNotFoundError:  # not made yet, or wiped
             self.watermark = None
@@ -126,14 +129,14 @@ class _Secondary:
         """Open what is there now; what was open goes on serving until then."""
         files, count = self._open_files()
         try:
-            db = Rdict(str(self._folder), self._options(), access_type=AccessType.secondary(files.scratch))
+            db, whole = self._open_whole(files.scratch)
             shown, watermark = db.get([COUNT_KEY, self._watermark_key])
         except BaseException:
             files.close()
             raise
         before = self._files
         same = before is not None and self.db is not None and before.incarnation == files.incarnation
-        if same and read_count(shown) < self._shown <= count:
+        if not whole or (same and read_count(shown) < self._shown <= count):
             # Files moved while it opened: what is open knows more, and nobody shall see a vector go backward.
             files.close()
             self._postpone(now)
@@ -148,6 +151,21 @@ class _Secondary:
         self._seen, self._shown = count, read_count(shown)
         if before is not None:
             before.close()
+
+    def _open_whole(self, scratch: str) -> tuple[Rdict, bool]:
+        """A secondary, and whether nothing is missing in its middle.
+
+        It reads the manifest first and the logs then. A log that is flushed and removed in between is in neither, and
+        the logs after it hide that; but the flush has then changed the manifest.
+        """
+        before = _manifest(self._folder)
+        db = Rdict(str(self._folder), self._options(), access_type=AccessType.secondary(scratch))
+        for _ in range(_OPEN_TRIES):
+            if (after := _manifest(self._folder)) == before:
+                return db, True
+            before = after
+            db.try_catch_up_with_primary()
+        return db, False
 
     def _open_files(self) -> tuple[_Files, int]:
         with ExitStack() as undo:
@@ -312,6 +330,12 @@ class RocksReader:
         self._meta_stamp = stamp
         if meta is not None:
             self._meta = meta
+
+
+def _manifest(folder: Path) -> tuple[str, int]:
+    """Name and size of the file that lists a database's tables: every flush changes it, before logs are removed."""
+    name = (folder / "CURRENT").read_text().strip()
+    return name, os.stat(folder / name).st_size
 
 
 def _newest_file(folder: Path) -> int:
