@@ -11,6 +11,8 @@ import pytest
 from hypothesis import settings
 from kafka_broker import KafkaBroker, why_unavailable
 
+pytest_plugins = ["pipeline_fixtures"]
+
 #: Markers of tests that run only where `-m` names them.
 ON_REQUEST: Final = ("slow", "bench")
 _left_out: Final = pytest.StashKey[Counter[str]]()

@@ -6,8 +6,10 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ import numpy as np
 from confluent_kafka import Consumer, TopicPartition
 from confluent_kafka.admin import AdminClient
 
+from stream.dataset import EventRow
 from stream.errors import StoreError
+from stream.feed import Feeder
 from stream.items import ItemSpace
 from stream.keys import partition_of
 from stream.kv.base import KVReader
@@ -23,6 +27,8 @@ from stream.kv.urls import open_reader
 from stream.records import decode, kv_entry
 
 UEMB = [sys.executable, "-c", "from stream.cli import main; main()"]
+_KILLING_WORKER = Path(__file__).parent / "faults" / "killing_worker.py"
+_SLICE = 250
 
 
 class Pipeline:
@@ -146,6 +152,27 @@ class Pipeline:
         """Wait until all input is committed, which means that all it caused is durable."""
         self.until(lambda: self.lag() == 0, "all input is committed", timeout_s)
 
+    def verify(self, *args: str, code: int = 0) -> dict[str, Any]:
+        """The report of `uemb verify`, which must end with `code`."""
+        ended = subprocess.run(
+            [*UEMB, "verify", "--json", *args],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+        )
+        assert ended.returncode == code, f"{ended.stdout}{ended.stderr}\n{self.tail()}"
+        report: dict[str, Any] = json.loads(ended.stdout)
+        assert report["ok"] is (code == 0)
+        return report
+
+    def check(self, users: int) -> dict[str, Any]:
+        """`uemb verify` finds so many users and every one of them in order."""
+        report = self.verify()
+        assert (report["users"], report["differ"], report["busy"]) == (users, 0, 0), report
+        return report
+
     def lag(self) -> int:
         """Records of the input topics that are not committed."""
         if self._group is None:
@@ -223,6 +250,30 @@ class Pipeline:
             return dict(zip(keys, reader.get([(u.encode(), k.encode()) for u, k in keys.items()]), strict=True))
         finally:
             reader.close()
+
+
+def killing_worker(stage: str, users: Iterable[str]) -> list[str]:
+    """Command of a worker that dies by SIGKILL when a batch with one of `users` has passed a stage."""
+    return [sys.executable, str(_KILLING_WORKER), stage, ",".join(users)]
+
+
+@contextmanager
+def feeding(pipeline: Pipeline, events: Sequence[EventRow], rate: float) -> Iterator[threading.Thread]:
+    """Events flow at a rate while the block runs; the rest is sent at once when it is left."""
+    hurry = threading.Event()
+
+    def feed() -> None:
+        for start in range(0, len(events), _SLICE):
+            feeder.send(events[start : start + _SLICE], rate=None if hurry.is_set() else rate)
+
+    with Feeder(pipeline.bootstrap, pipeline.topics) as feeder:
+        thread = threading.Thread(target=feed)
+        thread.start()
+        try:
+            yield thread
+        finally:
+            hurry.set()
+            thread.join()
 
 
 def delete_topics(bootstrap: str, prefix: str) -> None:

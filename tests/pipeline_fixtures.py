@@ -1,4 +1,4 @@
-"""Real data, learned item vectors, and a pipeline on the real Kafka, shared by the integration tests."""
+"""Fixtures of tests that run workers: real data, learned item vectors, and a pipeline on the real Kafka."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -50,4 +50,20 @@ def make_pipeline(
     yield make
     for pipeline in made:
         pipeline.close()
+    kafka.restore()
     delete_topics(kafka.bootstrap, unique)
+
+
+@pytest.fixture
+def make_workers(make_pipeline: Callable[..., Pipeline], tmp_path: Path) -> Callable[..., list[Pipeline]]:
+    """Makes several workers of one application on one host: one store, a state folder and a log for each."""
+
+    def make(count: int, **settings: object) -> list[Pipeline]:
+        workers = []
+        for number in range(count):
+            workers.append(make_pipeline(state_dir=tmp_path / f"state-{number}", **settings))
+            workers[-1].state = tmp_path / f"state-{number}"
+            workers[-1].log = tmp_path / f"worker-{number}.log"
+        return workers
+
+    return make

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 from confluent_kafka import Consumer, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 from kafka_broker import KafkaBroker
-from pipeline import UEMB, Pipeline, delete_topics, event_json
+from pipeline import Pipeline, delete_topics, event_json
 
 from stream.config import load_settings
 from stream.dataset import Dataset
@@ -24,22 +23,6 @@ from stream.records import decode, encode, kv_entry, kv_prefix
 
 USER_VERSION = load_settings().versioned_encoder.version
 ERASED = "259"  # who has the first event
-
-
-def verify(pipeline: Pipeline, *args: str, code: int = 0) -> dict[str, Any]:
-    """The report of `uemb verify`, which must end with `code`."""
-    ended = subprocess.run(
-        [*UEMB, "verify", "--json", "--patience", "2", *args],
-        env=pipeline.environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert ended.returncode == code, ended.stdout + ended.stderr
-    report: dict[str, Any] = json.loads(ended.stdout)
-    assert report["ok"] is (code == 0)
-    return report
 
 
 class Sender:
@@ -106,16 +89,16 @@ def test_what_a_worker_did_is_in_order_while_it_runs_and_after(
     users = feed(pipeline, films, 5_000)
     want = {"users": users, "whole": users, "partial": 0, "busy": 0, "differ": 0, "rejected": 1, "letterless": 0}
     want |= {"letters_checked": True, "other_versions": 0, "differences": []}
-    assert verify(pipeline) == {"ok": True, **want}
+    assert pipeline.verify() == {"ok": True, **want}
     sender = Sender(pipeline)
     for row in films.events[5_000:25_000]:
         sender.send(pipeline.topics[row.type], row.user_id, event_json(*row))
-    during = verify(pipeline, "--patience", "30")  # 20,000 events are on their way
+    during = pipeline.verify("--patience", "30")  # 20,000 events are on their way
     assert (during["differ"], during["busy"], during["letterless"]) == (0, 0, 0)
     sender.flush()
     pipeline.until_committed()
     assert pipeline.stop() == 0
-    after = verify(pipeline)
+    after = pipeline.verify()
     assert after["users"] == after["whole"] == len({row.user_id for row in films.events[:25_000]})
 
 
@@ -125,12 +108,12 @@ def test_input_that_is_not_committed_is_busy(ended: Pipeline, films: Dataset) ->
     for row in films.events[3_000:3_050]:
         sender.send(ended.topics[row.type], row.user_id, event_json(*row))
     sender.flush()
-    report = verify(ended)
+    report = ended.verify("--patience", "1")
     assert (report["busy"], report["differ"]) == (len(users), 0)
     ended.start()
     ended.until_committed()
     assert ended.stop() == 0
-    assert verify(ended)["busy"] == 0
+    assert ended.verify()["busy"] == 0
 
 
 def test_input_that_retention_took_is_not_demanded_but_what_is_left_is(
@@ -146,12 +129,12 @@ def test_input_that_retention_took_is_not_demanded_but_what_is_left_is(
     taken = [TopicPartition(view, p, 200) for p in range(4)]
     for future in admin.delete_records(taken).values():
         future.result()
-    report = verify(pipeline)
+    report = pipeline.verify()
     assert (report["partial"], report["differ"]) == (users, 0)
     sender = Sender(pipeline)
     sender.send(view, "1", event_json(1, 7, "view", 900_000_000_000))
     sender.skip()
-    report = verify(pipeline, code=1)
+    report = pipeline.verify(code=1)
     assert report["differ"] == 1
     assert "lacks interactions" in report["differences"][0]["what"]
 
@@ -293,7 +276,7 @@ def test_each_fault_is_found(
     users = [user for user in dict.fromkeys(row.user_id for row in films.events[100:2_000]) if user != ERASED]
     user = users[2 + list(FAULTS).index(fault)]
     fault(ended, space, user)
-    new = [d for d in verify(ended, "--show", "100", "--patience", "0.2", code=1)["differences"] if d not in known]
+    new = [d for d in ended.verify("--show", "100", "--patience", "0.2", code=1)["differences"] if d not in known]
     known += new
     assert len(new) == 1, new
     assert FAULTS[fault] in new[0]["what"]

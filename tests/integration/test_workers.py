@@ -9,18 +9,15 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
-import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from confluent_kafka.admin import AdminClient
-from pipeline import UEMB, Event, Pipeline, check_end_state, expected
+from pipeline import UEMB, Event, Pipeline, check_end_state, expected, feeding, killing_worker
 from rocksdict import Options, Rdict
 
 from stream.config import load_settings
@@ -32,44 +29,8 @@ from stream.kv.rocksdb import partition_path
 from stream.records import decode
 from stream.table import CLAIM_KEY
 
-KILLING_WORKER = Path(__file__).parents[1] / "killing_worker.py"
 USER_VERSION = load_settings().versioned_encoder.version
 REBUILDS = "lacks committed writes"
-_SLICE = 250
-
-
-@pytest.fixture
-def make_workers(make_pipeline: Callable[..., Pipeline], tmp_path: Path) -> Callable[..., list[Pipeline]]:
-    """Makes several workers of one application on one host: one store, a state folder and a log for each."""
-
-    def make(count: int, **settings: object) -> list[Pipeline]:
-        workers = []
-        for number in range(count):
-            workers.append(make_pipeline(state_dir=tmp_path / f"state-{number}", **settings))
-            workers[-1].state = tmp_path / f"state-{number}"
-            workers[-1].log = tmp_path / f"worker-{number}.log"
-        return workers
-
-    return make
-
-
-@contextmanager
-def feeding(pipeline: Pipeline, events: list[EventRow], rate: float) -> Iterator[threading.Thread]:
-    """Events flow at a rate while the block runs; the rest is sent at once when it is left."""
-    hurry = threading.Event()
-
-    def feed() -> None:
-        for start in range(0, len(events), _SLICE):
-            feeder.send(events[start : start + _SLICE], rate=None if hurry.is_set() else rate)
-
-    with Feeder(pipeline.bootstrap, pipeline.topics) as feeder:
-        thread = threading.Thread(target=feed)
-        thread.start()
-        try:
-            yield thread
-        finally:
-            hurry.set()
-            thread.join()
 
 
 def send(pipeline: Pipeline, events: list[EventRow]) -> None:
@@ -179,7 +140,7 @@ def test_killed_in_the_middle_of_a_rebuild(
     for stage, disk in (("output", "wiped"), ("kv", "kept")):
         assert pipeline.stop() == 0
         shutil.rmtree(pipeline.kv_path)
-        pipeline.start([sys.executable, str(KILLING_WORKER), stage, events[0].user_id])
+        pipeline.start(killing_worker(stage, [events[0].user_id]))
         assert pipeline.wait() == -signal.SIGKILL, "the rebuild did not reach the user"
         if disk == "wiped":
             shutil.rmtree(pipeline.state)
