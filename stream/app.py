@@ -22,6 +22,7 @@ from stream.group import check_group
 from stream.items import ItemSpace
 from stream.keys import encoder_key, fallback_key
 from stream.kv.base import KVWriter, Meta, Serving
+from stream.kv.patient import PatientKV
 from stream.kv.urls import open_writer
 from stream.partitions import Partitions, Parts
 from stream.publish import Lanes, Stage
@@ -36,6 +37,7 @@ HEARTBEAT_S: Final = 1.0
 REPORT_S: Final = 10.0
 #: Batches that wait for the agent; each is a whole fetch of a partition.
 STREAM_BUFFER: Final = 16
+REBALANCE_TIMEOUT_S: Final = 60.0
 MAX_POLL_RECORDS: Final = 4_000
 _KEEP_OFFSET: Final = -1  # control offset of a serving pair that came from UEMB_ITEMS
 
@@ -82,7 +84,9 @@ class EmbeddingApp(faust.App):
             broker_session_timeout=settings.session_timeout_s,
             broker_heartbeat_interval=min(3.0, settings.session_timeout_s / 5),
             broker_request_timeout=max(settings.session_timeout_s + 10, 40.0),
-            broker_rebalance_timeout=max(settings.session_timeout_s, 60.0),
+            broker_rebalance_timeout=max(settings.session_timeout_s, REBALANCE_TIMEOUT_S),
+            # A worker that waits for a broker or the store fetches nothing and must stay in the group.
+            broker_max_poll_interval=max(1000.0, 2 * settings.delivery_timeout_s),
             broker_commit_interval=1.0,
             worker_redirect_stdouts=False,
         )
@@ -114,7 +118,8 @@ class EmbeddingApp(faust.App):
         self.conf.topic_partitions = self._topics.partitions
         if self._topics.administered:
             await asyncio.to_thread(check_group, settings)
-        self._kv = open_writer(settings.kv_url, lock_patience_s=settings.kv_lock_patience_s)
+        store = open_writer(settings.kv_url, lock_patience_s=settings.kv_lock_patience_s)
+        self._kv = PatientKV(store, settings.delivery_timeout_s)
         await self._kv.update_meta(self._register)
         try:
             settings.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -211,9 +216,9 @@ class EmbeddingApp(faust.App):
             await self._partitions.give_up()
 
     async def drain(self) -> None:
-        """Wait until what the lanes hold is durable, at most the delivery timeout."""
+        """Wait until what the lanes hold is durable; not so long that the group would give this worker up."""
         try:
-            async with asyncio.timeout(self.settings.delivery_timeout_s):
+            async with asyncio.timeout(min(self.settings.delivery_timeout_s, REBALANCE_TIMEOUT_S / 2)):
                 await self.lanes.drain()
         except TimeoutError:
             log.warning("gave up waiting for unacknowledged batches; they will be processed again")

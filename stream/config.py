@@ -60,7 +60,7 @@ class Settings(BaseSettings):
     standbys: int = Field(0, ge=0, le=10, description="workers that keep a copy of each partition's histories current")
     session_timeout_s: float = Field(30.0, gt=0, le=1800, description="the group drops a worker silent for so long")
     delivery_timeout_s: float = Field(
-        60.0, gt=0, le=86_400, description="the worker stops when nothing is acknowledged"
+        60.0, gt=0, le=86_400, description="the worker stops when brokers or the store are away for so long"
     )
 
     # topics

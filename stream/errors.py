@@ -70,7 +70,9 @@ class StoreError(UembError):
 
 
 class StoreLocked(StoreError):
-    """Another process holds the partition's database open for writing."""
+    """Another process holds the partition's database open for writing, and did so for all of the store's patience."""
+
+    retriable = False
 
 
 class UnknownItemError(IndexError):

@@ -16,6 +16,8 @@ log = logging.getLogger(__name__)
 
 #: A shutdown that takes longer is cut short; everything not committed is processed again.
 STOP_TIMEOUT_S: Final = 90.0
+#: The same after a fault, which often is that the brokers don't answer: there is little left to save then.
+FAULT_STOP_TIMEOUT_S: Final = 15.0
 #: Supervisors often signal the process and its group: two signals this close are one wish.
 SAME_SIGNAL_S: Final = 0.5
 GC_THRESHOLDS: Final = (50_000, 20, 100)
@@ -89,11 +91,13 @@ async def _finish(until: Callable[[], Awaitable[object]], app: EmbeddingApp) -> 
 
 async def _stop(app: EmbeddingApp, starting: "asyncio.Task[None]") -> None:
     try:
-        async with asyncio.timeout(STOP_TIMEOUT_S):
+        async with asyncio.timeout(STOP_TIMEOUT_S if app.failure is None else FAULT_STOP_TIMEOUT_S):
             await app.stop()
             await asyncio.gather(starting, return_exceptions=True)
     except Exception as exc:
-        log.critical("did not stop in order: %s", type(exc).__name__, exc_info=exc)
+        log.critical(
+            "did not stop in order: %s", type(exc).__name__, exc_info=None if isinstance(exc, TimeoutError) else exc
+        )
         app.failure = app.failure or exc
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from confluent_kafka import Consumer, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient
 
 from stream.dataset import EventRow
@@ -29,6 +29,14 @@ from stream.records import decode, kv_entry
 UEMB = [sys.executable, "-c", "from stream.cli import main; main()"]
 _KILLING_WORKER = Path(__file__).parent / "faults" / "killing_worker.py"
 _SLICE = 250
+_COMING_BACK = (
+    KafkaError.NOT_COORDINATOR,
+    KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
+    KafkaError.COORDINATOR_NOT_AVAILABLE,
+    KafkaError._TIMED_OUT,
+    KafkaError._TRANSPORT,
+    KafkaError._UNKNOWN_PARTITION,
+)
 
 
 class Pipeline:
@@ -134,8 +142,12 @@ class Pipeline:
 
     def until_ready(self) -> None:
         """Wait until this run of the worker has claimed every partition."""
-        before = self.epochs()
-        self.until(lambda: all(e > b for e, b in zip(self.epochs(), before, strict=True)), "all partitions are claimed")
+        self.until_epochs_rise(self.epochs())
+
+    def until_epochs_rise(self, before: Sequence[int]) -> list[int]:
+        """Wait until every partition has a newer claim than `before`, as after each change of the group."""
+        self.until(lambda: all(n > b for n, b in zip(self.epochs(), before, strict=True)), "all are claimed anew")
+        return self.epochs()
 
     def until_ready_again(self) -> None:
         """The same where the store may have been wiped: wait until this run's log shows a claim on every partition."""
@@ -180,9 +192,14 @@ class Pipeline:
             self._group = Consumer(config)
         places = [TopicPartition(topic, p) for topic in self.inputs for p in range(self.partitions)]
         total = 0
-        for place in self._group.committed(places, timeout=10):
-            low, high = self._group.get_watermark_offsets(place, timeout=10)
-            total += high - max(low, place.offset)
+        try:
+            for place in self._group.committed(places, timeout=10):
+                low, high = self._group.get_watermark_offsets(place, timeout=10)
+                total += high - max(low, place.offset)
+        except KafkaException as exc:  # a broker that has just come back
+            if exc.args[0].code() not in _COMING_BACK:
+                raise
+            return 1
         return total
 
     def epochs(self) -> list[int]:

@@ -112,11 +112,12 @@ def test_thirty_random_kills_under_load(films: Dataset, make_pipeline: Callable[
 def rotation(workers: list[Pipeline], films: Dataset, turns: int, events: int, rate: float) -> None:
     rng = random.Random(seed())
     rows = films.events[:events]
-    running = workers[:2]
-    waiting = workers[2:]
-    for worker in running:
-        worker.start()
+    running, waiting = workers[:2], workers[2:]
+    running[0].start()
     running[0].until_ready()
+    before = running[0].epochs()
+    running[1].start()
+    running[0].until_epochs_rise(before)
     moved = 0
     with feeding(running[0], rows, rate) as thread:
         for _ in range(turns):
@@ -134,7 +135,7 @@ def rotation(workers: list[Pipeline], films: Dataset, turns: int, events: int, r
                 else:
                     assert leaver.stop() == 0
                 waiting.append(leaver)
-            running[0].until(lambda b=before: running[0].epochs() != b, "partitions move")  # type: ignore[misc]
+            running[0].until_epochs_rise(before)
             running[0].until(lambda n=output: len(running[0].read(running[0].output)) > n, "output grows")  # type: ignore[misc]
             moved += thread.is_alive()
     assert moved, "all events were sent before the first turn"

@@ -38,12 +38,6 @@ def send(pipeline: Pipeline, events: list[EventRow]) -> None:
         feeder.send(events)
 
 
-def until_epochs_rise(pipeline: Pipeline, before: list[int]) -> list[int]:
-    """Wait until every partition has a newer claim than `before`."""
-    pipeline.until(lambda: all(n > b for n, b in zip(pipeline.epochs(), before, strict=True)), "all are claimed anew")
-    return pipeline.epochs()
-
-
 def check_owners(pipeline: Pipeline) -> dict[int, list[int]]:
     """No partition had two owners at a time; return the epochs of its claims."""
     claims: dict[int, list[int]] = defaultdict(list)
@@ -85,9 +79,9 @@ def test_three_workers_under_a_rolling_restart(
         for worker, other in zip(workers, [*workers[1:], workers[0]], strict=True):
             before = worker.epochs()
             assert worker.stop() == 0
-            between = until_epochs_rise(other, before)
+            between = other.until_epochs_rise(before)
             worker.start()
-            until_epochs_rise(worker, between)
+            worker.until_epochs_rise(between)
         assert thread.is_alive(), "all events were sent before the last restart"
     first.until_committed()
     claims = check_all(first, films.events, space)
@@ -289,7 +283,7 @@ def test_a_standby_takes_over(films: Dataset, space: ItemSpace, make_workers: Ca
     first.start()
     first.until_ready()
     second.start()
-    until_epochs_rise(first, first.epochs())
+    first.until_epochs_rise(first.epochs())
     send(first, films.events[:40_000])
     first.until_committed()
     first.until(lambda: "standby for partitions" in second.tail() + first.tail(), "copies are kept")
@@ -298,7 +292,7 @@ def test_a_standby_takes_over(films: Dataset, space: ItemSpace, make_workers: Ca
     with feeding(second, films.events[40_000:50_000], 2_000):
         time.sleep(1)
         first.kill()
-        until_epochs_rise(second, before)
+        second.until_epochs_rise(before)
     second.until_committed()
     log = second.log.read_text()[already:]
     restored = [int(n) for n in re.findall(r"restored (\d+) records", log)]
