@@ -43,6 +43,10 @@ class StateError(UembError):
     """Stored state belongs to another configuration, or can't be read."""
 
 
+class StateDamaged(StateError):
+    """Local state is damaged; it is wiped at the next start and restored from the changelog."""
+
+
 class Fenced(UembError):
     """A newer owner of the partition exists: this worker has lost it and must stop."""
 

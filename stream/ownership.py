@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from math import inf
 from typing import Any, Final, Protocol
 from uuid import uuid4
 
@@ -183,8 +184,11 @@ async def restore_and_claim(
     store: HistoryStore,
     kv: KVWriter,
     send: Send,
+    max_age_s: float = inf,
 ) -> tuple[PartitionDB, int, bool]:
     """Bring the local table up to the changelog's end and claim the partition.
+
+    Local state older than `max_age_s` is not used: the changelog may have forgotten what it still holds.
 
     Returns:
         The open database, the new epoch, and whether an earlier claim existed.
@@ -197,7 +201,7 @@ async def restore_and_claim(
     codec = HistoryCodec(settings.event_types)
     restorer = Restorer(settings.kafka_client)
     topic = settings.changelog_topic
-    db = store.open(partition)
+    db = store.open(partition, max_age_s)
     await kv.open_partition(partition)
     started = asyncio.get_running_loop().time()
     highest, count = 0, 0

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from faust.types import TP
 from stream.agents import BatchProcessor, Owned
 from stream.config import Settings
 from stream.engine import Engine
+from stream.errors import StateError, UembError
 from stream.events import EventDecoder
 from stream.history import HistoryCodec
 from stream.items import ItemSpace
@@ -19,7 +20,7 @@ from stream.keys import watermark_key
 from stream.kv.base import KVWriter
 from stream.ownership import Restorer, restore_and_claim
 from stream.publish import Destinations, Lane, Lanes, Progress, Stage
-from stream.rebuild import lost_writes, rebuild
+from stream.rebuild import covered_offsets, lost_writes, rebuild
 from stream.standby import Standbys
 from stream.table import HistoryStore
 from stream.topics import Prepared
@@ -83,7 +84,10 @@ class Partitions:
         owned = parts.processor.give_up(parts.consumer.seeks + 1)
         await parts.lanes.stop()
         for partition in owned:
-            partition.db.put({}, partition.changelog_offset)
+            try:
+                partition.db.put({}, partition.changelog_offset)
+            except UembError as exc:  # what is not noted is read from the changelog once more
+                log.warning("partition %s: %s", partition.partition, exc)
         for number in parts.store.open_partitions:  # also those that were being taken
             parts.store.close(number)
             await parts.kv.close_partition(number)
@@ -105,6 +109,7 @@ class Partitions:
             store=parts.store,
             kv=parts.kv,
             send=self._send_one,
+            max_age_s=parts.topics.removed_kept_s,
         )
         engine = Engine(
             [parts.space],
@@ -118,9 +123,8 @@ class Partitions:
             decoder=self._decoder,
             codec=self._codec,
         )
-        tps = [TP(topic, partition) for topic in self._input_topics]
-        committed = {tp.topic: offset for tp, offset in (await parts.consumer.committed(tps)).items()}
         watermark = (await parts.kv.get(partition, [watermark_key(partition).encode()]))[0]
+        committed = await self._committed(partition, covered_offsets(watermark))
         progress = Progress(epoch, {topic: offset for topic, offset in committed.items() if offset is not None})
         owned = Owned(partition, epoch, db, engine, progress, db.changelog_offset)
         if lost_writes(watermark, committed):
@@ -132,6 +136,29 @@ class Partitions:
         await self._apply_erasures(partition, start)
         if not progress.whole:
             self._start_rebuild(owned)
+
+    async def _committed(self, partition: int, covered: Mapping[str, int]) -> dict[str, int | None]:
+        """Committed offset of each input topic, None where nothing was committed.
+
+        The broker forgets a topic's offsets with the topic; `covered`, those of the watermark, still tell then.
+
+        Raises:
+            StateError: an offset is outside of what its topic holds: events would be skipped, or read again as others.
+        """
+        consumer = self._parts.consumer
+        tps = [TP(topic, partition) for topic in self._input_topics]
+        committed = await consumer.committed(tps)
+        first, end = await consumer.earliest_offsets(*tps), await consumer.highwaters(*tps)
+        for tp, at in committed.items():
+            offset = covered.get(tp.topic, 0) if at is None else at
+            if offset > end[tp] or (at is not None and at < first[tp]):
+                msg = (
+                    f"offset {offset}, from where {tp.topic}-{partition} is to be read, is outside of the topic, which "
+                    f"has {first[tp]} to {end[tp]}: it was made anew, or retention took events that were not read yet; "
+                    "decide where to go on with kafka-consumer-groups --reset-offsets, then start again"
+                )
+                raise StateError(msg)
+        return {tp.topic: offset for tp, offset in committed.items()}
 
     async def _apply_erasures(self, partition: int, start: int) -> None:
         """Apply erasures that are not committed yet, so that no replayed event publishes an erased user."""

@@ -26,13 +26,18 @@ def lost_writes(watermark: bytes | None, committed: Mapping[str, int | None]) ->
     An offset is committed only after the watermark that covers it was written, so a watermark below it, or none, means
     that the store was wiped, or restored from an older copy.
     """
-    covered: Mapping[str, int] = {}
-    if watermark is not None:
-        try:
-            covered = {str(k): int(v) for k, v in json.loads(kv_entry(watermark)[2])["offsets"].items()}
-        except (CorruptRecord, ValueError, KeyError, TypeError, AttributeError):
-            covered = {}  # damaged: nothing is known to be covered
+    covered = covered_offsets(watermark)
     return any((offset or 0) > covered.get(topic, 0) for topic, offset in committed.items())
+
+
+def covered_offsets(watermark: bytes | None) -> Mapping[str, int]:
+    """Next offset of each input topic as a watermark entry has it; none where there is no entry, or a damaged one."""
+    if watermark is None:
+        return {}
+    try:
+        return {str(k): int(v) for k, v in json.loads(kv_entry(watermark)[2])["offsets"].items()}
+    except (CorruptRecord, ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 async def rebuild(processor: BatchProcessor, owned: Owned, on_progress: Callable[[int], object] | None = None) -> int:

@@ -3,8 +3,12 @@
 Restoring and claiming a partition is `stream.ownership`'s; this module only moves bytes to and from disk.
 """
 
+import logging
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from math import inf
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,7 +16,7 @@ import faust
 from faust.stores.base import SerializedStore
 from rocksdict import AccessType, BlockBasedOptions, Cache, Options, Rdict, WriteBatch
 
-from stream.errors import StateError, StoreLocked
+from stream.errors import StateDamaged, StateError, StoreLocked
 from stream.keys import partition_of
 from stream.transport import FAUST_LOG
 
@@ -23,6 +27,10 @@ CLAIM_KEY: Final = b"\0claim"
 
 _CACHE_BYTES: Final = 32 << 20
 _WRITE_BUFFER_BYTES: Final = 8 << 20
+#: What RocksDB says of files that are torn, changed or missing.
+_DAMAGE: Final = ("Corruption", "No such file", "does not exist", "Invalid argument", "NotFound", "checksum")
+
+log = logging.getLogger(__name__)
 
 
 class PartitionDB:
@@ -41,18 +49,13 @@ class PartitionDB:
         options.set_block_based_table_factory(table)
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        try:
+        with self._faults():
             self._db = Rdict(str(path), options, access_type=AccessType.read_write())
-        except Exception as exc:
-            if "lock" in str(exc).lower():
-                msg = f"{path} is open in another process; give each worker a UEMB_STATE_DIR of its own"
-                raise StoreLocked(msg) from exc
-            msg = f"{path} can't be opened; remove the folder, it is restored from the changelog"
-            raise StateError(msg) from exc
 
     def get(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """Stored values in the order of `keys`."""
-        return list(self._db[list(keys)]) if keys else []
+        with self._faults():
+            return list(self._db[list(keys)]) if keys else []
 
     def put(self, entries: Mapping[bytes, bytes], changelog_offset: int) -> None:
         """Write entries and how far the changelog is contained, as one step."""
@@ -60,27 +63,70 @@ class PartitionDB:
         for key, value in entries.items():
             batch.put(key, value)
         batch.put(OFFSET_KEY, changelog_offset.to_bytes(8, "big"))
-        self._db.write(batch)
+        with self._faults():
+            self._db.write(batch)
 
     @property
     def changelog_offset(self) -> int:
         """All changelog records below this offset are contained; 0 for an empty database."""
-        data = self._db.get(OFFSET_KEY)
+        data = self.get([OFFSET_KEY])[0]
         return int.from_bytes(data, "big") if data else 0
 
     @property
     def claim(self) -> bytes | None:
         """The newest claim of the partition."""
-        value: bytes | None = self._db.get(CLAIM_KEY)
-        return value
+        return self.get([CLAIM_KEY])[0]
 
     def users(self) -> Iterator[tuple[bytes, bytes]]:
         """All users with their stored state."""
-        return ((key, value) for key, value in self._db.items() if not key.startswith(b"\0"))
+        with self._faults():
+            for key, value in self._db.items():
+                if not key.startswith(b"\0"):
+                    yield key, value
+
+    @contextmanager
+    def _faults(self) -> Iterator[None]:
+        """Turn what RocksDB raises into our errors, and remember damage for the next start.
+
+        Raises:
+            StoreLocked: another process has it open.
+            StateDamaged: what is stored can't be trusted.
+            StateError: the disk is full, or not ours to write.
+        """
+        try:
+            yield
+        except Exception as exc:  # rocksdict raises bare exceptions with RocksDB's own text
+            text = str(exc).splitlines()[0] if str(exc) else type(exc).__name__
+            if "lock file" in text:
+                msg = f"{self.path} is open in another process; give each worker a UEMB_STATE_DIR of its own"
+                raise StoreLocked(msg) from exc
+            if any(sign in text for sign in _DAMAGE):
+                damage_path(self.path).touch()
+                msg = f"{self.path.name}: local state is damaged ({text}); start again, it is restored"
+                raise StateDamaged(msg) from exc
+            msg = f"{self.path} can't be read or written ({text}); see whether the disk is full, then start again"
+            raise StateError(msg) from exc
 
     def close(self) -> None:
         """Flush and let go of the database, so that another process can open it."""
-        self._db.close()
+        try:
+            self._db.close()
+        except Exception as exc:  # noqa: BLE001 - rocksdict raises bare exceptions
+            # Closing tidies the log into tables; when that fails (a full disk) the log still holds every entry.
+            log.warning("%s was closed untidily, its log keeps what was written: %s", self.path.name, exc)
+        finally:
+            del self._db  # what a failed close has left open
+
+
+def damage_path(path: Path) -> Path:
+    """File beside a database that says that it was found damaged."""
+    return path.with_suffix(".damaged")
+
+
+def _age_s(path: Path) -> float:
+    """Seconds since a database was last written, 0 where there is none."""
+    times = [file.stat().st_mtime for file in path.iterdir()] if path.is_dir() else []
+    return time.time() - max(times) if times else 0.0
 
 
 class HistoryStore(SerializedStore):
@@ -97,10 +143,31 @@ class HistoryStore(SerializedStore):
         """Folder of a partition, where Faust's own stores would put it."""
         return Path(self.app.conf.tabledir) / f"{self.table_name}-{partition}.db"
 
-    def open(self, partition: int) -> PartitionDB:
-        """Open a partition for reading and writing."""
-        if partition not in self._open:
-            self._open[partition] = PartitionDB(self.path(partition), self._cache)
+    def open(self, partition: int, max_age_s: float = inf) -> PartitionDB:
+        """Open a partition for reading and writing; what can't be trusted is wiped, for the changelog has it all.
+
+        Args:
+            partition: its number.
+            max_age_s: state that was not written for longer is not trusted.
+        """
+        if partition in self._open:
+            return self._open[partition]
+        path = self.path(partition)
+        if damage_path(path).exists():
+            log.warning("partition %s: local state was found damaged; it is wiped and restored", partition)
+            self.wipe(partition)
+        elif (age_s := _age_s(path)) > max_age_s:
+            log.warning(
+                "partition %s: local state is %.0f hours old, the changelog keeps what was removed for %.0f; it is "
+                "wiped and restored", partition, age_s / 3600, max_age_s / 3600,
+            )  # fmt: skip
+            self.wipe(partition)
+        try:
+            self._open[partition] = PartitionDB(path, self._cache)
+        except StateDamaged as exc:
+            log.warning("%s", exc)
+            self.wipe(partition)
+            self._open[partition] = PartitionDB(path, self._cache)
         return self._open[partition]
 
     @property
@@ -117,6 +184,7 @@ class HistoryStore(SerializedStore):
         """Forget a partition's local state; the changelog has it all."""
         self.close(partition)
         shutil.rmtree(self.path(partition), ignore_errors=True)
+        damage_path(self.path(partition)).unlink(missing_ok=True)
 
     def persisted_offset(self, tp: Any) -> int | None:
         """None: restoring is ours, Faust has nothing to catch up with."""

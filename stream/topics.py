@@ -23,6 +23,7 @@ SETTLE_S: Final = 0.2
 _FRAME_BYTES: Final = 16 * 1024  # record and batch headers, key, and the fields around a vector
 _DLQ_HEADROOM_BYTES: Final = 64 * 1024
 _KEEP_MS: Final = 30 * 24 * 3600 * 1000
+_REMOVED_KEPT_S: Final = 24 * 3600.0  # Kafka's default
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,13 @@ class Prepared:
         partitions: n of all input topics, the changelog and the output.
         dead_letter_partitions: number of partitions of the dead-letter topic.
         administered: whether the broker answers admin requests (the embedded one doesn't).
+        removed_kept_s: how long the changelog tells of what was removed from it (``delete.retention.ms``).
     """
 
     partitions: int
     dead_letter_partitions: int
     administered: bool
+    removed_kept_s: float = _REMOVED_KEPT_S
 
 
 def prepare_topics(settings: Settings, dim: int) -> Prepared:
@@ -98,7 +101,9 @@ def prepare_topics(settings: Settings, dim: int) -> Prepared:
     _check_configs(there, _configs(admin, [w.name for w in there]))  # a start that is refused creates nothing
     _create(admin, missing, settings, partitions)
     _check_configs(missing, _configs(admin, [w.name for w in missing]))
-    return Prepared(partitions, found.get(settings.dlq_topic, partitions), administered=True)
+    changelog = _configs(admin, [settings.changelog_topic])[settings.changelog_topic]
+    removed_kept_s = int(changelog["delete.retention.ms"]) / 1000
+    return Prepared(partitions, found.get(settings.dlq_topic, partitions), True, removed_kept_s)
 
 
 def topic_partitions(settings: Settings, *topics: str) -> int | None:

@@ -283,6 +283,7 @@ class DeliveryChain:
 
     def __init__(self) -> None:
         self._last: dict[tuple[str, int], tuple[int, int]] = {}
+        self._ends: dict[tuple[str, int], int] = {}
         self._since = 0
 
     def check(self, batch: RecordBatch) -> bool:
@@ -295,7 +296,15 @@ class DeliveryChain:
         if batch.number != expected:
             msg = f"batch {batch.number} of {batch.topic}-{batch.partition} arrived where {expected} was due; restart"
             raise OwnershipError(msg)
+        if expected and batch.records[0].offset < self._ends[place]:
+            msg = (
+                f"the offsets of {batch.topic}-{batch.partition} went back from {self._ends[place]} to "
+                f"{batch.records[0].offset}: the topic was made anew, or cut; decide where to go on with "
+                "kafka-consumer-groups --reset-offsets, then start again"
+            )
+            raise OwnershipError(msg)
         self._last[place] = (batch.seeks, batch.number)
+        self._ends[place] = batch.next_offset
         return True
 
     def restart(self, seeks: int) -> None:

@@ -96,7 +96,9 @@ async def _stop(app: EmbeddingApp, starting: "asyncio.Task[None]") -> None:
             await asyncio.gather(starting, return_exceptions=True)
     except Exception as exc:
         log.critical(
-            "did not stop in order: %s", type(exc).__name__, exc_info=None if isinstance(exc, TimeoutError) else exc
+            "did not stop in order: %s",
+            type(exc).__name__,
+            exc_info=None if isinstance(exc, TimeoutError | UembError) else exc,
         )
         app.failure = app.failure or exc
 
