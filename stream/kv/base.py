@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from stream.errors import Fenced
+
 
 @dataclass(frozen=True, slots=True)
 class Serving:
@@ -31,6 +33,14 @@ class Meta:
     current: Serving | None = None
     fallbacks: Mapping[str, bytes] = field(default_factory=dict)
     encoders: Mapping[str, str] = field(default_factory=dict)
+
+
+def fenced(partition: int, stored: bytes, ours: bytes) -> Fenced:
+    """The error of a writer whose epoch (big-endian) is below a stored one."""
+    theirs, mine = int.from_bytes(stored, "big"), int.from_bytes(ours, "big")
+    return Fenced(
+        f"partition {partition} has a newer owner (epoch {theirs}, ours is {mine}); this worker has lost it and stops"
+    )
 
 
 class KVWriter(Protocol):

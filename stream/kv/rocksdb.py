@@ -25,7 +25,7 @@ from typing import Final
 from rocksdict import BlockBasedOptions, Cache, DBCompressionType, DBRecoveryMode, Options, Rdict, WriteBatch
 
 from stream.errors import Fenced, StateError, StoreError, StoreLocked
-from stream.kv.base import Meta
+from stream.kv.base import Meta, fenced
 from stream.kv.meta import decode_meta, encode_meta
 from stream.records import PREFIX_BYTES
 
@@ -300,7 +300,7 @@ class RocksKV:
             # Big-endian, so bytes compare as (epoch, revision). What is too short to compare was not written by us.
             if old is not None and len(old) >= PREFIX_BYTES and old[:PREFIX_BYTES] > entry[:PREFIX_BYTES]:
                 if old[:_EPOCH_BYTES] > entry[:_EPOCH_BYTES]:
-                    raise _fenced(partition, old, entry)
+                    raise fenced(partition, old[:_EPOCH_BYTES], entry[:_EPOCH_BYTES])
                 continue
             batch[key] = entry
         written = len(batch)
@@ -382,10 +382,3 @@ def _try_lock(file: Path) -> int | None:
         raise
     os.close(fd)
     return None
-
-
-def _fenced(partition: int, old: bytes, new: bytes) -> Fenced:
-    stored, ours = (int.from_bytes(e[:_EPOCH_BYTES], "big") for e in (old, new))
-    return Fenced(
-        f"partition {partition} has a newer owner (epoch {stored}, ours is {ours}); this worker has lost it and stops"
-    )
