@@ -19,7 +19,7 @@ from redis.exceptions import RedisError
 START_TIMEOUT_S: Final = 20.0
 _SETTINGS: Final = {
     "bind": "127.0.0.1",
-    "save": "",
+    "save": '""',
     "appendonly": "no",
     "enable-debug-command": "local",
     "loglevel": "notice",
@@ -35,7 +35,7 @@ class RedisServer:
     """A running server: killed, paused and restarted at will, on the same port; data survives only where it is kept."""
 
     def __init__(self, **settings: str) -> None:
-        """Start it; `settings` are directives of its configuration, ``_`` for ``-``."""
+        """Start it; `settings` are lines of its configuration, ``_`` for ``-`` in their names."""
         self._settings = {**_SETTINGS, **{name.replace("_", "-"): value for name, value in settings.items()}}
         self._dir = Path(tempfile.mkdtemp(prefix="redis-test-"))
         self._process: subprocess.Popen[bytes] | None = None
@@ -69,10 +69,12 @@ class RedisServer:
 
     def start(self) -> None:
         """Start it, and wait until it answers."""
-        words = [word for name, value in self._settings.items() for word in (f"--{name}", value)]
+        settings = {"port": str(self.port), "dir": str(self._dir), **self._settings}
+        file = self._dir / "redis.conf"
+        file.write_text("".join(f"{name} {value}\n" for name, value in settings.items()))
         with (self._dir / "log").open("ab") as log:
             self._process = subprocess.Popen(
-                ["redis-server", "--port", str(self.port), "--dir", str(self._dir), *words],
+                ["redis-server", str(file)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -88,8 +90,8 @@ class RedisServer:
         while not self._answers():
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self._reap()
-                words_of_it = (self._dir / "log").read_text(errors="replace")[-2000:]
-                msg = f"Redis did not start:\n{words_of_it}"
+                last_words = (self._dir / "log").read_text(errors="replace")[-2000:]
+                msg = f"Redis did not start:\n{last_words}"
                 raise RuntimeError(msg)
             time.sleep(0.005)
 

@@ -184,3 +184,68 @@ class TestContract:
         reader.close()
         with pytest.raises(StoreError):
             reader.get([(b"u", b"k")])
+
+    async def test_a_claim_and_what_is_written_under_it(self, store: Store) -> None:
+        kv = await opened(store, 0)
+        claim, watermark = epoch_key(0).encode(), watermark_key(0).encode()
+        assert await kv.put(0, {claim: kv_prefix(4, 0)}) == 0
+        assert await kv.put(0, {b"k": entry(4, 1), watermark: entry(4, 1)}) == 0
+        assert await kv.put(0, {b"k": entry(4, 2), watermark: entry(4, 2)}) == 0
+        with pytest.raises(Fenced, match="epoch 4, ours is 3"):
+            await kv.put(0, {claim: kv_prefix(3, 0)})
+        assert await kv.get(0, [claim, b"k", watermark]) == [kv_prefix(4, 0), entry(4, 2), entry(4, 2)]
+        await kv.close_partition(0)
+        await kv.open_partition(0)
+        assert await kv.put(0, {claim: kv_prefix(5, 0)}) == 0
+        assert await kv.put(0, {b"k": entry(5, 2), watermark: entry(5, 1)}) == 0
+        assert await kv.get(0, [claim, b"k", watermark]) == [kv_prefix(5, 0), entry(5, 2), entry(5, 1)]
+
+    async def test_bytes_compare_as_unsigned_numbers(self, store: Store) -> None:
+        kv = await opened(store, 0)
+        rising = [
+            (0x7F, 0xFF),
+            (0x80, 0),
+            (0xFF, 1),
+            (0x100, 0),
+            (2**53, 7),
+            (2**53 + 1, 6),
+            (2**63, 5),
+            (2**64 - 1, 4),
+        ]
+        for n, (epoch, revision) in enumerate(rising):
+            assert await kv.put(0, {b"k": entry(epoch, revision)}) == 0
+            for below in rising[:n]:
+                with pytest.raises(Fenced, match=f"epoch {epoch}, ours is {below[0]}\\)"):
+                    await kv.put(0, {b"k": entry(*below)})
+        for revision in (0, 127, 128, 255, 256, 2**53, 2**53 + 1, 2**63, 2**64 - 1):
+            assert await kv.put(0, {b"r": entry(1, revision)}) == 0
+            if revision:
+                assert await kv.put(0, {b"r": entry(1, revision - 1)}) == 1
+        assert await kv.get(0, [b"k", b"r"]) == [entry(2**64 - 1, 4), entry(1, 2**64 - 1)]
+
+    async def test_a_batch_of_any_size(self, store: Store) -> None:
+        kv = await opened(store, 0)
+        for size in (999, 1000, 1001, 5000):
+            entries = {b"%d-%d" % (size, i): entry(1, i, b"%d" % i) for i in range(size)}
+            assert await kv.put(0, entries) == 0
+            assert await kv.get(0, list(entries)) == list(entries.values())
+            older = {key: entry(1, 0) for key in entries}
+            assert await kv.put(0, older) == size - 1
+
+    async def test_a_request_for_a_rebuild_stays_until_it_is_answered(self, store: Store) -> None:
+        kv, other = await opened(store, 0), store.writer()
+        assert await kv.rebuild_request(0) is None
+        await other.ask_rebuild(0)
+        first = await kv.rebuild_request(0)
+        assert first
+        assert await kv.rebuild_request(1) is None
+        await other.ask_rebuild(0)
+        second = await kv.rebuild_request(0)
+        assert second not in (None, first)
+        await kv.rebuild_done(0, first)
+        assert await kv.rebuild_request(0) == second, "a request that came later stays"
+        await kv.close()
+        assert await other.rebuild_request(0) == second
+        await other.rebuild_done(0, second or b"")
+        assert await other.rebuild_request(0) is None
+        await other.rebuild_done(0, second or b"")
