@@ -303,6 +303,14 @@ def test_config_masks_secrets(run_here: Callable[..., Ran]) -> None:
     assert values["event_topics"] == ["user-events.view", "user-events.like"]
 
 
+def test_config_masks_the_password_of_the_store(run_here: Callable[..., Ran]) -> None:
+    url = {"UEMB_KV_URL": "rediss://ali:open-sesame@host:7000/2"}
+    for ran in (run_here("config", "--json", **url), run_here("config", **url)):
+        assert (ran.code, ran.err) == (0, "")
+        assert "open-sesame" not in ran.out
+        assert "rediss://ali:**********@host:7000/2" in ran.out
+
+
 def test_config_shows_values_as_they_are_set(run_here: Callable[..., Ran]) -> None:
     set_to = {
         "UEMB_KV_URL": "rocksdb:///srv/a/rather/long/path/to/the/store/of/vectors/kv",

@@ -4,11 +4,15 @@ import asyncio
 import gc
 import json
 import logging
+import shutil
+import subprocess
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from kafka_broker import free_ports
 from kv_entries import entry, eventually
 from redis_server import RedisServer
 
@@ -18,7 +22,7 @@ from stream.kv.base import Meta, Serving
 from stream.kv.redis import CHUNK, RedisKV
 from stream.kv.redis_reader import RedisReader
 from stream.kv.redis_scripts import PUT
-from stream.kv.urls import RedisAddress, open_reader, parse_kv_url
+from stream.kv.urls import RedisAddress, open_reader, open_writer, parse_kv_url
 from stream.records import kv_prefix
 
 CLAIM = epoch_key(0).encode()
@@ -502,6 +506,50 @@ class TestLogin:
         await kv.open_partition(0)
         with pytest.raises(ConfigError, match="lets its user do too little; grant EVAL"):
             await kv.put(0, {CLAIM: kv_prefix(1, 0)})
+        await kv.close()
+
+
+class TestTls:
+    """rediss://"""
+
+    @pytest.fixture
+    def certificate(self, tmp_path: Path) -> Path:
+        """A certificate of 127.0.0.1, signed by itself; its key lies beside it."""
+        openssl = shutil.which("openssl")
+        if openssl is None:
+            pytest.skip("no certificate: install openssl")
+        file = tmp_path / "server.pem"
+        words = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
+        names = ["-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1"]
+        command = [openssl, "req", "-x509", *words, *names, "-keyout", str(tmp_path / "key.pem"), "-out", str(file)]
+        subprocess.run(command, check=True, capture_output=True, timeout=30)
+        return file
+
+    async def test_a_server_is_talked_to_only_with_a_certificate_of_a_known_ca(
+        self, make_redis: Callable[..., RedisServer], certificate: Path
+    ) -> None:
+        (port,) = free_ports(1)
+        key = str(certificate.with_name("key.pem"))
+        make_redis(tls_port=str(port), tls_cert_file=str(certificate), tls_key_file=key, tls_auth_clients="no")
+        url = f"rediss://127.0.0.1:{port}/0?ssl_ca_certs={certificate}"
+        kv = open_writer(url)
+        await kv.update_meta(lambda _: Meta("app", 1))
+        await kv.open_partition(0)
+        await kv.put(0, {b"k": entry(1, 1)})
+        reader = open_reader(url)
+        assert reader.get([(b"u", b"k")]) == [entry(1, 1)]
+        reader.close()
+        await kv.close()
+        for wrong in (f"rediss://127.0.0.1:{port}/0", f"rediss://localhost:{port}/0?ssl_ca_certs={certificate}"):
+            kv = open_writer(wrong)
+            with pytest.raises(StoreError, match=r"can't be reached: .*CERTIFICATE_VERIFY_FAILED"):
+                await kv.update_meta(lambda meta: meta)
+            await kv.close()
+            with pytest.raises(StoreError, match=r"can't be reached: .*CERTIFICATE_VERIFY_FAILED"):
+                open_reader(wrong)
+        kv = open_writer(f"redis://127.0.0.1:{port}/0")
+        with pytest.raises(StoreError):
+            await kv.update_meta(lambda meta: meta)
         await kv.close()
 
 
