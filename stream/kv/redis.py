@@ -29,7 +29,7 @@ from stream.records import PREFIX_BYTES, CorruptRecord, kv_entry
 
 log = logging.getLogger(__name__)
 
-#: Entries that one script call writes. The server does nothing else meanwhile, for about 2 ms; Lua's stack has room for
+#: Entries that one script call writes. The server does nothing else meanwhile, for about 3 ms; Lua's stack has room for
 #: some thousands.
 CHUNK: Final = 1000
 #: A heartbeat is written every second, by the worker's clock; the server's may differ by some seconds.

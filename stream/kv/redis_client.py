@@ -14,6 +14,8 @@ REPAIR: Final = "stop the workers, remove the keys uemb:* and start them again, 
 CONNECT_TIMEOUT_S: Final = 1.0
 
 READ_ONLY: Final = "is a read-only replica: name its primary in UEMB_KV_URL"
+#: Access list of a user that may do all that workers and readers do.
+GRANTS: Final = "+@read +@write +@connection +eval +evalsha +info +time ~uemb:*"
 IN_CLUSTER: Final = "is part of a cluster, which this release can't use; name a server of its own"
 
 #: What a server means by the first word of an error that passes by itself, or once somebody has acted.
@@ -84,7 +86,7 @@ def _ours(exc: exceptions.RedisError, address: RedisAddress) -> ConfigError | St
     ):
         return ConfigError(f"{where} refused the login; check user and password in UEMB_KV_URL")
     if "NOPERM" in words:
-        return ConfigError(f"{where} lets its user do too little; grant EVAL, EVALSHA, INFO, TIME, ~uemb:* and writes")
+        return ConfigError(f"{where} lets its user do too little; grant {GRANTS}")
     if words.intersection(_CLUSTER):
         return ConfigError(f"{where} {IN_CLUSTER}")
     if "DB index is out of range" in text:

@@ -172,6 +172,9 @@ ERRORS = {
     "home_of_nobody": Wrong("config", ("UEMB_ITEMS",), {"UEMB_ITEMS": "~nobody-of-that-name/items"}),
     "session_without_end": Wrong("config", ("UEMB_SESSION_TIMEOUT_S",), {"UEMB_SESSION_TIMEOUT_S": "inf"}),
     "get_without_a_store": Wrong("get 1", ("/nowhere/kv",), {"UEMB_KV_URL": "rocksdb:///nowhere/kv"}),
+    "get_from_a_server_that_is_away": Wrong(
+        "get 1", ("redis://127.0.0.1:1/0", "can't be reached"), {"UEMB_KV_URL": "redis://:open-sesame@127.0.0.1:1"}
+    ),
     "get_from_no_known_store": Wrong("get 1", ("'leveldb'", "rocksdb:///"), {"UEMB_KV_URL": "leveldb:///kv"}),
     "embed_missing_file": Wrong("embed {folder}/nothing.json --items {folder}/items", ("nothing.json",)),
     "embed_without_items": Wrong("embed {folder}/seed.json", ("--items", "UEMB_ITEMS")),

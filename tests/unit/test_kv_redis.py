@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from kafka_broker import free_ports
 from kv_entries import entry, eventually
@@ -20,10 +21,12 @@ from stream.errors import ConfigError, Fenced, StateError, StoreError, StoreLost
 from stream.keys import epoch_key, partition_of, watermark_key
 from stream.kv.base import Meta, Serving
 from stream.kv.redis import CHUNK, RedisKV
+from stream.kv.redis_client import GRANTS
 from stream.kv.redis_reader import RedisReader
 from stream.kv.redis_scripts import PUT
 from stream.kv.urls import RedisAddress, open_reader, open_writer, parse_kv_url
-from stream.records import kv_prefix
+from stream.records import EmbeddingRecord, encode, kv_prefix
+from stream.retrieval import EmbeddingReader
 
 CLAIM = epoch_key(0).encode()
 WATERMARK = watermark_key(0).encode()
@@ -485,26 +488,36 @@ class TestLogin:
         assert "secret" not in str(caught.value)
         await kv.close()
 
-    async def test_the_right_password(self, make_redis: Callable[..., RedisServer]) -> None:
+    @pytest.mark.parametrize("login", [":p%40ss%2F%3A%23", "ali:p%25w"])
+    async def test_the_right_password_and_no_more_rights_than_are_asked_for(
+        self, make_redis: Callable[..., RedisServer], caplog: pytest.LogCaptureFixture, login: str
+    ) -> None:
+        caplog.set_level(logging.INFO)
         server = make_redis(requirepass="p@ss/:#")
         with server.client() as client:
-            client.acl_setuser("ali", enabled=True, passwords=["+p%w"], categories=["+@all"], keys=["uemb:*"])
-        for login in (":p%40ss%2F%3A%23", "ali:p%25w"):
-            address = parse_kv_url(f"redis://{login}@127.0.0.1:{server.port}")
-            assert isinstance(address, RedisAddress)
-            kv = RedisKV(address)
-            await kv.update_meta(lambda meta: replace(meta, app="app", partitions=1))
-            reader = RedisReader(address)
-            assert reader.meta() == Meta("app", 1)
-            reader.close()
-            await kv.close()
+            client.execute_command("ACL", "SETUSER", "ali", "on", ">p%w", *GRANTS.split())
+        address = parse_kv_url(f"redis://{login}@127.0.0.1:{server.port}")
+        assert isinstance(address, RedisAddress)
+        kv = RedisKV(address)
+        await kv.update_meta(lambda meta: replace(meta, app="app", partitions=1))
+        await claim(kv, 5)
+        await kv.put(0, {b"uemb:u:i:42": entry(5, 1), **watermark(5, 1, time.time())})
+        assert await kv.is_owned(0)
+        await kv.ask_rebuild(0)
+        await kv.rebuild_done(0, await kv.rebuild_request(0) or b"")
+        reader = RedisReader(address)
+        assert reader.get([(b"42", b"uemb:u:i:42")]) == [entry(5, 1)]
+        assert reader.meta() == Meta("app", 1)
+        reader.close()
+        await kv.close()
+        assert not [record for record in caplog.records if record.name.startswith("stream")], "something was refused"
 
     async def test_a_user_that_may_do_too_little(self, redis: RedisServer) -> None:
         with redis.client() as client:
             client.acl_setuser("ali", enabled=True, passwords=["+pw"], categories=["+@read"], keys=["uemb:*"])
         kv = RedisKV(replace(at(redis), username="ali", password="pw"))
         await kv.open_partition(0)
-        with pytest.raises(ConfigError, match="lets its user do too little; grant EVAL"):
+        with pytest.raises(ConfigError, match="lets its user do too little; grant "):
             await kv.put(0, {CLAIM: kv_prefix(1, 0)})
         await kv.close()
 
@@ -707,6 +720,31 @@ class TestReader:
         redis.resume()
         assert reader.get([(b"u", CLAIM)]) == [kv_prefix(5, 0)]
         reader.close()
+
+
+class TestRetrieval:
+    """`EmbeddingReader` on this store."""
+
+    async def test_a_store_that_is_slow_or_away_costs_no_more_than_the_deadline(
+        self, redis: RedisServer, kv: RedisKV
+    ) -> None:
+        vector = np.float32([0.6, 0.8])
+        record = EmbeddingRecord("42", 5, 1, "ok", "", 2, 0, 1, "u", "i", vector, 1.0)
+        await kv.update_meta(lambda meta: replace(meta, current=Serving("u", "i", -1)))
+        await kv.put(0, {b"uemb:u:i:42": kv_prefix(5, 1) + encode(record), **watermark(5, 1, time.time() + 3600)})
+        with EmbeddingReader.open(redis.url, fallback=[1.0, 0.0], timeout_s=0.2) as reader:
+            answer = reader.get(42)
+            assert (answer.status, answer.stale, answer.vector.tolist()) == ("ok", False, vector.tolist())
+            assert reader.get(7).reason == "missing"
+            redis.pause()
+            assert [reader.get(42).reason for _ in range(3)] == ["timeout"] * 3
+            redis.resume()
+            eventually(lambda: reader.get(42).status == "ok")
+            redis.kill()
+            eventually(lambda: reader.get(42).reason == "store_down")
+            _, answers = reader.get_many([42, 7])
+            assert [answer.reason for answer in answers] == ["store_down"] * 2
+            assert answers[0].vector.tolist() == [1.0, 0.0]
 
 
 def _run_until_killed(server: RedisServer) -> None:
