@@ -196,7 +196,9 @@ class TestScripts:
             await kv.put(0, batch)
         assert set(await kv.get(0, list(batch)[:-1])) == {None}
 
-    async def test_a_claim_within_a_large_batch_comes_first(self, kv: RedisKV) -> None:
+    async def test_a_claim_within_a_large_batch_comes_first(self, redis: RedisServer, kv: RedisKV) -> None:
+        with redis.client() as client:
+            client.flushall()
         batch = {b"k%d" % i: entry(6, 1) for i in range(2 * CHUNK)}
         assert await kv.put(0, {**batch, **watermark(6, 1), CLAIM: kv_prefix(6, 0)}) == 0
         assert await kv.get(0, [CLAIM, b"k1999"]) == [kv_prefix(6, 0), entry(6, 1)]
@@ -302,10 +304,14 @@ class TestLoss:
             await kv.put(0, {b"k": entry(5, 1)})
         assert await kv.get(0, [b"k"]) == [None]
 
-    async def test_a_refused_watermark_is_no_loss(self, kv: RedisKV) -> None:
+    async def test_a_refused_watermark_is_no_loss(self, redis: RedisServer, kv: RedisKV) -> None:
         assert await kv.put(0, watermark(5, 7)) == 0
         assert await kv.put(0, watermark(5, 3)) == 1
         assert await kv.put(0, {b"k": entry(5, 1)}) == 0
+        with redis.client() as client:
+            client.mset(watermark(5, 5))
+        with pytest.raises(StoreLost):
+            await kv.put(0, {b"k": entry(5, 1)})
 
     async def test_a_partition_that_others_claimed_meanwhile_is_no_loss(
         self, redis: RedisServer, kv: RedisKV, make_kv: Callable[..., RedisKV]
@@ -384,6 +390,28 @@ class TestServer:
             await put
         redis.resume()
         assert await kv.get(0, [CLAIM]) == [kv_prefix(5, 0)]
+
+    async def test_an_answer_that_was_lost_changes_nothing(
+        self, redis: RedisServer, make_kv: Callable[..., RedisKV]
+    ) -> None:
+        async with LosingProxy(redis) as proxy:
+            kv, changes = RedisKV(proxy.address), []
+            await claim(kv, 5)
+            proxy.lose_next(b"EVAL")
+            assert await kv.put(0, {b"k": entry(5, 1, b"first"), **watermark(5, 1)}) == 0
+            assert proxy.lost == 1, "the fault did not fire"
+            assert await kv.put(0, {b"k": entry(5, 2)}) == 0
+
+            def add(meta: Meta) -> Meta:
+                changes.append(meta)
+                return replace(meta, partitions=(meta.partitions or 0) + 1)
+
+            await kv.update_meta(add)
+            proxy.lose_next(b"EVAL")
+            assert (await kv.update_meta(add)).partitions == 2
+            assert proxy.lost == 2, "the fault did not fire"
+            assert len(changes) == 2, "a change that was made was made again"
+            await kv.close()
 
     async def test_a_busy_script_passes(self, redis: RedisServer, kv: RedisKV) -> None:
         with redis.client() as client:
@@ -745,6 +773,51 @@ class TestRetrieval:
             _, answers = reader.get_many([42, 7])
             assert [answer.reason for answer in answers] == ["store_down"] * 2
             assert answers[0].vector.tolist() == [1.0, 0.0]
+
+
+class LosingProxy:
+    """Stands before a server, and hangs up instead of passing on the answer to a command of the test's choice."""
+
+    def __init__(self, server: RedisServer) -> None:
+        self._server = server
+        self._lose: bytes | None = None
+        self.lost = 0
+
+    async def __aenter__(self) -> "LosingProxy":
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._listener = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.address = replace(at(self._server), port=self._listener.sockets[0].getsockname()[1])
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._listener.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.sleep(0)  # transports end in the loop's next turn
+        await self._listener.wait_closed()
+
+    def lose_next(self, command: bytes) -> None:
+        """Lose the answer to the next command that begins so."""
+        self._lose = command
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        ahead, behind = await asyncio.open_connection("127.0.0.1", self._server.port)
+        try:
+            while request := await reader.read(1 << 20):
+                losing = self._lose is not None and self._lose in request
+                behind.write(request)
+                answer = await ahead.read(1 << 20)
+                if losing:
+                    self._lose, self.lost = None, self.lost + 1
+                    return
+                writer.write(answer)
+        finally:
+            writer.close()
+            behind.close()
 
 
 def _run_until_killed(server: RedisServer) -> None:
