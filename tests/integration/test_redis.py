@@ -59,6 +59,9 @@ def test_every_user_and_again_after_the_store_was_wiped(
     user = next(iter(want))
     shown = json.loads(uemb(pipeline, "get", user, "--json"))
     assert (shown["user_id"], shown["status"], shown["stale"]) == (user, want[user]["status"], False)
+    epochs = pipeline.epochs()
+    assert json.loads(uemb(pipeline, "kv", "rebuild", "--json"))["partitions"] == [0, 1, 2, 3]
+    assert pipeline.epochs() == epochs, "another worker was started beside the one that runs"
     assert pipeline.stop() == 0
     with redis.client() as client:
         keys = list(client.scan_iter(count=1000))

@@ -3,6 +3,8 @@
 import asyncio
 import itertools
 import os
+import random
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +16,7 @@ from stream.errors import ConfigError, Fenced, StoreError
 from stream.keys import epoch_key, partition_of, watermark_key
 from stream.kv.base import KVReader, KVWriter, Meta, Serving
 from stream.kv.urls import open_reader, open_writer
-from stream.records import kv_prefix
+from stream.records import kv_entry, kv_prefix
 
 
 @dataclass
@@ -222,6 +224,33 @@ class TestContract:
             if revision:
                 assert await kv.put(0, {b"r": entry(1, revision - 1)}) == 1
         assert await kv.get(0, [b"k", b"r"]) == [entry(2**64 - 1, 4), entry(1, 2**64 - 1)]
+
+    @pytest.mark.parametrize("seed", range(3))
+    async def test_any_sequence_of_batches_ends_as_a_dictionary_that_compares_would(
+        self, store: Store, seed: int
+    ) -> None:
+        kv, chance = await opened(store, 0), random.Random(seed)
+        model: dict[bytes, tuple[int, int]] = {}
+        outcomes = Counter[str]()
+        for number in range(300):
+            highest = 1 + number // 100  # so that most batches are not fenced
+            batch = {
+                b"k%d" % key: (max(1, highest - (chance.random() < 0.02)), chance.randrange(6))
+                for key in chance.sample(range(8), chance.randrange(1, 5))
+            }
+            entries = {key: entry(*order, b"%d" % number) for key, order in batch.items()}
+            if any(key in model and model[key][0] > epoch for key, (epoch, _) in batch.items()):
+                with pytest.raises(Fenced):
+                    await kv.put(0, entries)
+                outcomes["fenced"] += 1
+            else:
+                accepted = {key: order for key, order in batch.items() if order >= model.get(key, (0, 0))}
+                assert await kv.put(0, entries) == len(batch) - len(accepted)
+                outcomes["refused"] += len(batch) - len(accepted)
+                model.update(accepted)
+            stored = await kv.get(0, list(model))
+            assert {key: kv_entry(found or b"")[:2] for key, found in zip(model, stored, strict=True)} == model
+        assert min(outcomes["fenced"], outcomes["refused"]) > 0, outcomes
 
     async def test_a_batch_of_any_size(self, store: Store) -> None:
         kv = await opened(store, 0)
