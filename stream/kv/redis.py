@@ -9,6 +9,7 @@ import json
 import logging
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -16,7 +17,7 @@ from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as Dropped
-from redis.exceptions import NoScriptError, ResponseError
+from redis.exceptions import NoScriptError, ReadOnlyError, RedisError, ResponseError
 
 from stream.errors import ConfigError, StoreError, StoreLost
 from stream.keys import APP_KEY, CURRENT_KEY, META_KEY, epoch_key, rebuild_key, watermark_key
@@ -171,7 +172,7 @@ class RedisKV:
         self._partitions.clear()
         client, self._open, self._checked = self._open, None, False
         if client is not None:
-            with translated(self._address):
+            with suppress(RedisError, OSError):  # of a connection that is broken nothing is left to close
                 await client.aclose()
 
     @property
@@ -214,6 +215,10 @@ class RedisKV:
                 return await self._client.evalsha(script.sha, len(keys), *keys, *args)
             except NoScriptError:
                 return await self._client.eval(script.text, len(keys), *keys, *args)
+            except ReadOnlyError:
+                # The server was made a replica: connect anew, for its name may stand for another one by now.
+                await self._client.connection_pool.disconnect(inuse_connections=False)
+                raise
 
     async def _check_server(self) -> None:
         if self._checked:

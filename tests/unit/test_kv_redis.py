@@ -413,6 +413,27 @@ class TestServer:
             assert len(changes) == 2, "a change that was made was made again"
             await kv.close()
 
+    async def test_a_name_that_stands_for_another_server_after_a_failover(
+        self, redis: RedisServer, make_redis: Callable[..., RedisServer]
+    ) -> None:
+        other = make_redis()
+        async with LosingProxy(redis) as proxy:
+            kv = RedisKV(proxy.address)
+            await claim(kv, 5)
+            with redis.client() as client:
+                client.replicaof("127.0.0.1", other.port)
+            proxy.server = other
+            with pytest.raises(StoreError, match="read-only replica") as caught:
+                await kv.put(0, {b"k": entry(5, 1)})
+            assert caught.value.retriable
+            with pytest.raises(StoreLost):  # the other was no replica of it
+                await kv.put(0, {b"k": entry(5, 1)})
+            await claim(kv, 6)
+            assert await kv.put(0, {b"k": entry(6, 1)}) == 0
+            await kv.close()
+        with other.client() as client:
+            assert client.get("k") == entry(6, 1)
+
     async def test_a_busy_script_passes(self, redis: RedisServer, kv: RedisKV) -> None:
         with redis.client() as client:
             client.config_set("busy-reply-threshold", "10")
@@ -779,14 +800,14 @@ class LosingProxy:
     """Stands before a server, and hangs up instead of passing on the answer to a command of the test's choice."""
 
     def __init__(self, server: RedisServer) -> None:
-        self._server = server
+        self.server = server
         self._lose: bytes | None = None
         self.lost = 0
 
     async def __aenter__(self) -> "LosingProxy":
         self._tasks: set[asyncio.Task[None]] = set()
         self._listener = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        self.address = replace(at(self._server), port=self._listener.sockets[0].getsockname()[1])
+        self.address = replace(at(self.server), port=self._listener.sockets[0].getsockname()[1])
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -805,7 +826,7 @@ class LosingProxy:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
-        ahead, behind = await asyncio.open_connection("127.0.0.1", self._server.port)
+        ahead, behind = await asyncio.open_connection("127.0.0.1", self.server.port)
         try:
             while request := await reader.read(1 << 20):
                 losing = self._lose is not None and self._lose in request
