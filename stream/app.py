@@ -236,10 +236,13 @@ class EmbeddingApp(faust.App):
     async def _heartbeat(self) -> None:
         while not self.should_stop:
             await self.sleep(HEARTBEAT_S)
+            if self.should_stop:  # which ends a sleep: the partitions are being given up
+                return
             try:
                 await self._required_partitions.heartbeat()
             except Exception as exc:  # noqa: BLE001 - a store that can't be written stops the worker
-                await self.crash(exc)
+                if not self.should_stop:  # else the store was closed under the last heartbeat, which nobody needs
+                    await self.crash(exc)
 
     async def _report(self) -> None:
         before = Counter[str]()

@@ -43,12 +43,15 @@ def rebuild(partitions: tuple[int, ...], as_json: bool) -> None:
     with progress_bar("rebuilt partitions") as update:
 
         async def all_done() -> None:
-            while left := [p for p in wanted if await store.rebuild_request(p) is not None]:
-                update(len(wanted) - len(left), len(wanted))
-                if owned and not await _any_owned(store, left):
-                    msg = "the workers have stopped; the request stays, the next owner of the partitions answers it"
-                    raise StoreError(msg)
-                await asyncio.sleep(_POLL_S)
+            try:
+                while left := [p for p in wanted if await store.rebuild_request(p) is not None]:
+                    update(len(wanted) - len(left), len(wanted))
+                    if owned and not await _any_owned(store, left):
+                        msg = "the workers have stopped; the request stays, the next owner of the partitions answers it"
+                        raise StoreError(msg)
+                    await asyncio.sleep(_POLL_S)
+            finally:
+                await store.close()
             update(len(wanted), len(wanted))
             _report(wanted, time.monotonic() - started, as_json)
 
@@ -77,10 +80,13 @@ def _partition_count(settings: Settings) -> int:
 
 
 async def _ask(store: KVWriter, partitions: Sequence[int]) -> bool:
-    """Ask for all of `partitions`; return whether a worker owns any of the store."""
-    for partition in partitions:
-        await store.ask_rebuild(partition)
-    return await _any_owned(store, partitions)
+    """Ask for all of `partitions`; return whether a worker owns any of the store, which this leaves closed."""
+    try:
+        for partition in partitions:
+            await store.ask_rebuild(partition)
+        return await _any_owned(store, partitions)
+    finally:
+        await store.close()
 
 
 async def _any_owned(store: KVWriter, partitions: Sequence[int]) -> bool:

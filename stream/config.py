@@ -5,13 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_serializer, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from stream.encoders import VersionedEncoder, make_encoder
 from stream.errors import ConfigError
 from stream.events import FIELDS, EventRules
-from stream.kv.urls import parse_kv_url
+from stream.kv.urls import masked_kv_url, parse_kv_url
 
 _TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
 ENV_PREFIX: Final = "UEMB_"
@@ -89,7 +89,9 @@ class Settings(BaseSettings):
 
     # stores
     kv_url: str = Field(
-        default_factory=lambda: f"rocksdb://{_DATA.expanduser()}/kv", description="key-value store that retrieval reads"
+        default_factory=lambda: f"rocksdb://{_DATA.expanduser()}/kv",
+        repr=False,  # it may hold a password
+        description="key-value store that retrieval reads, rocksdb:///path or redis[s]://[user:password@]host[:port][/db]",
     )
     state_dir: Path = Field(_DATA / "state", description="this worker's local tables; one folder per worker")
     hot_users: int = Field(10_000, ge=1, description="users kept in memory, all partitions together")
@@ -129,6 +131,10 @@ class Settings(BaseSettings):
         except ConfigError as exc:
             raise ValueError(str(exc)) from exc
         return value
+
+    @field_serializer("kv_url")
+    def _without_password(self, value: str) -> str:
+        return masked_kv_url(value)
 
     @model_validator(mode="after")
     def _consistent(self) -> "Settings":

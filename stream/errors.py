@@ -10,7 +10,8 @@ UembError
 ├── DeliveryError          Kafka did not acknowledge in time
 │   └── RecordTooLarge     the topic's size limit refused a record
 └── StoreError             the key-value store can't be reached or answered wrongly; retriable
-    └── StoreLocked        another process holds the partition's database
+    ├── StoreLocked        another process holds the partition's database
+    └── StoreLost          the store was wiped or set back under its writer; claim the partition and rebuild it
 
 UnknownItemError(IndexError)   an item index outside the item space (public functions of `stream.embedding`)
 """
@@ -75,6 +76,16 @@ class StoreError(UembError):
 
 class StoreLocked(StoreError):
     """Another process holds the partition's database open for writing, and did so for all of the store's patience."""
+
+    retriable = False
+
+
+class StoreLost(StoreError):
+    """The store no longer holds what this worker wrote: it was wiped under us, or set back to an older copy.
+
+    Writing on would fill an empty store with a few new vectors and call it whole. The partition must be claimed again
+    and rebuilt from its histories (law 10); the same write can't succeed before that.
+    """
 
     retriable = False
 

@@ -8,10 +8,11 @@ INT64_MIN: Final = -(1 << 63)
 INT64_MAX: Final = (1 << 63) - 1
 
 #: First part of a key after ``uemb:`` that a version name must not take.
-RESERVED_WORDS: Final = frozenset({"app", "current", "fallback", "encoder", "epoch", "watermark"})
+RESERVED_WORDS: Final = frozenset({"app", "current", "fallback", "encoder", "epoch", "watermark", "meta", "rebuild"})
 
 APP_KEY: Final = "uemb:app"
 CURRENT_KEY: Final = "uemb:current"
+META_KEY: Final = "uemb:meta"
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _VERSION = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -102,3 +103,8 @@ def epoch_key(partition: int) -> str:
 def watermark_key(partition: int) -> str:
     """Key of a partition's progress record."""
     return f"uemb:watermark:{partition}"
+
+
+def rebuild_key(partition: int) -> str:
+    """Key of the request that a partition's owner writes it anew."""
+    return f"uemb:rebuild:{partition}"

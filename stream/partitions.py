@@ -97,7 +97,9 @@ class Partitions:
         parts = self._parts
         await parts.lanes.heartbeat()
         for partition, owned in list(parts.processor.owned.items()):
-            if partition not in self._rebuilds and await parts.kv.rebuild_request(partition) is not None:
+            if partition in self._rebuilds or await parts.kv.rebuild_request(partition) is None:
+                continue
+            if parts.processor.owned.get(partition) is owned:  # not given up while the store answered
                 self._start_rebuild(owned)
 
     async def _take(self, partition: int, hot_users: int) -> None:

@@ -147,6 +147,7 @@ class Lane:
         self._on_stage = on_stage
         self._queue: asyncio.Queue[Work] = asyncio.Queue(LANE_DEPTH)
         self._watermark_key = watermark_key(partition).encode()
+        self._storing = False
 
     async def put(self, work: Work) -> None:
         """Queue a step; waits while the lane is full."""
@@ -192,7 +193,12 @@ class Lane:
                 self.progress.offsets[work.batch.topic] = work.batch.next_offset
                 kafka_time_ms = work.batch.records[-1].timestamp
                 self.progress.kafka_time_ms = max(self.progress.kafka_time_ms or 0, kafka_time_ms)
-        await self._kv.put(self.partition, {**entries, **self._watermark()})
+        # While a networked store takes its time, no heartbeat may tell of offsets whose vectors it does not have yet.
+        self._storing = True
+        try:
+            await self._kv.put(self.partition, {**entries, **self._watermark()})
+        finally:
+            self._storing = False
         self._passed("kv", works)
         for work in works:
             await self._dead_letters(work)
@@ -215,7 +221,7 @@ class Lane:
 
     async def heartbeat(self) -> None:
         """Write the watermark of an idle partition."""
-        if self._queue.empty() and (watermark := self._watermark()):
+        if self._queue.empty() and not self._storing and (watermark := self._watermark()):
             await self._kv.put(self.partition, watermark)
 
     async def _dead_letters(self, work: Work) -> None:
@@ -292,8 +298,9 @@ class Lanes:
 
     async def heartbeat(self) -> None:
         """Write the watermarks of idle partitions."""
-        for lane in list(self._lanes.values()):
-            await lane.heartbeat()
+        for partition, lane in list(self._lanes.items()):
+            if self._lanes.get(partition) is lane:  # not given up while another's was written
+                await lane.heartbeat()
 
     async def drain(self) -> None:
         """Wait until everything queued is durable; returns at once when a lane has failed."""

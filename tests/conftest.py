@@ -4,12 +4,14 @@ import os
 import re
 import uuid
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack
 from typing import Final
 
 import pytest
 from hypothesis import settings
 from kafka_broker import KafkaBroker, why_unavailable
+from redis_server import RedisServer, why_no_redis
 
 pytest_plugins = ["pipeline_fixtures"]
 
@@ -31,6 +33,21 @@ def kafka() -> Iterator[KafkaBroker]:
         yield broker
 
 
+@pytest.fixture
+def make_redis() -> Iterator[Callable[..., RedisServer]]:
+    """Starts servers of the test's own, which it may stop, break and starve; directives are keyword arguments."""
+    if reason := why_no_redis():
+        pytest.skip(reason)
+    with ExitStack() as running:
+        yield lambda **settings: running.enter_context(RedisServer(**settings))
+
+
+@pytest.fixture
+def redis(make_redis: Callable[..., RedisServer]) -> RedisServer:
+    """An empty Redis of the test's own."""
+    return make_redis()
+
+
 @pytest.fixture(autouse=True)
 def _broker_runs_again(request: pytest.FixtureRequest) -> Iterator[None]:
     broker: KafkaBroker | None = request.getfixturevalue("kafka") if "kafka" in request.fixturenames else None
@@ -47,13 +64,15 @@ def unique() -> str:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what uses Kafka; leave out what nobody asked for."""
+    """Mark what uses Kafka or Redis; leave out what nobody asked for."""
     asked = set(re.findall(r"\w+", config.option.markexpr))
     out: list[pytest.Item] = []
     counts: Counter[str] = Counter()
     for item in items:
         if "kafka" in getattr(item, "fixturenames", ()):
             item.add_marker("kafka")
+        if "make_redis" in getattr(item, "fixturenames", ()):
+            item.add_marker("redis")
         names = [name for name in ON_REQUEST if item.get_closest_marker(name)]
         if names and not asked.intersection(names):
             out.append(item)

@@ -216,7 +216,7 @@ class KafkaBroker:
 
     def _first_start(self) -> None:
         for attempt in range(3):
-            port, controller_port = _free_ports(2)
+            port, controller_port = free_ports(2)
             self.bootstrap = f"127.0.0.1:{port}"
             data, properties = self._dir / f"data-{attempt}", self._dir / "server.properties"
             settings = _PROPERTIES.format(port=port, controller_port=controller_port, data=data)
@@ -369,7 +369,7 @@ def _cluster_id() -> str:
     return uuid.uuid4().hex[:21] + "A"
 
 
-def _free_ports(n: int) -> list[int]:
+def free_ports(n: int) -> list[int]:
     with contextlib.ExitStack() as held:
         ports: list[int] = []
         for port in random.SystemRandom().sample(PORTS, 200):

@@ -50,6 +50,7 @@ class Pipeline:
         self.deletions, self.output, self.dlq = f"{unique}.deletions", f"{unique}.out", f"{unique}.dlq"
         self.changelog = f"{unique}-user-history-changelog"
         self.kv_path = folder / "kv"
+        self.kv_url = str(settings.get("kv_url", f"rocksdb://{self.kv_path}"))
         self.state = folder / "state"
         self.partitions = 4
         self.environment = {
@@ -79,10 +80,6 @@ class Pipeline:
             self._store.close()
         if self._group is not None:
             self._group.close()
-
-    @property
-    def kv_url(self) -> str:
-        return f"rocksdb://{self.kv_path}"
 
     @property
     def inputs(self) -> list[str]:

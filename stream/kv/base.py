@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from stream.errors import Fenced
+
 
 @dataclass(frozen=True, slots=True)
 class Serving:
@@ -33,6 +35,14 @@ class Meta:
     encoders: Mapping[str, str] = field(default_factory=dict)
 
 
+def fenced(partition: int, stored: bytes, ours: bytes) -> Fenced:
+    """The error of a writer whose epoch (big-endian) is below a stored one."""
+    theirs, mine = int.from_bytes(stored, "big"), int.from_bytes(ours, "big")
+    return Fenced(
+        f"partition {partition} has a newer owner (epoch {theirs}, ours is {mine}); this worker has lost it and stops"
+    )
+
+
 class KVWriter(Protocol):
     """A worker's hold on the store. Entries are ``epoch ‖ revision ‖ body`` and never go backward (law 7)."""
 
@@ -41,7 +51,7 @@ class KVWriter(Protocol):
         ...
 
     async def open_partition(self, partition: int) -> None:
-        """Take the partition for writing.
+        """Take the partition for writing. A store without locks lets several have it: the newest claim fences.
 
         Raises:
             StoreLocked: another process holds it, and went on to do so for the whole patience of the store.
@@ -61,9 +71,11 @@ class KVWriter(Protocol):
         """Write each entry unless a stored one has a greater ``(epoch, revision)``; return how many were refused.
 
         Raises:
-            Fenced: a stored entry has a higher epoch than the one written: the partition has a newer owner. Nothing of
-                the batch was written.
+            Fenced: a claim or a stored entry has a higher epoch than the one written: the partition has a newer owner.
+                Nothing of the batch was written; of one that the store takes in several chunks, nothing from that
+                chunk on.
             StateError: what is stored is damaged, or was removed under its owner; a restart rebuilds it.
+            StoreLost: the store no longer holds what this writer wrote; claim the partition again and rebuild it.
             StoreError: the partition is not open, or the store failed; what became of the batch is not known.
             ValueError: an entry is shorter than its prefix; nothing was written.
         """

@@ -11,9 +11,7 @@ Readers in other processes watch the ``.seq`` files: a moved count means news, a
 """
 
 import asyncio
-import base64
 import fcntl
-import json
 import logging
 import os
 import struct
@@ -22,15 +20,15 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from rocksdict import BlockBasedOptions, Cache, DBCompressionType, DBRecoveryMode, Options, Rdict, WriteBatch
 
 from stream.errors import Fenced, StateError, StoreError, StoreLocked
-from stream.kv.base import Meta, Serving
+from stream.kv.base import Meta, fenced
+from stream.kv.meta import decode_meta, encode_meta
 from stream.records import PREFIX_BYTES
 
-META_FORMAT: Final = 1
 META_FILE: Final = "meta.json"
 META_LOCK: Final = "meta.lock"
 
@@ -92,45 +90,7 @@ def read_meta(path: str | Path) -> Meta | None:
     except OSError as exc:
         msg = f"{file} can't be read ({exc.strerror})"
         raise StoreError(msg) from exc
-    try:
-        raw = json.loads(data)
-        if raw["format"] != META_FORMAT:
-            msg = f"{file} has format {raw['format']!r}, this release reads {META_FORMAT}; upgrade"
-            raise StateError(msg)
-        return _meta_from(raw)
-    except (ValueError, KeyError, TypeError, AttributeError) as exc:
-        msg = f"{file} is damaged; stop the workers, remove the store and start them again, they rebuild it"
-        raise StateError(msg) from exc
-
-
-def _meta_from(raw: Mapping[str, Any]) -> Meta:
-    current = raw["current"]
-    meta = Meta(
-        app=raw["app"],
-        partitions=raw["partitions"],
-        current=None
-        if current is None
-        else Serving(str(current["user_version"]), str(current["item_version"]), int(current["offset"])),
-        fallbacks={str(k): base64.b64decode(v, validate=True) for k, v in raw["fallbacks"].items()},
-        encoders={str(k): str(v) for k, v in raw["encoders"].items()},
-    )
-    if not isinstance(meta.app, str | None) or (meta.partitions is not None and not int(meta.partitions) > 0):
-        raise TypeError
-    return meta
-
-
-def _meta_json(meta: Meta) -> bytes:
-    current = meta.current
-    raw = {
-        "format": META_FORMAT,
-        "app": meta.app,
-        "partitions": meta.partitions,
-        "current": current
-        and {"user_version": current.user_version, "item_version": current.item_version, "offset": current.offset},
-        "fallbacks": {key: base64.b64encode(record).decode() for key, record in sorted(meta.fallbacks.items())},
-        "encoders": dict(sorted(meta.encoders.items())),
-    }
-    return json.dumps(raw, indent=1).encode() + b"\n"
+    return decode_meta(data, str(file), "stop the workers, remove the store and start them again, they rebuild it")
 
 
 def _replace(file: Path, data: bytes) -> None:
@@ -278,7 +238,7 @@ class RocksKV:
             after = change(before or Meta())
             if after != before:
                 with _translated(f"{META_FILE} of {self.path}"):
-                    _replace(self.path / META_FILE, _meta_json(after))
+                    _replace(self.path / META_FILE, encode_meta(after))
             return after
         finally:
             os.close(fd)
@@ -340,7 +300,7 @@ class RocksKV:
             # Big-endian, so bytes compare as (epoch, revision). What is too short to compare was not written by us.
             if old is not None and len(old) >= PREFIX_BYTES and old[:PREFIX_BYTES] > entry[:PREFIX_BYTES]:
                 if old[:_EPOCH_BYTES] > entry[:_EPOCH_BYTES]:
-                    raise _fenced(partition, old, entry)
+                    raise fenced(partition, old[:_EPOCH_BYTES], entry[:_EPOCH_BYTES])
                 continue
             batch[key] = entry
         written = len(batch)
@@ -422,10 +382,3 @@ def _try_lock(file: Path) -> int | None:
         raise
     os.close(fd)
     return None
-
-
-def _fenced(partition: int, old: bytes, new: bytes) -> Fenced:
-    stored, ours = (int.from_bytes(e[:_EPOCH_BYTES], "big") for e in (old, new))
-    return Fenced(
-        f"partition {partition} has a newer owner (epoch {stored}, ours is {ours}); this worker has lost it and stops"
-    )

@@ -1,44 +1,84 @@
 """Key-value store URLs: where a store is, and opening it for writing or reading."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, NamedTuple
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 from stream.errors import ConfigError
 from stream.kv.base import KVReader, KVWriter
 
-_USE: Final = "use rocksdb:///path"
+REDIS_PORT: Final = 6379
+CA_PARAMETER: Final = "ssl_ca_certs"
+
+_USE: Final = "use rocksdb:///path or redis://host:port/db"
+_MASK: Final = "**********"
 
 
-class KVAddress(NamedTuple):
-    """A store's kind and place."""
+class RocksAddress(NamedTuple):
+    """Where an embedded store is."""
 
     scheme: str
     path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class RedisAddress:
+    """Where a Redis or Valkey server is, and how to log in.
+
+    Attributes:
+        tls: whether the connection is encrypted and the server's certificate checked.
+        host: name or address.
+        port: its TCP port.
+        db: number of the database on it.
+        username: None for the server's default user.
+        password: None for a server without one; never shown.
+        ca_file: CA certificates (PEM) to check the server against, None for the system's.
+    """
+
+    tls: bool
+    host: str
+    port: int = REDIS_PORT
+    db: int = 0
+    username: str | None = None
+    password: str | None = field(default=None, repr=False)
+    ca_file: Path | None = None
+
+    def __str__(self) -> str:
+        """The URL without login, for errors and logs."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'rediss' if self.tls else 'redis'}://{host}:{self.port}/{self.db}"
+
+
+KVAddress = RocksAddress | RedisAddress
 
 
 def parse_kv_url(url: str) -> KVAddress:
     """Take a store URL apart; a URL may hold a password, so no error repeats it.
 
     Raises:
-        ConfigError: an unknown scheme, or a path that is not absolute.
+        ConfigError: an unknown scheme, or something in the URL that its store has no use for.
     """
     try:
         parts = urlsplit(url)
-    except ValueError as exc:
+    except ValueError:
         msg = f"the KV url can't be read; {_USE}"
-        raise ConfigError(msg) from exc
-    if parts.scheme != "rocksdb":
-        msg = f"KV url scheme {parts.scheme!r} is not supported by this release; {_USE}"
-        raise ConfigError(msg)
-    path = unquote(parts.path)
-    if parts.netloc or not path.startswith("/") or not path.strip("/"):
-        msg = "a rocksdb KV url needs an absolute path and no host: rocksdb:///path, with three slashes"
-        raise ConfigError(msg)
-    if parts.query or parts.fragment or "\0" in path:
-        msg = "a rocksdb KV url takes a path and nothing after it: rocksdb:///path"
-        raise ConfigError(msg)
-    return KVAddress(parts.scheme, Path(path))
+        raise ConfigError(msg) from None
+    if parts.scheme == "rocksdb":
+        return _rocksdb(parts)
+    if parts.scheme in ("redis", "rediss"):
+        return _redis(parts)
+    msg = f"KV url scheme {parts.scheme!r} is not supported by this release; {_USE}"
+    raise ConfigError(msg)
+
+
+def masked_kv_url(url: str) -> str:
+    """A valid store URL with its password, if any, replaced by stars."""
+    parts = urlsplit(url)
+    if parts.password is None:
+        return url
+    login, _, place = parts.netloc.rpartition("@")
+    return parts._replace(netloc=f"{login.partition(':')[0]}:{_MASK}@{place}").geturl()
 
 
 def open_writer(url: str, *, lock_patience_s: float = 10.0) -> KVWriter:
@@ -46,13 +86,18 @@ def open_writer(url: str, *, lock_patience_s: float = 10.0) -> KVWriter:
 
     Args:
         url: where the store is.
-        lock_patience_s: how long to wait for a partition that another process still holds.
+        lock_patience_s: how long to wait for a partition that another process still holds (RocksDB only).
 
     Raises:
         ConfigError: the URL is not one of a supported store.
     """
     address = parse_kv_url(url)
-    from stream.kv.rocksdb import RocksKV  # here: a store's library loads when it is used
+    # Imported here: a store's library loads when it is used.
+    if isinstance(address, RedisAddress):
+        from stream.kv.redis import RedisKV
+
+        return RedisKV(address)
+    from stream.kv.rocksdb import RocksKV
 
     return RocksKV(address.path, lock_patience_s=lock_patience_s)
 
@@ -61,10 +106,72 @@ def open_reader(url: str) -> KVReader:
     """The store at `url` for reading.
 
     Raises:
-        ConfigError: the URL is not one of a supported store.
-        StoreError: there is no store there yet.
+        ConfigError: the URL is not one of a supported store, or its login is wrong.
+        StoreError: there is no store there yet, or it can't be reached.
     """
     address = parse_kv_url(url)
-    from stream.kv.rocksdb_reader import RocksReader  # here: a store's library loads when it is used
+    # Imported here: a store's library loads when it is used.
+    if isinstance(address, RedisAddress):
+        from stream.kv.redis_reader import RedisReader
+
+        return RedisReader(address)
+    from stream.kv.rocksdb_reader import RocksReader
 
     return RocksReader(address.path)
+
+
+def _rocksdb(parts: SplitResult) -> RocksAddress:
+    path = unquote(parts.path)
+    if parts.netloc or not path.startswith("/") or not path.strip("/"):
+        msg = "a rocksdb KV url needs an absolute path and no host: rocksdb:///path, with three slashes"
+        raise ConfigError(msg)
+    if parts.query or parts.fragment or "\0" in path:
+        msg = "a rocksdb KV url takes a path and nothing after it: rocksdb:///path"
+        raise ConfigError(msg)
+    return RocksAddress(parts.scheme, Path(path))
+
+
+def _redis(parts: SplitResult) -> RedisAddress:
+    tls = parts.scheme == "rediss"
+    shape = f"{parts.scheme}://[user:password@]host[:port][/db]"
+    try:
+        port = REDIS_PORT if parts.port is None else parts.port
+    except ValueError:
+        port = 0
+    # Also what a password leaves behind whose special characters are not percent-encoded.
+    if not parts.hostname or not port or parts.fragment:
+        msg = f"a redis KV url needs a host, and a port from 1 to 65535: {shape}, percent-encode the password"
+        raise ConfigError(msg)
+    db = parts.path.removeprefix("/") or "0"
+    if not (db.isascii() and db.isdigit() and len(db) < 10):
+        msg = f"a redis KV url ends in the number of a database: {shape}"
+        raise ConfigError(msg)
+    if parts.username and not parts.password:
+        msg = f"a redis KV url with a user needs a password: {shape}, for a password alone redis://:password@host"
+        raise ConfigError(msg)
+    return RedisAddress(
+        tls,
+        unquote(parts.hostname),
+        port,
+        int(db),
+        unquote(parts.username) if parts.username else None,
+        unquote(parts.password) if parts.password else None,
+        _ca_file(parts.query, tls),
+    )
+
+
+def _ca_file(query: str, tls: bool) -> Path | None:
+    """The one parameter that a URL may have, named as in the client library's own URLs."""
+    if not query:
+        return None
+    pairs = parse_qsl(query, keep_blank_values=True)
+    if not tls or len(pairs) != 1 or pairs[0][0] != CA_PARAMETER:
+        msg = (
+            f"a redis KV url takes no parameters but {CA_PARAMETER}, with rediss: rediss://host?{CA_PARAMETER}=/ca.pem"
+        )
+        raise ConfigError(msg)
+    path = Path(pairs[0][1])
+    if not path.is_absolute():
+        msg = f"{CA_PARAMETER} of a redis KV url must be an absolute path"
+        raise ConfigError(msg)
+    return path

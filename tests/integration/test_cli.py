@@ -172,6 +172,9 @@ ERRORS = {
     "home_of_nobody": Wrong("config", ("UEMB_ITEMS",), {"UEMB_ITEMS": "~nobody-of-that-name/items"}),
     "session_without_end": Wrong("config", ("UEMB_SESSION_TIMEOUT_S",), {"UEMB_SESSION_TIMEOUT_S": "inf"}),
     "get_without_a_store": Wrong("get 1", ("/nowhere/kv",), {"UEMB_KV_URL": "rocksdb:///nowhere/kv"}),
+    "get_from_a_server_that_is_away": Wrong(
+        "get 1", ("redis://127.0.0.1:1/0", "can't be reached"), {"UEMB_KV_URL": "redis://:open-sesame@127.0.0.1:1"}
+    ),
     "get_from_no_known_store": Wrong("get 1", ("'leveldb'", "rocksdb:///"), {"UEMB_KV_URL": "leveldb:///kv"}),
     "embed_missing_file": Wrong("embed {folder}/nothing.json --items {folder}/items", ("nothing.json",)),
     "embed_without_items": Wrong("embed {folder}/seed.json", ("--items", "UEMB_ITEMS")),
@@ -301,6 +304,14 @@ def test_config_masks_secrets(run_here: Callable[..., Ran]) -> None:
     assert set(values["sasl_password"]) == {"*"}
     assert values["user_embedding_version"] == USER_VERSION
     assert values["event_topics"] == ["user-events.view", "user-events.like"]
+
+
+def test_config_masks_the_password_of_the_store(run_here: Callable[..., Ran]) -> None:
+    url = {"UEMB_KV_URL": "rediss://ali:open-sesame@host:7000/2"}
+    for ran in (run_here("config", "--json", **url), run_here("config", **url)):
+        assert (ran.code, ran.err) == (0, "")
+        assert "open-sesame" not in ran.out
+        assert "rediss://ali:**********@host:7000/2" in ran.out
 
 
 def test_config_shows_values_as_they_are_set(run_here: Callable[..., Ran]) -> None:

@@ -1,157 +1,43 @@
-"""What every key-value store must do (a later one joins through the fixture `store`), and the embedded one besides."""
+"""The embedded store: what holds for RocksDB on disk, beside the contract of every store."""
 
 import asyncio
 import base64
-import itertools
 import json
 import os
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from kv_entries import entry, eventually
 
-from stream.errors import ConfigError, Fenced, StateError, StoreError, StoreLocked
-from stream.keys import partition_of, watermark_key
+from stream.errors import StateError, StoreError, StoreLocked
 from stream.kv import rocksdb as embedded
 from stream.kv import rocksdb_reader
-from stream.kv.base import KVReader, KVWriter, Meta, Serving
+from stream.kv.base import Meta, Serving
 from stream.kv.rocksdb import RocksKV, read_meta
 from stream.kv.rocksdb_reader import RocksReader
-from stream.kv.urls import open_reader, open_writer, parse_kv_url
-from stream.records import kv_prefix
 
 PATIENCE_S = 0.2
 
 
-@dataclass
-class Store:
-    """One empty store, and as many holds on it as a test wants."""
+class TestEmbedded:
+    """Holds for RocksDB on disk."""
 
-    writer: Callable[[], KVWriter]
-    reader: Callable[[], KVReader]
-
-
-@pytest.fixture(params=["rocksdb"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
-    assert request.param == "rocksdb"
-    writers: list[KVWriter] = []
-    readers: list[KVReader] = []
-
-    def writer() -> KVWriter:
-        writers.append(RocksKV(tmp_path / "kv", lock_patience_s=PATIENCE_S))
-        return writers[-1]
-
-    def reader() -> KVReader:
-        readers.append(RocksReader(tmp_path / "kv"))
-        return readers[-1]
-
-    yield Store(writer, reader)
-    for each in readers:
-        each.close()
-    for kv in writers:
-        asyncio.run(kv.close())
-
-
-def entry(epoch: int, revision: int, body: bytes = b"body") -> bytes:
-    return kv_prefix(epoch, revision) + body
-
-
-def eventually(check: Callable[[], bool], within_s: float = 3.0) -> None:
-    deadline = time.monotonic() + within_s
-    while not check():
-        assert time.monotonic() < deadline, "did not become true in time"
-        time.sleep(0.002)
-
-
-async def opened(store: Store, *partitions: int, count: int = 1) -> KVWriter:
-    kv = store.writer()
-    await kv.update_meta(lambda meta: replace(meta, app="app", partitions=count))
-    for partition in partitions:
-        await kv.open_partition(partition)
-    return kv
-
-
-class TestContract:
-    """Holds for every store."""
-
-    async def test_entries_come_back_as_written_in_the_order_asked_for(self, store: Store) -> None:
-        kv = await opened(store, 0)
-        written = {b"k%d" % i: entry(1, i, os.urandom(300)) for i in range(200)}
-        assert await kv.put(0, written) == 0
-        keys = [b"k7", b"absent", b"k199", b"k0", b"k7"]
-        assert await kv.get(0, keys) == [written.get(key) for key in keys]
-        assert await kv.get(0, []) == []
-        assert await kv.put(0, {}) == 0
-
-    async def test_an_entry_never_goes_backward_in_whatever_order_writes_arrive(self, store: Store) -> None:
-        kv = await opened(store, 0)
-        orders = [(1, 5), (1, 6), (2, 1), (2, 300), (256, 0)]
-        for n, arrival in enumerate(itertools.permutations(orders)):
-            highest = (0, 0)
-            for order in arrival:
-                write = {b"p%d" % n: entry(*order)}
-                if order[0] < highest[0]:
-                    with pytest.raises(Fenced):
-                        await kv.put(0, write)
-                else:
-                    assert await kv.put(0, write) == int(order < highest)
-                highest = max(highest, order)
-                assert await kv.get(0, [b"p%d" % n]) == [entry(*highest)]
-
-    async def test_an_equal_write_is_accepted(self, store: Store) -> None:
-        kv = await opened(store, 0)
-        await kv.put(0, {b"k": entry(3, 4, b"first")})
-        assert await kv.put(0, {b"k": entry(3, 4, b"again")}) == 0
-        assert await kv.get(0, [b"k"]) == [entry(3, 4, b"again")]
-
-    async def test_refused_entries_are_counted_and_their_neighbours_written(self, store: Store) -> None:
-        kv = await opened(store, 0)
-        await kv.put(0, {b"a": entry(2, 9), b"b": entry(2, 9)})
-        assert await kv.put(0, {b"a": entry(2, 8), b"b": entry(2, 10), b"c": entry(2, 1)}) == 1
-        assert await kv.get(0, [b"a", b"b", b"c"]) == [entry(2, 9), entry(2, 10), entry(2, 1)]
-
-    async def test_a_newer_owner_fences_the_whole_batch(self, store: Store) -> None:
-        kv = await opened(store, 0)
-        await kv.put(0, {b"b": entry(8, 1)})
-        with pytest.raises(Fenced, match="epoch 8, ours is 7"):
-            await kv.put(0, {b"a": entry(7, 1), b"b": entry(7, 99), b"c": entry(7, 1)})
-        assert await kv.get(0, [b"a", b"b", b"c"]) == [None, entry(8, 1), None]
-
-    async def test_a_deletion_is_kept_and_stands_against_older_writes(self, store: Store) -> None:
-        kv = await opened(store, 0)
-        await kv.put(0, {b"k": entry(1, 1)})
-        await kv.put(0, {b"k": kv_prefix(1, 2)})
-        assert await kv.put(0, {b"k": entry(1, 1)}) == 1
-        assert await kv.get(0, [b"k"]) == [kv_prefix(1, 2)]
-
-    async def test_an_entry_without_a_prefix_is_refused_with_its_batch(self, store: Store) -> None:
-        kv = await opened(store, 0)
-        with pytest.raises(ValueError, match="prefix"):
-            await kv.put(0, {b"a": entry(1, 1), b"b": b"short"})
-        assert await kv.get(0, [b"a", b"b"]) == [None, None]
-
-    async def test_partitions_are_apart(self, store: Store) -> None:
-        kv = await opened(store, 0, 1, count=2)
+    async def test_partitions_are_apart(self, tmp_path: Path) -> None:
+        kv = RocksKV(tmp_path)
+        await kv.open_partition(0)
+        await kv.open_partition(1)
         await kv.put(0, {b"k": entry(1, 1)})
         assert await kv.get(1, [b"k"]) == [None]
+        await kv.close()
 
-    async def test_a_partition_that_is_not_open_can_be_neither_read_nor_written(self, store: Store) -> None:
-        kv = await opened(store, 0)
-        await kv.close_partition(0)
-        await kv.close_partition(0)
-        with pytest.raises(StoreError, match="not open"):
-            await kv.put(0, {b"k": entry(1, 1)})
-        with pytest.raises(StoreError, match="not open"):
-            await kv.get(0, [b"k"])
-
-    async def test_one_owner_at_a_time_and_the_next_one_at_once(self, store: Store) -> None:
-        first = await opened(store, 0)
+    async def test_one_owner_at_a_time_and_the_next_one_at_once(self, tmp_path: Path) -> None:
+        first, second = RocksKV(tmp_path), RocksKV(tmp_path, lock_patience_s=PATIENCE_S)
+        await first.open_partition(0)
         await first.put(0, {b"k": entry(1, 1)})
-        second = store.writer()
         began = time.monotonic()
         with pytest.raises(StoreLocked) as caught:
             await second.open_partition(0)
@@ -162,75 +48,15 @@ class TestContract:
         await first.close_partition(0)
         await waiting
         assert await second.get(0, [b"k"]) == [entry(1, 1)]
+        await second.close()
 
-    async def test_changes_of_the_shared_record_are_never_lost(self, store: Store) -> None:
-        def add(number: int) -> Callable[[Meta], Meta]:
-            return lambda meta: replace(meta, encoders={**meta.encoders, f"uemb:encoder:v{number}": "h"})
-
-        writers = [store.writer() for _ in range(4)]
-        await asyncio.gather(*(writers[i % 4].update_meta(add(i)) for i in range(20)))
-        meta = await writers[0].update_meta(lambda meta: meta)
-        assert set(meta.encoders) == {f"uemb:encoder:v{i}" for i in range(20)}
-
-    async def test_the_shared_record_keeps_every_field_and_survives_a_failed_change(self, store: Store) -> None:
-        kv = store.writer()
-        full = Meta(
-            "app", 12, Serving("u", "i", -1), {"uemb:fallback:u:i": bytes(range(256))}, {"uemb:encoder:u": "ab"}
-        )
-        assert await kv.update_meta(lambda _: full) == full
-
-        def refuse(meta: Meta) -> Meta:
-            assert meta == full
-            raise ConfigError("another application's")
-
-        with pytest.raises(ConfigError):
-            await kv.update_meta(refuse)
-        assert await store.writer().update_meta(lambda meta: meta) == full
-        assert store.reader().meta() == full
-
-    async def test_a_reader_follows_entries_watermarks_and_the_shared_record(self, store: Store) -> None:
-        kv = await opened(store, 0, 1, count=2)
-        reader = store.reader()
-        users = [b"%d" % i for i in range(50)]
-        lookups = [(user, b"key:" + user) for user in users]
-        assert reader.get(lookups) == [None] * 50
-        assert reader.watermark(users[0]) is None
-        for partition in (0, 1):
-            mine = {b"key:" + u: entry(1, 1, u) for u in users if partition_of(u, 2) == partition}
-            assert mine
-            await kv.put(partition, {**mine, watermark_key(partition).encode(): entry(1, partition)})
-        eventually(lambda: reader.get(lookups) == [entry(1, 1, user) for user in users])
-        eventually(lambda: all(reader.watermark(u) == entry(1, partition_of(u, 2)) for u in users))
-        await kv.update_meta(lambda meta: replace(meta, current=Serving("u", "i", 7)))
-        eventually(lambda: reader.meta().current == Serving("u", "i", 7))
-
-    async def test_a_reader_sees_a_partition_that_opens_later(self, store: Store) -> None:
-        kv = await opened(store)
-        reader = store.reader()
+    async def test_a_partition_that_was_never_opened_can_not_be_read(self, tmp_path: Path) -> None:
+        kv = RocksKV(tmp_path)
+        await kv.update_meta(lambda meta: replace(meta, app="app", partitions=1))
+        reader = RocksReader(tmp_path)
         with pytest.raises(StoreError):
             reader.get([(b"u", b"k")])
-        await kv.open_partition(0)
-        await kv.put(0, {b"k": entry(1, 1)})
-
-        def there() -> bool:
-            try:
-                return reader.get([(b"u", b"k")]) == [entry(1, 1)]
-            except StoreError:
-                return False
-
-        eventually(there)
-
-    async def test_a_reader_that_was_closed_says_so(self, store: Store) -> None:
-        await opened(store, 0)
-        reader = store.reader()
         reader.close()
-        reader.close()
-        with pytest.raises(StoreError):
-            reader.get([(b"u", b"k")])
-
-
-class TestEmbedded:
-    """Holds for RocksDB on disk."""
 
     async def test_layout_and_modes(self, tmp_path: Path) -> None:
         kv = RocksKV(tmp_path / "deep" / "kv")
@@ -507,51 +333,4 @@ class TestEmbedded:
         kv._partitions[0].db[b"k"] = b"\xff"
         assert await kv.put(0, {b"k": entry(1, 1)}) == 0
         assert await kv.get(0, [b"k"]) == [entry(1, 1)]
-        await kv.close()
-
-
-class TestUrls:
-    """Which stores there are."""
-
-    @pytest.mark.parametrize(
-        ("url", "path"),
-        [
-            ("rocksdb:///var/lib/uemb/kv", "/var/lib/uemb/kv"),
-            ("rocksdb:///a%20b/kv/", "/a b/kv"),
-            ("ROCKSDB:///x", "/x"),
-        ],
-    )
-    def test_absolute_paths(self, url: str, path: str) -> None:
-        assert parse_kv_url(url) == ("rocksdb", Path(path))
-
-    @pytest.mark.parametrize(
-        ("url", "says"),
-        [
-            ("redis://:secret@host/0", "KV url scheme 'redis' is not supported by this release; use rocksdb:///path"),
-            ("rediss://:secret@host", "KV url scheme 'rediss' is not supported by this release; use rocksdb:///path"),
-            ("/var/lib", "KV url scheme '' is not supported"),
-            ("", "KV url scheme '' is not supported"),
-            ("rocksdb:relative/secret", "absolute path"),
-            ("rocksdb://relative/secret", "absolute path"),
-            ("rocksdb:///", "absolute path"),
-            ("rocksdb:///x?secret=1", "nothing after it"),
-            ("rocksdb://[secret", "can't be read"),
-        ],
-    )
-    def test_anything_else_is_one_line_without_the_url(self, url: str, says: str) -> None:
-        for call in (parse_kv_url, open_writer, open_reader):
-            with pytest.raises(ConfigError) as caught:
-                call(url)
-            assert says in str(caught.value)
-            assert "secret" not in str(caught.value)
-            assert "\n" not in str(caught.value)
-
-    async def test_the_same_url_writes_and_reads(self, tmp_path: Path) -> None:
-        url = f"rocksdb://{tmp_path}/kv"
-        kv = open_writer(url, lock_patience_s=1)
-        assert not (tmp_path / "kv").exists()
-        await kv.update_meta(lambda _: Meta("app", 1))
-        reader = open_reader(url)
-        assert reader.meta() == Meta("app", 1)
-        reader.close()
         await kv.close()

@@ -1,0 +1,102 @@
+"""What the Redis writer and reader share: how to connect, and every error of the client as one of ours."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+from redis import exceptions
+
+from stream.errors import ConfigError, StateError, StoreError
+from stream.kv.urls import RedisAddress
+
+#: What to do about a damaged shared record.
+REPAIR: Final = "stop the workers, remove the keys uemb:* and start them again, they rebuild the store"
+CONNECT_TIMEOUT_S: Final = 1.0
+
+READ_ONLY: Final = "is a read-only replica: name its primary in UEMB_KV_URL"
+#: Access list of a user that may do all that workers and readers do.
+GRANTS: Final = "+@read +@write +@connection +eval +evalsha +info +time ~uemb:*"
+IN_CLUSTER: Final = "is part of a cluster, which this release can't use; name a server of its own"
+
+#: What a server means by the first word of an error that passes by itself, or once somebody has acted.
+_AWAY: Final = {
+    "OOM": "is out of memory: raise its maxmemory, or give it more",
+    "LOADING": "is still loading its data",
+    "BUSY": "is busy with another client's script",
+    "READONLY": READ_ONLY,
+    "MASTERDOWN": "is a replica that has lost its primary",
+    "MISCONF": "takes no writes because it can't save them to disk: see its log",
+    "NOREPLICAS": "takes no writes while too few replicas follow it",
+}
+_CLUSTER: Final = ("MOVED", "ASK", "CROSSSLOT", "CLUSTERDOWN")
+_LOGIN: Final = ("WRONGPASS", "NOAUTH")
+
+
+def connection_arguments(address: RedisAddress, timeout_s: float) -> dict[str, Any]:
+    """Arguments of a client, blocking or asyncio; `timeout_s` bounds the wait for each answer.
+
+    Raises:
+        ConfigError: there is no such CA file.
+    """
+    arguments: dict[str, Any] = {
+        "host": address.host,
+        "port": address.port,
+        "db": address.db,
+        "username": address.username,
+        "password": address.password,
+        "socket_timeout": timeout_s,
+        "socket_connect_timeout": CONNECT_TIMEOUT_S,
+        "protocol": 2,  # all that is needed, and no more handshake than every server and proxy answers
+        "driver_info": None,
+        "decode_responses": False,
+    }
+    if address.tls:
+        if address.ca_file is not None and not address.ca_file.is_file():
+            msg = f"the KV url names CA certificates in {address.ca_file}, which is no file"
+            raise ConfigError(msg)
+        arguments |= {
+            "ssl": True,
+            "ssl_check_hostname": True,
+            "ssl_ca_certs": str(address.ca_file) if address.ca_file is not None else None,
+        }
+    return arguments
+
+
+@contextmanager
+def translated(address: RedisAddress) -> Iterator[None]:
+    """Turn what the client raises into our errors, without login and payload."""
+    try:
+        yield
+    except exceptions.RedisError as exc:
+        raise _ours(exc, address) from exc
+    except OSError as exc:
+        msg = f"the store at {address} can't be reached: {exc.strerror or type(exc).__name__}"
+        raise StoreError(msg) from exc
+
+
+def _ours(exc: exceptions.RedisError, address: RedisAddress) -> ConfigError | StateError | StoreError:
+    where = f"the store at {address}"
+    # Servers before 7 wrap what fails within a script: "Error running script (…): -OOM command not allowed …".
+    text = (str(exc).splitlines() or [""])[0]
+    words = {exc.status_code, *(word.lstrip("-") for word in text.split())}
+    if isinstance(exc, exceptions.TimeoutError):
+        return StoreError(f"{where} did not answer in time")
+    if isinstance(exc, exceptions.AuthenticationError | exceptions.AuthenticationWrongNumberOfArgsError) or (
+        words.intersection(_LOGIN)
+    ):
+        return ConfigError(f"{where} refused the login; check user and password in UEMB_KV_URL")
+    if "NOPERM" in words:
+        return ConfigError(f"{where} lets its user do too little; grant {GRANTS}")
+    if words.intersection(_CLUSTER):
+        return ConfigError(f"{where} {IN_CLUSTER}")
+    if "DB index is out of range" in text:
+        return ConfigError(f"{where} has no database {address.db}; correct the number in UEMB_KV_URL")
+    if "WRONGTYPE" in words:
+        return StateError(f"{where} holds something that is no string under a key of ours; remove or move it")
+    for word, meaning in _AWAY.items():
+        if word in words:
+            return StoreError(f"{where} {meaning}")
+    if isinstance(exc, exceptions.ConnectionError):
+        return StoreError(f"{where} can't be reached: {text.rstrip('.')}")
+    # The server repeats arguments of a command that it doesn't know.
+    return StoreError(f"{where} answered with an error: {text.partition(', with args')[0][:160]}")

@@ -1,0 +1,85 @@
+"""What the networked store does in one step: Lua scripts, which a server runs whole, with nothing in between.
+
+Prefixes are compared byte by byte: Lua's ``<`` on strings follows the server's locale, and its numbers are doubles,
+which hold no 64-bit epoch. A script reads all that it needs before it writes, so what fails, fails before that.
+"""
+
+import hashlib
+from typing import Final, NamedTuple
+
+
+class Script(NamedTuple):
+    """A Lua script, and the hash under which a server that has seen it runs it."""
+
+    text: str
+    sha: str
+
+
+def _script(text: str) -> Script:
+    return Script(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
+
+
+#: First item of what `PUT` returns.
+WRITTEN: Final = 0  # then how many entries were refused
+FENCED: Final = 1  # then the epoch that stands against it, 8 bytes
+LOST: Final = 2
+
+#: KEYS: the partition's epoch key, its watermark key, the entries' keys.
+#: ARGV: the lowest epoch among the entries (8 bytes); the claim (8 bytes) and the watermark's prefix (16 bytes) that
+#: this writer knows to be stored, empty where it knows of none; the entries.
+PUT: Final = _script("""\
+local function prefix(key)
+  local stored = redis.call('GETRANGE', key, 0, 15)
+  if #stored == 16 then return stored end
+end
+local function below(a, b, bytes)
+  for i = 1, bytes do
+    local x, y = string.byte(a, i), string.byte(b, i)
+    if x ~= y then return x < y end
+  end
+  return false
+end
+local claim = prefix(KEYS[1])
+if claim and below(ARGV[1], claim, 8) then return {1, string.sub(claim, 1, 8)} end
+if ARGV[2] ~= '' and (not claim or below(claim, ARGV[2], 8)) then return {2} end
+if ARGV[3] ~= '' then
+  local watermark = prefix(KEYS[2])
+  if not watermark or below(watermark, ARGV[3], 16) then return {2} end
+end
+local writes, refused = {}, 0
+for i = 3, #KEYS do
+  local old, new = prefix(KEYS[i]), ARGV[i + 1]
+  if old and below(new, old, 16) then
+    if below(new, old, 8) then return {1, string.sub(old, 1, 8)} end
+    refused = refused + 1
+  else
+    writes[#writes + 1] = KEYS[i]
+    writes[#writes + 1] = new
+  end
+end
+if #writes > 0 then redis.call('MSET', unpack(writes)) end
+return {0, refused}
+""")
+
+#: KEYS: the shared record, keys to set beside it, keys to remove.
+#: ARGV: the record as it was read (empty: none), the new one, how many keys are to be set, their values.
+#: Returns 1 when the new record stands; it may have done so before, if the answer to an earlier call was lost.
+REPLACE_META: Final = _script("""\
+local stored = redis.call('GET', KEYS[1]) or ''
+if stored == ARGV[2] then return 1 end
+if stored ~= ARGV[1] then return 0 end
+local sets, writes = tonumber(ARGV[3]), {KEYS[1], ARGV[2]}
+for i = 1, sets do
+  writes[#writes + 1] = KEYS[i + 1]
+  writes[#writes + 1] = ARGV[i + 3]
+end
+redis.call('MSET', unpack(writes))
+for i = sets + 2, #KEYS do redis.call('DEL', KEYS[i]) end
+return 1
+""")
+
+#: KEYS: one key; ARGV: the value that is removed, another one stays.
+REMOVE_IF: Final = _script("""\
+if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end
+return 1
+""")
