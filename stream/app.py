@@ -202,7 +202,7 @@ class EmbeddingApp(faust.App):
         try:
             await self._required_partitions.take(partitions, standbys)
             if partitions:
-                await self._required_kv.update_meta(self._announce)
+                await self._required_kv.update_meta(lambda meta: self._announce(self._register(meta)))
         except asyncio.CancelledError:
             if not self.rebalancing:
                 raise
@@ -277,6 +277,7 @@ class EmbeddingApp(faust.App):
                     processor=self.processor,
                     on_stage=self._stage,
                     on_error=self.crash,
+                    enter=lambda meta: self._announce(self._register(meta)),
                 )
             )
         return self._partitions

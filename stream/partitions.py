@@ -16,11 +16,12 @@ from stream.errors import StateError, UembError
 from stream.events import EventDecoder
 from stream.history import HistoryCodec
 from stream.items import ItemSpace
-from stream.keys import watermark_key
-from stream.kv.base import KVWriter
+from stream.keys import epoch_key, watermark_key
+from stream.kv.base import KVWriter, Meta
 from stream.ownership import Restorer, restore_and_claim
 from stream.publish import Destinations, Lane, Lanes, Progress, Stage
 from stream.rebuild import covered_offsets, lost_writes, rebuild
+from stream.records import kv_prefix
 from stream.standby import Standbys
 from stream.table import HistoryStore
 from stream.topics import Prepared
@@ -44,6 +45,7 @@ class Parts:
     processor: BatchProcessor
     on_stage: Stage
     on_error: Callable[[BaseException], Awaitable[None]]
+    enter: Callable[[Meta], Meta]  # this worker in the store's shared record
 
 
 class Partitions:
@@ -172,6 +174,16 @@ class Partitions:
         await Restorer(parts.settings.kafka_client).read(topic, partition, start, handle)
         await parts.lanes[partition].empty()
 
+    async def _reclaim(self, owned: Owned) -> None:
+        """Claim a partition in a store that has lost it, under the same epoch, and fill it beside the events."""
+        kv, partition = self._parts.kv, owned.partition
+        owned.progress.whole = False
+        if (running := self._rebuilds.pop(partition, None)) is not None:
+            running.cancel()
+        await kv.update_meta(self._parts.enter)
+        await kv.put(partition, {epoch_key(partition).encode(): kv_prefix(owned.epoch, 0)})
+        self._start_rebuild(owned)
+
     def _start_rebuild(self, owned: Owned) -> None:
         task = asyncio.create_task(self._rebuild(owned), name=f"rebuild-{owned.partition}")
         self._rebuilds[owned.partition] = task
@@ -206,6 +218,7 @@ class Partitions:
             parts.kv,
             mark_durable=lambda topic, offset: parts.processor.probation.durable(topic, partition, offset),
             changelog_at=owned.changelog_at,
+            reclaim=lambda: self._reclaim(owned),
             lag_ms=lambda progress: self._lag_ms(partition, progress),
             now_ms=_now_ms,
             on_stage=parts.on_stage,

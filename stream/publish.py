@@ -10,12 +10,12 @@ import asyncio
 import hashlib
 import json
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 from stream.engine import StepResult
-from stream.errors import RecordTooLarge
+from stream.errors import RecordTooLarge, StoreLost
 from stream.events import Reject
 from stream.keys import watermark_key
 from stream.kv.base import KVWriter
@@ -116,6 +116,7 @@ class Lane:
         kv: the partition is open in it.
         mark_durable: called with topic and next offset once all before it is durable.
         changelog_at: called with the changelog offset below which local state is complete.
+        reclaim: claims the partition in a store that was wiped, and has it rebuilt.
         lag_ms: how far the partition is behind, for the watermark.
         now_ms: wall clock.
         on_stage: see `Stage`.
@@ -131,6 +132,7 @@ class Lane:
         *,
         mark_durable: Callable[[str, int], None],
         changelog_at: Callable[[int], None],
+        reclaim: Callable[[], Awaitable[None]],
         lag_ms: Callable[[Progress], int],
         now_ms: Callable[[], int],
         on_stage: Stage,
@@ -142,6 +144,7 @@ class Lane:
         self._kv = kv
         self._mark_durable = mark_durable
         self._changelog_at = changelog_at
+        self._reclaim = reclaim
         self._lag_ms = lag_ms
         self._now_ms = now_ms
         self._on_stage = on_stage
@@ -193,12 +196,7 @@ class Lane:
                 self.progress.offsets[work.batch.topic] = work.batch.next_offset
                 kafka_time_ms = work.batch.records[-1].timestamp
                 self.progress.kafka_time_ms = max(self.progress.kafka_time_ms or 0, kafka_time_ms)
-        # While a networked store takes its time, no heartbeat may tell of offsets whose vectors it does not have yet.
-        self._storing = True
-        try:
-            await self._kv.put(self.partition, {**entries, **self._watermark()})
-        finally:
-            self._storing = False
+        await self._store(entries)
         self._passed("kv", works)
         for work in works:
             await self._dead_letters(work)
@@ -219,10 +217,26 @@ class Lane:
             return {}
         return {self._watermark_key: self.progress.entry(self._lag_ms(self.progress), self._now_ms())}
 
+    async def _store(self, entries: Mapping[bytes, bytes]) -> None:
+        """Write entries and the watermark; into a store that has lost what it held, once it is claimed anew."""
+        # While a networked store takes its time, no heartbeat may tell of offsets whose vectors it does not have yet.
+        self._storing = True
+        try:
+            while True:
+                try:
+                    await self._kv.put(self.partition, {**entries, **self._watermark()})
+                except StoreLost as exc:
+                    log.warning("%s; claiming partition %s in it anew, and rebuilding it", exc, self.partition)
+                    await self._reclaim()
+                else:
+                    return
+        finally:
+            self._storing = False
+
     async def heartbeat(self) -> None:
         """Write the watermark of an idle partition."""
-        if self._queue.empty() and not self._storing and (watermark := self._watermark()):
-            await self._kv.put(self.partition, watermark)
+        if self._queue.empty() and not self._storing and self.progress.whole:
+            await self._store({})
 
     async def _dead_letters(self, work: Work) -> None:
         batch = work.batch

@@ -199,7 +199,7 @@ class RedisKV:
         if answer[0] == LOST:
             msg = (
                 f"the store at {self._address} lost what was written to partition {partition} (it was wiped, set back "
-                "to an older copy, or failed over); restart the worker, it rebuilds the partition"
+                "to an older copy, or failed over)"
             )
             raise StoreLost(msg)
         if claim is not None:

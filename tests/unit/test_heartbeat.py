@@ -53,6 +53,10 @@ class Producer:
     send_dead_letters = send_records
 
 
+async def never() -> None:
+    raise AssertionError("the store lost nothing")
+
+
 def lane(partition: int, kv: SlowKV, progress: Progress | None = None) -> Lane:
     return Lane(
         partition,
@@ -62,6 +66,7 @@ def lane(partition: int, kv: SlowKV, progress: Progress | None = None) -> Lane:
         kv,  # type: ignore[arg-type]
         mark_durable=lambda topic, offset: None,
         changelog_at=lambda offset: None,
+        reclaim=never,
         lag_ms=lambda progress: 0,
         now_ms=lambda: 0,
         on_stage=lambda stage, batch, result: None,

@@ -1,0 +1,157 @@
+"""A networked store that is away, slow, full, forgetful, or comes back empty: nothing is lost, nobody is rebalanced."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+from pipeline import Pipeline, feeding
+from redis_server import RedisServer
+
+from stream.dataset import Dataset
+
+EVENTS = 15_000
+
+
+class Prober:
+    """Reads users all the while, and notes any whose ``(epoch, revision)`` goes back in a store that was not wiped."""
+
+    def __init__(self, redis: RedisServer) -> None:
+        self._redis = redis
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self.back: list[bytes] = []
+        self.looks = 0
+
+    def __enter__(self) -> "Prober":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        last: dict[bytes, bytes] = {}
+        while not self._ended.wait(0.02):
+            try:
+                with self._redis.client() as client:
+                    keys = client.keys("uemb:*:*:*")
+                    found = dict(zip(keys, client.mget(keys), strict=True)) if keys else {}
+            except Exception:
+                continue
+            self.looks += 1
+            for key, entry in found.items():
+                if entry is not None:
+                    if entry[:16] < last.get(key, b""):
+                        self.back.append(key)
+                    last[key] = entry[:16]
+
+
+@contextmanager
+def away(redis: RedisServer) -> Iterator[None]:
+    redis.pause()
+    time.sleep(8)
+    yield
+    redis.resume()
+
+
+@contextmanager
+def slow(redis: RedisServer) -> Iterator[None]:
+    with redis.client() as client:
+        for _ in range(20):
+            client.execute_command("DEBUG", "SLEEP", "0.2")
+    yield
+
+
+@contextmanager
+def out_of_memory(redis: RedisServer) -> Iterator[None]:
+    with redis.client() as client:
+        client.config_set("maxmemory", "1mb")
+        time.sleep(4)
+        yield
+        client.config_set("maxmemory", "0")
+
+
+@contextmanager
+def scripts_forgotten(redis: RedisServer) -> Iterator[None]:
+    with redis.client() as client:
+        for _ in range(20):
+            client.script_flush()
+            time.sleep(0.05)
+    yield
+
+
+@contextmanager
+def restarted_empty(redis: RedisServer) -> Iterator[None]:
+    redis.kill()
+    time.sleep(1)
+    redis.start()
+    yield
+
+
+@contextmanager
+def flushed(redis: RedisServer) -> Iterator[None]:
+    with redis.client() as client:
+        client.flushall()
+    yield
+
+
+@pytest.mark.parametrize("fault", [away, slow, out_of_memory, scripts_forgotten, restarted_empty, flushed])
+def test_a_store_with_a_fault(
+    fault: Callable[[RedisServer], object], films: Dataset, redis: RedisServer, make_pipeline: Callable[..., Pipeline]
+) -> None:
+    rows = films.events[:EVENTS]
+    wiped = fault in (restarted_empty, flushed)
+    pipeline = make_pipeline(kv_url=redis.url)
+    pipeline.start()
+    pipeline.until_ready()
+    with Prober(redis) as prober:
+        with feeding(pipeline, rows, 1_500) as thread:
+            pipeline.until(lambda: len(pipeline.read(pipeline.output)) > 1_000, "events flow")
+            with fault(redis):  # type: ignore[attr-defined]
+                assert thread.is_alive(), "all events were sent before the fault"
+                if fault in (away, out_of_memory):
+                    before = len(pipeline.read(pipeline.output))
+            pipeline.until(lambda: pipeline.lag() > 0 or not thread.is_alive(), "events flow again")
+        pipeline.until_committed(120)
+        if wiped:
+            pipeline.until(lambda: all(pipeline.epochs()), "all partitions are rebuilt")
+    log = pipeline.log.read_text()
+    if fault in (away, out_of_memory):
+        assert before < EVENTS
+        assert "nothing is committed meanwhile" in log, "the fault did not fire"
+        assert "answers again" in log
+    assert ("lost what was written" in log) == wiped
+    assert "Traceback" not in log
+    assert pipeline.process is not None
+    assert pipeline.process.poll() is None
+    assert sum("claimed epoch" in line for line in log.splitlines()) == pipeline.partitions, "there was a rebalance"
+    assert prober.looks > 10
+    assert wiped or prober.back == []
+    pipeline.check(len({row.user_id for row in rows}))
+    assert pipeline.stop() == 0
+
+
+def test_a_store_that_stays_away_stops_the_worker(
+    films: Dataset, redis: RedisServer, make_pipeline: Callable[..., Pipeline]
+) -> None:
+    rows = films.events[:EVENTS]
+    pipeline = make_pipeline(kv_url=redis.url, delivery_timeout_s=3)
+    pipeline.start()
+    pipeline.until_ready()
+    with feeding(pipeline, rows, 3_000):
+        pipeline.until(lambda: len(pipeline.read(pipeline.output)) > 1_000, "events flow")
+        redis.kill()
+        assert pipeline.wait(60) == 1
+    said = [line for line in pipeline.log.read_text().splitlines() if line.startswith("uemb: ")]
+    assert len(said) == 1
+    assert str(redis.port) in said[0]
+    assert pipeline.lag() > 0
+    redis.start()
+    pipeline.start()
+    pipeline.until_committed(120)
+    pipeline.until(lambda: all(pipeline.epochs()), "all partitions are rebuilt")
+    pipeline.check(len({row.user_id for row in rows}))
+    assert pipeline.stop() == 0
