@@ -25,11 +25,12 @@ from stream.kv.base import KVWriter, Meta, Serving
 from stream.kv.patient import PatientKV
 from stream.kv.urls import open_writer
 from stream.partitions import Partitions, Parts
+from stream.producer import FAUST_LOG
 from stream.publish import Lanes, Stage
 from stream.records import encode
 from stream.table import TABLE, HistoryTable
 from stream.topics import Prepared, prepare_topics
-from stream.transport import FAUST_LOG, BatchSchema, RecordBatch
+from stream.transport import BatchSchema, RecordBatch
 
 log = logging.getLogger(__name__)
 

@@ -19,13 +19,14 @@ from stream.items import ItemSpace
 from stream.keys import epoch_key, watermark_key
 from stream.kv.base import KVWriter, Meta
 from stream.ownership import Restorer, restore_and_claim
+from stream.producer import Producer, acknowledged
 from stream.publish import Destinations, Lane, Lanes, Progress, Stage
 from stream.rebuild import covered_offsets, lost_writes, rebuild
 from stream.records import kv_prefix
 from stream.standby import Standbys
 from stream.table import HistoryStore
 from stream.topics import Prepared
-from stream.transport import Consumer, Producer, RecordBatch, acknowledged
+from stream.transport import Consumer, RecordBatch
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +91,7 @@ class Partitions:
                 partition.db.put({}, partition.changelog_offset)
             except UembError as exc:  # what is not noted is read from the changelog once more
                 log.warning("partition %s: %s", partition.partition, exc)
+        await parts.producer.give_up_all()
         for number in parts.store.open_partitions:  # also those that were being taken
             parts.store.close(number)
             await parts.kv.close_partition(number)
@@ -106,6 +108,7 @@ class Partitions:
 
     async def _take(self, partition: int, hot_users: int) -> None:
         parts, settings = self._parts, self._parts.settings
+        await parts.producer.take(partition, [settings.changelog_topic, settings.output_topic])
         db, epoch, had_claim = await restore_and_claim(
             partition,
             settings=settings,

@@ -19,8 +19,9 @@ from stream.errors import RecordTooLarge, StoreLost
 from stream.events import Reject
 from stream.keys import watermark_key
 from stream.kv.base import KVWriter
+from stream.producer import OutRecord, acknowledged
 from stream.records import kv_prefix
-from stream.transport import OutRecord, RecordBatch, acknowledged
+from stream.transport import RecordBatch
 
 log = logging.getLogger(__name__)
 
@@ -318,7 +319,7 @@ class Lanes:
 
     async def drain(self) -> None:
         """Wait until everything queued is durable; returns at once when a lane has failed."""
-        waits = {p: asyncio.create_task(lane.empty()) for p, lane in self._lanes.items()}
-        for partition, wait in waits.items():
-            await asyncio.wait({wait, self._tasks[partition]}, return_when=asyncio.FIRST_COMPLETED)
+        waits = [(asyncio.create_task(lane.empty()), self._tasks[p]) for p, lane in self._lanes.items()]
+        for wait, running in waits:
+            await asyncio.wait({wait, running}, return_when=asyncio.FIRST_COMPLETED)
             wait.cancel()

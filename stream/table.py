@@ -18,7 +18,7 @@ from rocksdict import AccessType, BlockBasedOptions, Cache, Options, Rdict, Writ
 
 from stream.errors import StateDamaged, StateError, StoreLocked
 from stream.keys import partition_of
-from stream.transport import FAUST_LOG
+from stream.producer import FAUST_LOG
 
 TABLE: Final = "user-history"
 #: Keys of our own; no user id holds a control character.

@@ -92,7 +92,9 @@ def read(
                 at[place] = min(message.offset() + 1, end)
                 if message.offset() < end:
                     yield message
-            elif error.code() != KafkaError._PARTITION_EOF:
+            elif error.code() == KafkaError._PARTITION_EOF:  # beyond markers that end a transaction
+                at[place] = min(max(at[place], message.offset()), left[place].end)
+            else:
                 problem = _checked(error, message.topic())
         for seen in consumer.position([TopicPartition(*place) for place in left]):
             place = seen.topic, seen.partition

@@ -4,21 +4,19 @@ One Faust event is one fetched batch of one partition. What stock Faust decides 
 `Consumer.mark_durable` alone, so that no exception, decode error or rebalance can move a commit (law 5).
 """
 
-import asyncio
-import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import aiokafka
 import faust
-from aiokafka.errors import KafkaError, MessageSizeTooLargeError
 from aiokafka.structs import ConsumerRecord, TopicPartition
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP
 from mode import Service
 
-from stream.errors import ConfigError, DeliveryError, OwnershipError, RecordTooLarge
+from stream.errors import ConfigError, OwnershipError
+from stream.producer import FAUST_LOG, Producer
 
 #: A fetch answers as soon as one of its partitions has data; a partition that was being consumed when it was sent is
 #: not in it and waits for the next. This bounds that wait.
@@ -27,13 +25,6 @@ WATCH_GROUP_S: Final = 1.0
 #: Records of one batch at most. A fetch of a backlog holds tens of thousands (its limit counts compressed bytes): as
 #: one batch they would hold up everything else for a second, and their users have many events each, which costs more.
 BATCH_RECORDS: Final = 2_000
-#: Uncompressed bytes of one produced batch; well below the broker's default limit of 1 MiB.
-MAX_BATCH_BYTES: Final = 512 * 1024
-
-#: Where Faust's service machinery logs, ours included, so that our own log stays readable.
-FAUST_LOG: Final = logging.getLogger("faust.uemb")
-
-OutRecord = tuple[bytes | None, bytes | None, list[tuple[str, bytes]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,97 +302,6 @@ class DeliveryChain:
         """Partitions were given up: what was fetched before the consumer has sought `seeks` times is read again."""
         self._last.clear()
         self._since = seeks
-
-
-class Producer(driver.Producer):
-    """Idempotent producer that sends whole batches to a given partition."""
-
-    logger = FAUST_LOG
-    _letters: aiokafka.AIOKafkaProducer | None = None
-
-    async def create_topic(self, topic: str, *args: Any, **kwargs: Any) -> None:
-        """Nothing to do: `stream.topics` has created and checked every topic."""
-
-    def _settings_default(self) -> Mapping[str, Any]:
-        return {
-            **super()._settings_default(),
-            **self.app.kafka_client,
-            "acks": "all",
-            "enable_idempotence": True,
-            "linger_ms": 0,
-            "max_batch_size": MAX_BATCH_BYTES,
-            "max_request_size": self.app.max_request_bytes,
-            # The client's lz4 runs at level 9: 24 us for a history of 100, against 2.6 us of snappy (80 % of the size).
-            "compression_type": "snappy",
-        }
-
-    def _settings_auth(self) -> Mapping[str, Any]:
-        return {}  # part of app.kafka_client
-
-    async def on_start(self) -> None:
-        """Start both clients."""
-        await super().on_start()
-        # An idempotent producer is lost after a refusal (its sequence has a hole), and dead letters may be refused.
-        self._letters = aiokafka.AIOKafkaProducer(**{**self._settings_default(), "enable_idempotence": False})
-        await self._letters.start()
-
-    async def on_stop(self) -> None:
-        """Stop both clients."""
-        await super().on_stop()
-        if self._letters is not None:
-            await self._letters.stop()
-
-    async def send_records(self, topic: str, partition: int, records: Sequence[OutRecord]) -> list[asyncio.Future[Any]]:
-        """Queue records for one partition, in order; return a future per batch, done when it is acknowledged."""
-        return await self._send(self._ensure_producer(), topic, partition, records)
-
-    async def send_dead_letters(
-        self, topic: str, partition: int, records: Sequence[OutRecord]
-    ) -> list[asyncio.Future[Any]]:
-        """The same for dead letters, which may be refused for their size without harm to what follows."""
-        if self._letters is None:
-            msg = "the producer is not started"
-            raise OwnershipError(msg)
-        return await self._send(self._letters, topic, partition, records)
-
-    @staticmethod
-    async def _send(
-        producer: aiokafka.AIOKafkaProducer, topic: str, partition: int, records: Sequence[OutRecord]
-    ) -> list[asyncio.Future[Any]]:
-        futures: list[asyncio.Future[Any]] = []
-        builder = producer.create_batch()
-        for key, value, headers in records:
-            if builder.append(key=key, value=value, timestamp=None, headers=headers) is None:
-                futures.append(await producer.send_batch(builder, topic, partition=partition))
-                builder = producer.create_batch()
-                builder.append(key=key, value=value, timestamp=None, headers=headers)
-        if builder.record_count():
-            futures.append(await producer.send_batch(builder, topic, partition=partition))
-        return futures
-
-
-async def acknowledged(futures: Iterable[asyncio.Future[Any]], timeout_s: float, what: str) -> int:
-    """Wait until all are acknowledged; return the last offset, or -1 when there was nothing to wait for.
-
-    Raises:
-        DeliveryError: the broker refused, or did not answer in time.
-    """
-    pending = list(futures)
-    if not pending:
-        return -1
-    try:
-        async with asyncio.timeout(timeout_s):
-            results = [await future for future in pending]
-    except TimeoutError as exc:
-        msg = f"{what}: no acknowledgement for {timeout_s:g} s; see whether the brokers are up, then restart the worker"
-        raise DeliveryError(msg) from exc
-    except MessageSizeTooLargeError as exc:
-        msg = f"{what}: a record is larger than the topic admits; raise its max.message.bytes"
-        raise RecordTooLarge(msg) from exc
-    except KafkaError as exc:
-        msg = f"{what}: the broker refused ({type(exc).__name__})"
-        raise DeliveryError(msg) from exc
-    return int(results[-1].offset)
 
 
 class Transport(driver.Transport):

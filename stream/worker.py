@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Final, NoReturn
 
 from stream.app import EmbeddingApp
-from stream.errors import UembError
+from stream.errors import DeliveryError, UembError
 
 log = logging.getLogger(__name__)
 
@@ -90,17 +90,22 @@ async def _finish(until: Callable[[], Awaitable[object]], app: EmbeddingApp) -> 
 
 
 async def _stop(app: EmbeddingApp, starting: "asyncio.Task[None]") -> None:
-    try:
-        async with asyncio.timeout(STOP_TIMEOUT_S if app.failure is None else FAULT_STOP_TIMEOUT_S):
-            await app.stop()
-            await asyncio.gather(starting, return_exceptions=True)
-    except Exception as exc:
-        log.critical(
-            "did not stop in order: %s",
-            type(exc).__name__,
-            exc_info=None if isinstance(exc, TimeoutError | UembError) else exc,
-        )
-        app.failure = app.failure or exc
+    """Stop in order, in bounded time: what hangs, as a client of brokers that are away may, is left behind."""
+
+    async def stop() -> None:
+        await app.stop()
+        await asyncio.gather(starting, return_exceptions=True)
+
+    timeout_s = STOP_TIMEOUT_S if app.failure is None else FAULT_STOP_TIMEOUT_S
+    stopping = asyncio.create_task(stop())
+    await asyncio.wait({stopping}, timeout=timeout_s)
+    if not stopping.done():
+        msg = f"the worker did not stop within {timeout_s:g} s; what was not committed is processed again"
+        log.critical(msg)
+        app.failure = app.failure or DeliveryError(msg)
+    elif error := stopping.exception():
+        log.critical("did not stop in order: %s", error, exc_info=None if isinstance(error, UembError) else error)
+        app.failure = app.failure or error
 
 
 def main(app: EmbeddingApp, until: Callable[[], Awaitable[object]] | None = None) -> NoReturn:

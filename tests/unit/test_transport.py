@@ -8,7 +8,8 @@ import pytest
 from aiokafka.structs import TopicPartition
 
 from stream.errors import DeliveryError, OwnershipError, RecordTooLarge
-from stream.transport import BATCH_RECORDS, Consumer, DeliveryChain, RecordBatch, acknowledged
+from stream.producer import acknowledged
+from stream.transport import BATCH_RECORDS, Consumer, DeliveryChain, RecordBatch
 
 PLACE = TopicPartition("events", 0)
 

@@ -1,0 +1,109 @@
+"""A worker that is paused past its session and comes back with writes under way leaves nothing old behind (law 7)."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource
+from pipeline import Pipeline, feeding
+from redis_server import RedisServer
+
+from stream.dataset import Dataset
+from stream.feed import Feeder
+
+
+def freeze(pipeline: Pipeline) -> None:
+    """SIGSTOP: its timers stand still, its connections stay open."""
+    assert pipeline.process is not None
+    os.kill(pipeline.process.pid, signal.SIGSTOP)
+
+
+def thaw(pipeline: Pipeline) -> None:
+    assert pipeline.process is not None
+    os.kill(pipeline.process.pid, signal.SIGCONT)
+
+
+def compact(pipeline: Pipeline) -> None:
+    """Let the broker compact changelog and output now, and wait until it has."""
+    admin = AdminClient({"bootstrap.servers": pipeline.bootstrap, "log_level": 2})
+    settings = {"segment.ms": "100", "min.cleanable.dirty.ratio": "0.001", "max.compaction.lag.ms": "100"}
+    topics = (pipeline.changelog, pipeline.output)
+    for topic in topics:
+        entries = [
+            ConfigEntry(name, value, incremental_operation=AlterConfigOpType.SET) for name, value in settings.items()
+        ]
+        resource = ConfigResource(ConfigResource.Type.TOPIC, topic, incremental_configs=entries)
+        for future in admin.incremental_alter_configs([resource]).values():
+            future.result()
+
+
+def test_a_zombie_with_writes_under_way(
+    films: Dataset,
+    redis: RedisServer,
+    make_pipeline: Callable[..., Pipeline],
+    tmp_path: Path,
+) -> None:
+    rows = films.events[:30_000]
+    zombie, owner = (make_pipeline(kv_url=redis.url, state_dir=tmp_path / name) for name in ("zombie", "owner"))
+    owner.log = tmp_path / "owner.log"
+    zombie.start()
+    zombie.until_ready()
+    with Feeder(zombie.bootstrap, zombie.topics) as feeder:
+        feeder.send(rows[:10_000])
+        zombie.until(lambda: len(zombie.read(zombie.output)) > 1_000, "events flow")
+        freeze(zombie)  # in the middle of a backlog: batches are queued, and on their way
+        try:
+            assert zombie.lag() > 0, "it had nothing under way"
+            before = owner.epochs()
+            owner.start()
+            owner.until_epochs_rise(before)
+            feeder.send(rows[10_000:])
+            owner.until_committed(120)
+            length = len(owner.read(owner.output))
+        finally:
+            thaw(zombie)
+        code = zombie.wait(60)
+    assert code == 1, zombie.tail()
+    said = [line for line in zombie.log.read_text().splitlines() if line.startswith("uemb: ")]
+    assert len(said) == 1
+    assert "newer owner" in said[0] or "has lost it" in said[0]
+    assert "Traceback" not in zombie.log.read_text()
+    # nothing of it is in the logs: the broker refused what came after the fence
+    assert len(owner.read(owner.output)) == length
+    owner.check(len({row.user_id for row in rows}))
+    compact(owner)
+    with Feeder(owner.bootstrap, owner.topics) as feeder:  # segments roll, and are compacted, when there is news
+        feeder.send(films.events[30_000:30_200])
+        owner.until_committed()
+        feeder.send(films.events[30_200:30_400])
+    owner.until_committed()
+    owner.until(lambda: len(owner.read(owner.output)) < length, "the output is compacted")
+    owner.check(len({row.user_id for row in films.events[:30_400]}))
+    assert owner.stop() == 0
+
+
+def test_a_zombie_whose_store_is_locked(films: Dataset, make_workers: Callable[..., list[Pipeline]]) -> None:
+    """The embedded store has one writer: a new owner waits for the lock, gives up, and takes over when it is free."""
+    rows = films.events[:10_000]
+    zombie, owner = make_workers(2, kv_lock_patience_s=3)
+    zombie.start()
+    zombie.until_ready()
+    with feeding(zombie, rows, 2_000):
+        zombie.until(lambda: len(zombie.read(zombie.output)) > 1_000, "events flow")
+        freeze(zombie)
+        try:
+            owner.start()
+            assert owner.wait(60) == 1
+        finally:
+            thaw(zombie)
+        said = [line for line in owner.log.read_text().splitlines() if line.startswith("uemb: ")]
+        assert len(said) == 1
+        assert "still held by another process" in said[0]
+        assert zombie.wait(60) == 1  # fenced by the one that did not get the store
+        owner.start()
+        time.sleep(0.5)
+    owner.until_committed(120)
+    owner.check(len({row.user_id for row in rows}))
+    assert owner.stop() == 0
