@@ -88,6 +88,14 @@ def test_a_damaged_log_of_a_table_costs_nothing(pipeline: Pipeline, films: Datas
     go_on(pipeline, films, "claimed epoch 2")
 
 
+def test_a_store_that_forgot_its_tables_is_rebuilt(pipeline: Pipeline, films: Dataset) -> None:
+    """RocksDB reads a damaged manifest up to the damage, and says nothing: the watermark tells."""
+    assert pipeline.stop() == 0
+    for file in newest(pipeline.kv_path, "MANIFEST-*"):
+        flip(file)
+    go_on(pipeline, films, "lacks committed writes")
+
+
 def test_state_that_is_older_than_what_the_changelog_remembers(pipeline: Pipeline, films: Dataset) -> None:
     assert pipeline.stop() == 0
     for file in pipeline.state.rglob("*"):
