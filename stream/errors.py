@@ -5,6 +5,7 @@ UembError
 │   └── TopicMismatch      topics disagree with the application (partition counts, limits, policies)
 ├── ItemSpaceError         an item-vector folder is missing, damaged or of another version
 ├── StateError             stored state does not belong to this configuration, or can't be read
+│   └── StateDamaged       local state is damaged; the next start wipes and restores it
 ├── Fenced                 another worker holds a newer claim on this partition; stop, do not retry
 ├── OwnershipError         delivery broke its own rules (a gap, a partition that is not ours)
 ├── DeliveryError          Kafka did not acknowledge in time

@@ -13,7 +13,11 @@ from stream.items import ItemSpace
 from stream.records import CorruptRecord, EmbeddingRecord, decode, kv_entry, to_json
 
 TOLERANCE: Final = 1e-6
-_ORDER_FIELDS: Final = ("epoch", "revision")
+#: Fields of a record in the JSON shape that follow from the history, beside the vector and its norm.
+_FIELDS: Final = (
+    *("user_id", "status", "reason", "history_len", "unknown_items", "as_of"),
+    *("user_embedding_version", "depends_on"),
+)
 
 
 @dataclass(frozen=True)
@@ -109,8 +113,10 @@ class Rules:
         state = logged.state
         if whole:
             keys, erased_at = (mine.keys, mine.erased_at) if mine else ([], NEVER)
-            if (state.keys, state.erased_at) != (keys, erased_at):
+            if state.keys != keys:
                 out.append(f"changelog: {len({*keys} ^ {*state.keys})} interactions differ from the input's")
+            if state.erased_at != erased_at:
+                out.append("changelog: the erasure is another than the input's")
         elif mine is not None:
             joined = state.merge(mine)
             if (joined.keys, joined.erased_at) != (state.keys, state.erased_at):
@@ -151,8 +157,8 @@ class Rules:
         body, mine = got["user_embedding"], wanted["user_embedding"]
         rest = [
             f"{where}: {name} is {got[name]!r}, the history says {wanted[name]!r}"
-            for name in wanted
-            if name not in (*_ORDER_FIELDS, "user_embedding") and got[name] != wanted[name]
+            for name in _FIELDS
+            if got[name] != wanted[name]
         ]
         if len(body["vector"]) != mine["dim"]:
             return [*rest, f"{where}: the vector has {len(body['vector'])} dimensions"]
@@ -185,11 +191,13 @@ def output_document(value: bytes, *, json_output: bool) -> dict[str, Any] | None
     try:
         if not json_output:
             return to_json(decode(value))
-        document = json.loads(value)
-        _ = order_of(document), document["user_embedding"]["vector"], document["user_embedding"]["norm"]
-    except (CorruptRecord, ValueError, KeyError, TypeError, RecursionError):
+        document = dict(json.loads(value))
+        body = document["user_embedding"]
+        vector = np.asarray(body["vector"], dtype=np.float64)
+        _ = order_of(document), float(body["norm"]), [document[name] for name in _FIELDS]
+    except (CorruptRecord, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
-    return dict(document)
+    return document if vector.ndim == 1 else None
 
 
 def order_of(document: Mapping[str, Any]) -> tuple[int, int]:

@@ -80,6 +80,7 @@ def scripts_forgotten(redis: RedisServer) -> Iterator[None]:
         for _ in range(20):
             client.script_flush()
             time.sleep(0.05)
+        assert client.info("errorstats")["errorstat_NOSCRIPT"]["count"] > 0, "the fault did not fire"
     yield
 
 
