@@ -19,6 +19,7 @@ from rocksdict import AccessType, BlockBasedOptions, Cache, Options, Rdict, Writ
 from stream.errors import StateDamaged, StateError, StoreLocked
 from stream.keys import partition_of
 from stream.producer import FAUST_LOG
+from stream.rocksdb_errors import first_line, is_damage
 
 TABLE: Final = "user-history"
 #: Keys of our own; no user id holds a control character.
@@ -27,8 +28,6 @@ CLAIM_KEY: Final = b"\0claim"
 
 _CACHE_BYTES: Final = 32 << 20
 _WRITE_BUFFER_BYTES: Final = 8 << 20
-#: What RocksDB says of files that are torn, changed or missing.
-_DAMAGE: Final = ("Corruption", "No such file", "does not exist", "Invalid argument", "NotFound", "checksum")
 
 log = logging.getLogger(__name__)
 
@@ -96,13 +95,13 @@ class PartitionDB:
         try:
             yield
         except Exception as exc:  # rocksdict raises bare exceptions with RocksDB's own text
-            text = str(exc).splitlines()[0] if str(exc) else type(exc).__name__
+            text = first_line(exc)
             if "lock file" in text:
                 msg = f"{self.path} is open in another process; give each worker a UEMB_STATE_DIR of its own"
                 raise StoreLocked(msg) from exc
-            if any(sign in text for sign in _DAMAGE):
+            if is_damage(text):
                 damage_path(self.path).touch()
-                msg = f"{self.path.name}: local state is damaged ({text}); start again, it is restored"
+                msg = f"{self.path.name}: local state is damaged ({text}); start again, all is restored"
                 raise StateDamaged(msg) from exc
             msg = f"{self.path} can't be read or written ({text}); see whether the disk is full, then start again"
             raise StateError(msg) from exc
@@ -138,6 +137,7 @@ class HistoryStore(SerializedStore):
         super().__init__(*args, **kwargs)
         self._cache = Cache(_CACHE_BYTES)
         self._open: dict[int, PartitionDB] = {}
+        self._looked_for_damage = False
 
     def path(self, partition: int) -> Path:
         """Folder of a partition, where Faust's own stores would put it."""
@@ -153,10 +153,8 @@ class HistoryStore(SerializedStore):
         if partition in self._open:
             return self._open[partition]
         path = self.path(partition)
-        if damage_path(path).exists():
-            log.warning("partition %s: local state was found damaged; it is wiped and restored", partition)
-            self.wipe(partition)
-        elif (age_s := _age_s(path)) > max_age_s:
+        self._wipe_what_was_damaged()
+        if (age_s := _age_s(path)) > max_age_s:
             log.warning(
                 "partition %s: local state is %.0f hours old, the changelog keeps what was removed for %.0f; it is "
                 "wiped and restored", partition, age_s / 3600, max_age_s / 3600,
@@ -169,6 +167,23 @@ class HistoryStore(SerializedStore):
             self.wipe(partition)
             self._open[partition] = PartitionDB(path, self._cache)
         return self._open[partition]
+
+    def _wipe_what_was_damaged(self) -> None:
+        """Where a part was found damaged by an earlier run, distrust all: a disk seldom loses one file alone.
+
+        Damage shows when a block is read, which may be days after the start; each would stop the worker once.
+        """
+        if self._looked_for_damage:
+            return
+        self._looked_for_damage = True
+        folder = Path(self.app.conf.tabledir)
+        if marks := sorted(folder.glob(f"{self.table_name}-*.damaged")):
+            names = ", ".join(mark.stem for mark in marks)
+            log.warning("local state was found damaged (%s); all of it is wiped and restored", names)
+            for path in folder.glob(f"{self.table_name}-*.db"):
+                shutil.rmtree(path, ignore_errors=True)
+            for mark in marks:
+                mark.unlink()
 
     @property
     def open_partitions(self) -> list[int]:

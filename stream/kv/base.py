@@ -55,7 +55,6 @@ class KVWriter(Protocol):
 
         Raises:
             StoreLocked: another process holds it, and went on to do so for the whole patience of the store.
-            StateError: what is stored is damaged.
         """
         ...
 
@@ -74,7 +73,7 @@ class KVWriter(Protocol):
             Fenced: a claim or a stored entry has a higher epoch than the one written: the partition has a newer owner.
                 Nothing of the batch was written; of one that the store takes in several chunks, nothing from that
                 chunk on.
-            StateError: what is stored is damaged, or was removed under its owner; a restart rebuilds it.
+            StateError: a key holds what can't be an entry.
             StoreLost: the store no longer holds what this writer wrote; claim the partition again and rebuild it.
             StoreError: the partition is not open, or the store failed; what became of the batch is not known.
             ValueError: an entry is shorter than its prefix; nothing was written.

@@ -18,7 +18,7 @@ from stream.embedding import OncePerMinute
 from stream.errors import StateError, StoreError, UembError
 from stream.keys import partition_of, watermark_key
 from stream.kv.base import Meta
-from stream.kv.rocksdb import (
+from stream.kv.rocksdb_layout import (
     COUNT_KEY,
     META_FILE,
     SEQ_HEADER,

@@ -23,8 +23,7 @@ import pytest
 
 from stream.errors import Fenced, StoreError, StoreLocked, UembError
 from stream.keys import fallback_key, partition_of, user_cache_key, watermark_key
-from stream.kv import rocksdb as embedded
-from stream.kv import rocksdb_reader
+from stream.kv import rocksdb_partition, rocksdb_reader
 from stream.kv.base import Serving
 from stream.kv.rocksdb import RocksKV
 from stream.kv.rocksdb_reader import RocksReader
@@ -88,7 +87,7 @@ class Worker:
 
     async def small_tables(self) -> None:
         """Let memtables be full after a few writes."""
-        embedded._WRITE_BUFFER_BYTES = 64 << 10
+        rocksdb_partition._WRITE_BUFFER_BYTES = 64 << 10
 
     async def churn(self, users: list[str], seconds: float, flush: bool) -> int:
         """Write rising revisions to partition 0, so that tables come and go; with `flush` also out of turn."""

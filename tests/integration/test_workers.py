@@ -25,7 +25,7 @@ from stream.dataset import Dataset, EventRow
 from stream.feed import Feeder
 from stream.items import ItemSpace
 from stream.keys import partition_of
-from stream.kv.rocksdb import partition_path
+from stream.kv.rocksdb_layout import partition_path
 from stream.records import decode
 from stream.table import CLAIM_KEY
 
