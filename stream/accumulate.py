@@ -88,12 +88,15 @@ class DecayedSums:
         sums, totals = np.zeros((count, decays, dim)), np.zeros((count, decays))
         for i, of_one in enumerate(rows):
             if of_one:
-                factors = self._powers[:, : len(of_one)]
-                if weights is not None:
-                    factors = factors * weights[i]
-                np.matmul(factors, self.vectors[of_one], out=sums[i])
-                totals[i] = factors.sum(axis=1)
+                sums[i], totals[i] = self.sum_of(of_one, None if weights is None else weights[i])
         return sums, totals
+
+    def sum_of(self, rows: Sequence[int] | Int64, weights: Sequence[float] | Float64 | None) -> tuple[Float64, Float64]:
+        """Sums [K, d] and totals [K] of one sequence of rows, newest first; weights None is all ones."""
+        factors = self._powers[:, : len(rows)]
+        if weights is not None:
+            factors = factors * weights
+        return factors @ self.vectors[rows], factors.sum(axis=1)
 
     def insert(
         self,

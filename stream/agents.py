@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from stream.engine import Batch, Engine, Op, StepResult
+from stream.batch import Batch, Op, StepResult
+from stream.engine import Engine
 from stream.errors import OwnershipError, TopicMismatch
 from stream.events import Reason
 from stream.publish import Lanes, Progress, Stage, Work

@@ -16,7 +16,6 @@ from threadpoolctl import threadpool_limits
 
 from stream.agents import BatchProcessor
 from stream.config import Settings, load_settings
-from stream.engine import fallback_record
 from stream.errors import ConfigError, StateError
 from stream.group import check_group
 from stream.items import ItemSpace
@@ -27,6 +26,7 @@ from stream.kv.urls import open_writer
 from stream.partitions import Partitions, Parts
 from stream.producer import FAUST_LOG
 from stream.publish import Lanes, Stage
+from stream.publisher import fallback_record
 from stream.records import encode
 from stream.table import TABLE, HistoryTable
 from stream.topics import Prepared, prepare_topics

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
-from stream.engine import StepResult
+from stream.batch import StepResult
 from stream.errors import RecordTooLarge, StoreLost
 from stream.events import Reject
 from stream.keys import watermark_key

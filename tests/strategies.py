@@ -11,8 +11,9 @@ from typing import NamedTuple
 import numpy as np
 from hypothesis import strategies as st
 
+from stream.batch import Record, StepResult
 from stream.encoders import VersionedEncoder
-from stream.engine import Engine, Record, StepResult
+from stream.engine import Engine
 from stream.events import EventRules
 from stream.history import stored_order
 from stream.item_ids import ItemIds

@@ -31,8 +31,8 @@ from strategies import (
 )
 
 from stream.encoders import AvgEncoder, MixEncoder, VersionedEncoder, encoder_hash, make_encoder, user_version
-from stream.engine import fallback_record
 from stream.history import NEVER, History, HistoryCodec, Outcome, sort_key
+from stream.publisher import fallback_record
 from stream.records import decode, kv_entry
 
 CODEC = HistoryCodec(TYPES)

@@ -25,8 +25,9 @@ from strategies import (
     streams,
 )
 
+from stream.batch import Batch, Op
 from stream.encoders import AvgEncoder, MixEncoder, VersionedEncoder
-from stream.engine import Batch, Engine, Op
+from stream.engine import Engine
 from stream.errors import StateError
 from stream.events import EventRules, Reason
 from stream.history import History, HistoryCodec, sort_key, stored_order
@@ -403,7 +404,7 @@ def test_leaving_memory_frees_slots_and_changes_nothing():
         d.apply(*events)
     for user in oracle.users():
         check_record(d.record(user), oracle.expected(user))
-    assert d.engine._spaces[0].sums.sums.shape[0] <= 64
+    assert d.engine._publishers[0].sums.sums.shape[0] <= 64
 
 
 def test_more_users_in_a_batch_than_memory_holds():
@@ -542,5 +543,5 @@ def test_memory_is_bounded_by_the_hot_cache_whatever_passes_through():
         batch = Batch([Op(str(user).encode(), key) for user in range(start, start + 2_000)])
         engine.apply(batch, dict.fromkeys(engine.missing(batch)), 1)
         assert len(engine._users) <= 10_000
-    assert engine._spaces[0].sums.sums.shape[0] <= 4 * 10_000
+    assert engine._publishers[0].sums.sums.shape[0] <= 4 * 10_000
     assert len(engine._users) == 10_000

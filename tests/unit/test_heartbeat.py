@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from stream.app import EmbeddingApp
-from stream.engine import StepResult
+from stream.batch import StepResult
 from stream.errors import StoreError
 from stream.keys import watermark_key
 from stream.partitions import Partitions
