@@ -159,9 +159,27 @@ class BatchProcessor:
             owned.engine.forget(missing)  # they were not in use, and shall not push out those that are
             self._on_stage("local", None, result)
             self._count("sent again", len(users))
-            durable: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            await self._lanes[owned.partition].put(Work(None, (), result, durable))
-            return durable
+            return await self._queue(owned, result)
+
+    async def embed(
+        self, owned: Owned, users: Sequence[bytes], version: str
+    ) -> tuple[StepResult, asyncio.Future[None]]:
+        """Queue the present vectors of `users` in one item version; the future is done when they are durable."""
+        async with owned.turn:
+            found = zip(users, owned.db.get(users), strict=True)
+            result = owned.engine.embed({user: state for user, state in found if state}, version, owned.epoch)
+            return result, await self._queue(owned, result)
+
+    async def remove(self, owned: Owned, keys: Sequence[bytes]) -> tuple[StepResult, asyncio.Future[None]]:
+        """Queue tombstones for keys that nothing is published under any more, and their removal from the store."""
+        result = StepResult(output=[(key, None) for key in keys], removals=list(keys))
+        async with owned.turn:
+            return result, await self._queue(owned, result)
+
+    async def _queue(self, owned: Owned, result: StepResult) -> asyncio.Future[None]:
+        durable: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        await self._lanes[owned.partition].put(Work(None, (), result, durable))
+        return durable
 
     def _apply(self, owned: Owned, batch: Batch, missing: Sequence[bytes]) -> StepResult:
         stored = dict(zip(missing, owned.db.get(missing), strict=True))

@@ -18,16 +18,16 @@ from stream.agents import BatchProcessor
 from stream.config import Settings, load_settings
 from stream.errors import ConfigError, StateError
 from stream.group import check_group
+from stream.item_versions import Status
 from stream.items import ItemSpace
-from stream.keys import encoder_key, fallback_key
-from stream.kv.base import KVWriter, Meta, Serving
+from stream.keys import encoder_key
+from stream.kv.base import KVWriter, Meta
 from stream.kv.patient import PatientKV
 from stream.kv.urls import open_writer
 from stream.partitions import Partitions, Parts
-from stream.producer import FAUST_LOG
+from stream.producer import FAUST_LOG, acknowledged
 from stream.publish import Lanes, Stage
-from stream.publisher import fallback_record
-from stream.records import encode
+from stream.rollout import Rollout
 from stream.table import TABLE, HistoryTable
 from stream.topics import Prepared, prepare_topics
 from stream.transport import BatchSchema, RecordBatch
@@ -40,7 +40,6 @@ REPORT_S: Final = 10.0
 STREAM_BUFFER: Final = 16
 REBALANCE_TIMEOUT_S: Final = 60.0
 MAX_POLL_RECORDS: Final = 4_000
-_KEEP_OFFSET: Final = -1  # control offset of a serving pair that came from UEMB_ITEMS
 
 
 class EmbeddingApp(faust.App):
@@ -62,8 +61,8 @@ class EmbeddingApp(faust.App):
         self.failed = asyncio.Event()
         self._on_stage = on_stage
         self._kv: KVWriter | None = None
-        self._space: ItemSpace | None = None
-        self._topics = Prepared(settings.partitions, settings.partitions, administered=True)
+        self._rollout: Rollout | None = None
+        self._topics = Prepared(settings.partitions, settings.partitions, administered=True, largest_dim=0)
         self._partitions: Partitions | None = None
         self.lanes = Lanes(self.crash)
         self.processor = BatchProcessor(settings.deletion_topic, self.lanes, self._add, self._stage, self._mark_durable)
@@ -111,17 +110,18 @@ class EmbeddingApp(faust.App):
         settings = self.settings
         # Our products are small: BLAS threads cost up to 20 times what they save, and a core of the neighbours'.
         threadpool_limits(limits=1, user_api="blas")
-        if settings.items is None:
-            msg = "UEMB_ITEMS is not set; point it to an item space folder (make one with `uemb items build`)"
-            raise ConfigError(msg)
-        self._space = await asyncio.to_thread(ItemSpace.load, settings.items)
-        self._topics = await asyncio.to_thread(prepare_topics, settings, self._space.dim)
+        base = None if settings.items is None else await asyncio.to_thread(ItemSpace.load, settings.items)
+        self._topics = await asyncio.to_thread(prepare_topics, settings, base.dim if base else 1)
         self.conf.topic_partitions = self._topics.partitions
         if self._topics.administered:
             await asyncio.to_thread(check_group, settings)
         store = open_writer(settings.kv_url, lock_patience_s=settings.kv_lock_patience_s)
         self._kv = PatientKV(store, settings.delivery_timeout_s)
         await self._kv.update_meta(self._register)
+        self._rollout = Rollout(
+            settings, self._kv, self.processor, self._tell, lambda: self.counts["records"], self.crash
+        )
+        await self._rollout.start(base, self._topics.partitions, self._topics.largest_dim)
         try:
             settings.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
             await super().on_first_start()
@@ -129,13 +129,11 @@ class EmbeddingApp(faust.App):
             msg = f"UEMB_STATE_DIR {settings.state_dir} can't be used ({exc.strerror})"
             raise ConfigError(msg) from exc
         log.info(
-            "app %s: %s partitions, user version %s, item version %s (%s items, %s dims)",
+            "app %s: %s partitions, user version %s, item versions %s",
             settings.app_id,
             self._topics.partitions,
             settings.versioned_encoder.version,
-            self._space.version,
-            len(self._space),
-            self._space.dim,
+            ", ".join(f"{s.version} ({len(s)} items, {s.dim} dims)" for s in self._rollout.spaces),
         )
 
     def _register(self, meta: Meta) -> Meta:
@@ -154,22 +152,15 @@ class EmbeddingApp(faust.App):
             raise StateError(msg)
         return replace(meta, app=settings.app_id, partitions=self._topics.partitions)
 
-    def _announce(self, meta: Meta) -> Meta:
-        """Let readers follow this worker's versions, once it owns partitions whose state was made for them."""
-        space, encoder = self._required_space, self.settings.versioned_encoder
-        current = meta.current
-        if current is None or current.offset <= _KEEP_OFFSET:
-            current = Serving(encoder.version, space.version, _KEEP_OFFSET)
-        fallback = encode(fallback_record(space, encoder))
-        return replace(
-            meta,
-            current=current,
-            encoders={**meta.encoders, encoder_key(encoder.version): encoder.hash},
-            fallbacks={**meta.fallbacks, fallback_key(space.version, encoder.version): fallback},
-        )
+    async def _tell(self, status: Status) -> None:
+        """Write a status record of an item version; returns when it is acknowledged."""
+        topic, timeout_s = self.settings.item_status_topic, self.settings.delivery_timeout_s
+        await acknowledged([await self.producer.send_unfenced(topic, 0, *status.encode())], timeout_s, topic)
 
     async def on_stop(self) -> None:
         """Let Faust drain and commit, then close every database."""
+        if self._rollout is not None:
+            await self._rollout.stop()
         await super().on_stop()
         await self._give_up()
         if self._kv is not None:
@@ -203,7 +194,7 @@ class EmbeddingApp(faust.App):
         try:
             await self._required_partitions.take(partitions, standbys)
             if partitions:
-                await self._required_kv.update_meta(lambda meta: self._announce(self._register(meta)))
+                await self._required_kv.update_meta(lambda meta: self._required_rollout.announce(self._register(meta)))
         except asyncio.CancelledError:
             if not self.rebalancing:
                 raise
@@ -269,7 +260,7 @@ class EmbeddingApp(faust.App):
                 Parts(
                     settings=self.settings,
                     topics=self._topics,
-                    space=self._required_space,
+                    rollout=self._required_rollout,
                     store=self.history.data,
                     kv=self._required_kv,
                     producer=self.producer,
@@ -278,7 +269,7 @@ class EmbeddingApp(faust.App):
                     processor=self.processor,
                     on_stage=self._stage,
                     on_error=self.crash,
-                    enter=lambda meta: self._announce(self._register(meta)),
+                    enter=lambda meta: self._required_rollout.announce(self._register(meta)),
                 )
             )
         return self._partitions
@@ -291,11 +282,11 @@ class EmbeddingApp(faust.App):
         return self._kv
 
     @property
-    def _required_space(self) -> ItemSpace:
-        if self._space is None:
-            msg = "the item space is loaded when the worker starts"
+    def _required_rollout(self) -> Rollout:
+        if self._rollout is None:
+            msg = "item versions are loaded when the worker starts"
             raise StateError(msg)
-        return self._space
+        return self._rollout
 
 
 def __getattr__(name: str) -> Any:

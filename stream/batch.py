@@ -49,12 +49,14 @@ class StepResult:
         states: new stored state by user, for the local table and the changelog.
         output: key and value of each record for the output topic, in order; a None value is a tombstone.
         entries: last entry of each key for the key-value store, prefix included.
+        removals: keys to take out of the key-value store.
         counts: counters by name.
     """
 
     states: dict[bytes, bytes] = field(default_factory=dict)
     output: list[tuple[bytes, bytes | None]] = field(default_factory=list)
     entries: dict[bytes, bytes] = field(default_factory=dict)
+    removals: list[bytes] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
 
 

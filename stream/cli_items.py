@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from stream import cli_rollout
 from stream.config import load_settings
 from stream.errors import ConfigError
 from stream.terminal import err, out, print_json, progress_bar
@@ -122,3 +123,13 @@ def _describe(space: Any, as_json: bool, more: dict[str, Any] | None = None) -> 
         print_json(facts)
     else:
         out.print("  ".join(f"{name} {value}" for name, value in facts.items()))
+
+
+for command in (
+    cli_rollout.publish,
+    cli_rollout.activate,
+    cli_rollout.rollback,
+    cli_rollout.retire,
+    cli_rollout.status,
+):
+    items.add_command(command)

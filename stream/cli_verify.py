@@ -6,7 +6,10 @@ import click
 
 from stream.config import load_settings
 from stream.errors import ConfigError
+from stream.item_control import ItemControl, spaces_of
+from stream.kv.urls import open_reader
 from stream.terminal import out, print_json, progress_bar
+from stream.verify import Report, Verifier
 
 DIFFERS = 1
 
@@ -22,46 +25,62 @@ DIFFERS = 1
 )
 @click.option("--no-store", is_flag=True, help="leave the key-value store out (a RocksDB on another host)")
 @click.option("--show", type=click.IntRange(0), default=20, show_default=True, help="differences to print")
+@click.option("--item-version", "version", help="only this one  [default: every version that is published in]")
 @click.option("--json", "as_json", is_flag=True, help="print the result as one JSON document")
-def verify(partitions: tuple[int, ...], patience: float, no_store: bool, show: int, as_json: bool) -> None:
+def verify(
+    partitions: tuple[int, ...], patience: float, no_store: bool, show: int, version: str | None, as_json: bool
+) -> None:
     """Compare changelog, output topic and store with what the input topics add up to; exit 1 if anything differs.
 
     Works beside running workers: what is being processed is looked at again, and counted as busy if it stays so. Where
     retention has cut the input off, a user's state must contain what is left of it, and the vector follow from the
     state. Needs the settings of the workers; reads only.
     """
-    from stream.items import ItemSpace
-    from stream.kv.urls import open_reader
-    from stream.verify import Verifier
-
     settings = load_settings()
-    if settings.items is None:
-        msg = "UEMB_ITEMS is not set; point it to the item space folder that the workers serve"
-        raise ConfigError(msg)
-    space = ItemSpace.load(settings.items)
-    reader = None if no_store else open_reader(settings.kv_url)
+    control = ItemControl(settings)
     try:
-        verifier = Verifier(settings, space, reader, patience_s=patience, keep=show)
-        if partitions and max(partitions) >= verifier.partitions:
-            msg = f"the topics have the partitions 0 to {verifier.partitions - 1}"
-            raise click.BadParameter(msg, param_hint="--partition")
-        with progress_bar("verified, thousandths of partitions") as update:
-            report = verifier.run(sorted(set(partitions)), update)
+        spaces = [space for space in spaces_of(settings, control) if version in (None, space.version)]
+    finally:
+        control.close()
+    if not spaces:
+        msg = f"item version {version!r} is not published in"
+        raise ConfigError(msg)
+    reader = None if no_store else open_reader(settings.kv_url)
+    reports: dict[str, Report] = {}
+    try:
+        for space in spaces:
+            verifier = Verifier(settings, space, reader, patience_s=patience, keep=show)
+            if partitions and max(partitions) >= verifier.partitions:
+                msg = f"the topics have the partitions 0 to {verifier.partitions - 1}"
+                raise click.BadParameter(msg, param_hint="--partition")
+            with progress_bar(f"verified {space.version}, thousandths of a partition") as update:
+                reports[space.version] = verifier.run(sorted(set(partitions)), update)
     finally:
         if reader is not None:
             reader.close()
+    ok = all(report.ok for report in reports.values())
     if as_json:
-        document = {name: value for name, value in report.__dict__.items() if name != "differences"}
-        differences = [difference.__dict__ for difference in report.differences]
-        print_json({"ok": report.ok, **document, "differences": differences})
+        print_json({"ok": ok, "item_versions": {name: _document(report) for name, report in reports.items()}})
     else:
-        for difference in report.differences:
-            out.print(f"partition {difference.partition}, {difference.who}: {difference.what}", markup=False)
-        letters = f"{report.rejected:,} rejected records, {report.letterless:,} of them without a dead letter"
-        out.print(
-            f"{report.users:,} users: {report.whole:,} checked against their input, {report.partial:,} against their "
-            f"state and what is left of it; {report.busy:,} busy, {report.differ:,} differ\n"
-            f"{letters if report.letters_checked else 'dead letters were not checked: retention took some'}"
-        )
-    if not report.ok:
+        for name, report in reports.items():
+            _print(name, report)
+    if not ok:
         sys.exit(DIFFERS)
+
+
+def _document(report: Report) -> dict[str, object]:
+    fields = {name: value for name, value in report.__dict__.items() if name != "differences"}
+    return {"ok": report.ok, **fields, "differences": [difference.__dict__ for difference in report.differences]}
+
+
+def _print(version: str, report: Report) -> None:
+    for difference in report.differences:
+        out.print(f"partition {difference.partition}, {difference.who}: {difference.what}", markup=False)
+    letters = f"{report.rejected:,} rejected records, {report.letterless:,} of them without a dead letter"
+    out.print(
+        f"item version {version}: {report.users:,} users, {report.whole:,} checked against their input, "
+        f"{report.partial:,} against their state and what is left of it; {report.busy:,} busy, "
+        f"{report.differ:,} differ\n"
+        f"{letters if report.letters_checked else 'dead letters were not checked: retention took some'}",
+        markup=False,
+    )

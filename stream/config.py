@@ -68,6 +68,7 @@ class Settings(BaseSettings):
     deletion_topic: str = Field("user-deletions", description="erasures (compacted)")
     output_topic: str = Field("user-embeddings", description="vectors (compacted)")
     dlq_topic: str = Field("user-events.dlq", description="dead letters")
+    item_versions_topic: str = Field("item-versions", description="what shall become of item versions (compacted)")
     dlq_max_bytes: int = Field(64 << 20, ge=1 << 16, description="largest value that is dead-lettered whole")
 
     # events
@@ -157,6 +158,7 @@ class Settings(BaseSettings):
             "UEMB_DELETION_TOPIC": self.deletion_topic,
             "UEMB_OUTPUT_TOPIC": self.output_topic,
             "UEMB_DLQ_TOPIC": self.dlq_topic,
+            "UEMB_ITEM_VERSIONS_TOPIC": self.item_versions_topic,
             "UEMB_APP_ID": self.app_id,
         }
         topics = [*(("UEMB_EVENT_TOPICS", t) for t in self.event_topics), *names.items()]
@@ -252,6 +254,11 @@ class Settings(BaseSettings):
     def changelog_topic(self) -> str:
         """Changelog of the history table, named as Faust names it."""
         return f"{self.app_id}-user-history-changelog"
+
+    @property
+    def item_status_topic(self) -> str:
+        """How far each partition is with each item version (compacted)."""
+        return f"{self.app_id}-item-status"
 
     @property
     def kafka_client(self) -> dict[str, Any]:

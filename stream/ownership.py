@@ -188,13 +188,13 @@ async def restore_and_claim(
     kv: KVWriter,
     send: Send,
     max_age_s: float = inf,
-) -> tuple[PartitionDB, int, bool]:
+) -> tuple[PartitionDB, int, int]:
     """Bring the local table up to the changelog's end and claim the partition.
 
     Local state older than `max_age_s` is not used: the changelog may have forgotten what it still holds.
 
     Returns:
-        The open database, the new epoch, and whether an earlier claim existed.
+        The open database, the new epoch, and that of the claim before, 0 for none.
 
     Raises:
         StateError: the state was made for other settings, or can't be read.
@@ -223,7 +223,6 @@ async def restore_and_claim(
         store.wipe(partition)
         db = store.open(partition)
         end = await restorer.read(topic, partition, 0, handle)
-    had_claim = db.claim is not None
     for _ in range(MAX_CLAIMS):
         claim = Claim.decode(db.claim) if db.claim else None
         if claim is not None:
@@ -240,7 +239,7 @@ async def restore_and_claim(
         await kv.put(partition, {epoch_key(partition).encode(): kv_prefix(epoch, 0)})
         took_s = asyncio.get_running_loop().time() - started
         log.info("partition %s: restored %s records, claimed epoch %s (%.2f s)", partition, count, epoch, took_s)
-        return db, epoch, had_claim
+        return db, epoch, claim.epoch if claim else 0
     msg = f"partition {partition} is being claimed by other workers again and again; check UEMB_APP_ID"
     raise Fenced(msg)
 

@@ -15,7 +15,6 @@ from stream.engine import Engine
 from stream.errors import StateError, UembError
 from stream.events import EventDecoder
 from stream.history import HistoryCodec
-from stream.items import ItemSpace
 from stream.keys import epoch_key, watermark_key
 from stream.kv.base import KVWriter, Meta
 from stream.ownership import Restorer, restore_and_claim
@@ -23,6 +22,7 @@ from stream.producer import Producer, acknowledged
 from stream.publish import Destinations, Lane, Lanes, Progress, Stage
 from stream.rebuild import covered_offsets, lost_writes, rebuild
 from stream.records import kv_prefix
+from stream.rollout import Rollout
 from stream.standby import Standbys
 from stream.table import HistoryStore
 from stream.topics import Prepared
@@ -37,7 +37,7 @@ class Parts:
 
     settings: Settings
     topics: Prepared
-    space: ItemSpace
+    rollout: Rollout
     store: HistoryStore
     kv: KVWriter
     producer: Producer
@@ -70,14 +70,17 @@ class Partitions:
         await self.give_up()
         parts = self._parts
         parts.consumer.check_assignment(self._input_topics, partitions)
+        await parts.rollout.prepare()
         share = max(64, parts.settings.hot_users // max(1, len(partitions)))
         self._taking = asyncio.gather(*(self._take(partition, share) for partition in partitions))
         await self._taking
+        parts.rollout.begin()
         self._standbys.follow(standbys)
 
     async def give_up(self) -> None:
         """Stop taking, publishing and copying, and close the databases of all partitions."""
         parts = self._parts
+        await parts.rollout.give_up()
         tasks = [*self._rebuilds.values(), *([self._taking] if self._taking is not None else [])]
         self._taking, self._rebuilds = None, {}
         for task in tasks:
@@ -109,7 +112,7 @@ class Partitions:
     async def _take(self, partition: int, hot_users: int) -> None:
         parts, settings = self._parts, self._parts.settings
         await parts.producer.take(partition, [settings.changelog_topic, settings.output_topic])
-        db, epoch, had_claim = await restore_and_claim(
+        db, epoch, earlier_epoch = await restore_and_claim(
             partition,
             settings=settings,
             partitions=parts.topics.partitions,
@@ -119,7 +122,7 @@ class Partitions:
             max_age_s=parts.topics.removed_kept_s,
         )
         engine = Engine(
-            [parts.space],
+            parts.rollout.spaces,
             settings.versioned_encoder,
             settings.rules,
             partition=partition,
@@ -137,9 +140,10 @@ class Partitions:
         if lost_writes(watermark, committed):
             log.warning("partition %s: the key-value store lacks committed writes; rebuilding it", partition)
             progress.whole = False
+        await parts.rollout.take(owned, earlier_epoch)
         parts.processor.owned[partition] = owned
         parts.lanes.start(self._lane(owned))
-        start = (committed[settings.deletion_topic] or 0) if had_claim else 0
+        start = (committed[settings.deletion_topic] or 0) if earlier_epoch else 0
         await self._apply_erasures(partition, start)
         if not progress.whole:
             self._start_rebuild(owned)

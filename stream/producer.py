@@ -126,6 +126,10 @@ class Producer(driver.Producer):
             raise OwnershipError(msg)
         return await self._send(self._letters, topic, partition, records)
 
+    async def send_unfenced(self, topic: str, partition: int, key: bytes, value: bytes) -> asyncio.Future[Any]:
+        """Queue one record that any worker may write."""
+        return (await self.send_dead_letters(topic, partition, [(key, value, [])]))[0]
+
     @staticmethod
     async def _send(
         producer: aiokafka.AIOKafkaProducer, topic: str, partition: int, records: Sequence[OutRecord]

@@ -198,6 +198,8 @@ class Lane:
                 kafka_time_ms = work.batch.records[-1].timestamp
                 self.progress.kafka_time_ms = max(self.progress.kafka_time_ms or 0, kafka_time_ms)
         await self._store(entries)
+        if removals := [key for work in works for key in work.result.removals]:
+            await self._kv.remove(self.partition, removals, self.progress.epoch)
         self._passed("kv", works)
         for work in works:
             await self._dead_letters(work)

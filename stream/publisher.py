@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from stream.accumulate import DecayedSums, Newer
 from stream.batch import StepResult
 from stream.embedding import Float32, Float64
-from stream.encoders import REASONS, VersionedEncoder, finish
+from stream.encoders import REASONS, Status, VersionedEncoder, finish
 from stream.history import TS_BYTES, History
 from stream.items import ItemSpace
 from stream.keys import user_cache_key
@@ -139,7 +139,10 @@ class Publisher:
         self._emit(shown, computed, epoch, result)
 
     def publish_cold(self, users: Mapping[bytes, History], epoch: int, result: StepResult) -> None:
-        """Add the present state of users that need not be in memory; leaves the running sums alone."""
+        """Add the present state of users that need not be in memory; leaves the running sums alone.
+
+        Counts what a report on the version wants to know: fallbacks, items, unknown items.
+        """
         computed = self._room(len(users))
         for place, history in enumerate(users.values()):
             keys = history.keys
@@ -154,7 +157,14 @@ class Publisher:
             (user, (len(history.keys), history.as_of_ms, history.revision, None, (), 0))
             for user, history in users.items()
         ]
-        self._emit(shown, computed, epoch, result)
+        status = self._emit(shown, computed, epoch, result)
+        lengths = np.fromiter((len(history.keys) for history in users.values()), dtype=np.int64, count=len(users))
+        items = int(lengths.sum())
+        result.counts = {
+            "fallbacks": int(((status != Status.OK) & (lengths > 0)).sum()),
+            "items": items,
+            "unknown_items": items - int(computed.known.sum()),
+        }
 
     def _room(self, count: int) -> _Sums:
         decays = len(self._encoder.encoder.decays)
@@ -225,8 +235,10 @@ class Publisher:
         self.sums.put(user.slot, computed.sums[-1], computed.totals[-1], int(computed.known[-1]))
         return computed
 
-    def _emit(self, shown: Sequence[tuple[bytes, Step]], computed: _Sums, epoch: int, result: StepResult) -> None:
-        """Records of users after a step each, in order."""
+    def _emit(
+        self, shown: Sequence[tuple[bytes, Step]], computed: _Sums, epoch: int, result: StepResult
+    ) -> NDArray[np.int8]:
+        """Add records of users after a step each, in order; return the `Status` of each."""
         vectors, status = finish(
             self._encoder.encoder,
             *computed,
@@ -256,6 +268,7 @@ class Publisher:
                 result.output.append((key, json.dumps(to_json(record)).encode()))
             else:
                 result.output.append((key, body))
+        return status
 
 
 def fallback_record(space: ItemSpace, encoder: VersionedEncoder) -> EmbeddingRecord:

@@ -83,6 +83,11 @@ class PartitionDB:
                 if not key.startswith(b"\0"):
                     yield key, value
 
+    def count_users(self) -> int:
+        """About how many users there are, as RocksDB estimates it."""
+        with self._faults():
+            return int(self._db.property_int_value("rocksdb.estimate-num-keys") or 0)
+
     @contextmanager
     def _faults(self) -> Iterator[None]:
         """Turn what RocksDB raises into our errors, and remember damage for the next start.

@@ -23,6 +23,7 @@ SETTLE_S: Final = 0.2
 _FRAME_BYTES: Final = 16 * 1024  # record and batch headers, key, and the fields around a vector
 _DLQ_HEADROOM_BYTES: Final = 64 * 1024
 _KEEP_MS: Final = 30 * 24 * 3600 * 1000
+_EMBEDDED_DIM: Final = 32 * 1024  # the embedded broker does not tell its limit
 _REMOVED_KEPT_S: Final = 24 * 3600.0  # Kafka's default
 
 
@@ -37,6 +38,7 @@ class Wanted:
         compacted: whether it must be compacted; None for either.
         min_bytes: least acceptable ``max.message.bytes``.
         config: settings with which it is created.
+        create_partitions: how many partitions it is created with, where any number will do; None: as many as others.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Wanted:
     compacted: bool | None
     min_bytes: int = 0
     config: Mapping[str, str] = field(default_factory=dict)
+    create_partitions: int | None = None
 
 
 @dataclass(frozen=True)
@@ -55,12 +58,14 @@ class Prepared:
         partitions: n of all input topics, the changelog and the output.
         dead_letter_partitions: number of partitions of the dead-letter topic.
         administered: whether the broker answers admin requests (the embedded one doesn't).
+        largest_dim: what a record of the output topic has room for.
         removed_kept_s: how long the changelog tells of what was removed from it (``delete.retention.ms``).
     """
 
     partitions: int
     dead_letter_partitions: int
     administered: bool
+    largest_dim: int
     removed_kept_s: float = _REMOVED_KEPT_S
 
 
@@ -93,7 +98,7 @@ def prepare_topics(settings: Settings, dim: int) -> Prepared:
         }
         partitions = found[settings.event_topics[0]]
         _check_counts(_wanted(settings, partitions, dim, {}), found)
-        return Prepared(partitions, found[settings.dlq_topic], administered=False)
+        return Prepared(partitions, found[settings.dlq_topic], administered=False, largest_dim=_EMBEDDED_DIM)
     limits = {name: int(c["max.message.bytes"]) for name, c in _configs(admin, list(counts)).items()}
     wanted = _wanted(settings, partitions, dim, limits)
     there, missing = ([w for w in wanted if (w.name in found) is known] for known in (True, False))
@@ -101,9 +106,11 @@ def prepare_topics(settings: Settings, dim: int) -> Prepared:
     _check_configs(there, _configs(admin, [w.name for w in there]))  # a start that is refused creates nothing
     _create(admin, missing, settings, partitions)
     _check_configs(missing, _configs(admin, [w.name for w in missing]))
-    changelog = _configs(admin, [settings.changelog_topic])[settings.changelog_topic]
-    removed_kept_s = int(changelog["delete.retention.ms"]) / 1000
-    return Prepared(partitions, found.get(settings.dlq_topic, partitions), True, removed_kept_s)
+    configs = _configs(admin, [settings.changelog_topic, settings.output_topic])
+    removed_kept_s = int(configs[settings.changelog_topic]["delete.retention.ms"]) / 1000
+    room = int(configs[settings.output_topic]["max.message.bytes"]) - _FRAME_BYTES
+    largest_dim = room // _bytes_per_dim(settings)
+    return Prepared(partitions, found.get(settings.dlq_topic, partitions), True, largest_dim, removed_kept_s)
 
 
 def topic_partitions(settings: Settings, *topics: str) -> int | None:
@@ -123,14 +130,15 @@ def _names(settings: Settings) -> list[str]:
         settings.changelog_topic,
         settings.output_topic,
         settings.dlq_topic,
+        settings.item_versions_topic,
+        settings.item_status_topic,
     ]
 
 
 def _wanted(settings: Settings, partitions: int, dim: int, event_limits: Mapping[str, int]) -> list[Wanted]:
     compact = {"cleanup.policy": "compact"}
     state = max_state_bytes(settings.history_limit) + _FRAME_BYTES
-    # a JSON vector takes up to 25 bytes a component
-    output = (4 if settings.output_format == "avro" else 25) * dim + _FRAME_BYTES
+    output = _bytes_per_dim(settings) * dim + _FRAME_BYTES
     # a topic that is not there yet gets the broker's default limit, 1 MiB
     largest = max(event_limits.values(), default=1_048_588)
     dlq = min(largest, settings.dlq_max_bytes) + _DLQ_HEADROOM_BYTES
@@ -148,7 +156,14 @@ def _wanted(settings: Settings, partitions: int, dim: int, event_limits: Mapping
             min_bytes=dlq,
             config=_sized({"cleanup.policy": "delete", "retention.ms": str(_KEEP_MS)}, dlq),
         ),
+        # always written to and read from partition 0
+        Wanted(settings.item_versions_topic, "control topic", None, True, config=compact, create_partitions=1),
+        Wanted(settings.item_status_topic, "status topic", None, True, config=compact, create_partitions=1),
     ]
+
+
+def _bytes_per_dim(settings: Settings) -> int:
+    return 4 if settings.output_format == "avro" else 25  # a component in JSON takes up to so many
 
 
 def _sized(config: Mapping[str, str], needed: int) -> dict[str, str]:
@@ -183,7 +198,7 @@ def _create(admin: AdminClient, topics: list[Wanted], settings: Settings, partit
     new = [
         NewTopic(
             t.name,
-            num_partitions=t.partitions or partitions,
+            num_partitions=t.partitions or t.create_partitions or partitions,
             replication_factor=settings.replication_factor,
             config=dict(t.config),
         )

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 
 from stream.dataset import EventRow
@@ -49,6 +49,7 @@ class Pipeline:
         self.topics = {kind: f"{unique}.{kind}" for kind in ("view", "like")}
         self.deletions, self.output, self.dlq = f"{unique}.deletions", f"{unique}.out", f"{unique}.dlq"
         self.changelog = f"{unique}-user-history-changelog"
+        self.item_versions, self.item_status = f"{unique}.item-versions", f"{unique}-item-status"
         self.kv_path = folder / "kv"
         self.kv_url = str(settings.get("kv_url", f"rocksdb://{self.kv_path}"))
         self.state = folder / "state"
@@ -61,6 +62,7 @@ class Pipeline:
             "UEMB_DELETION_TOPIC": self.deletions,
             "UEMB_OUTPUT_TOPIC": self.output,
             "UEMB_DLQ_TOPIC": self.dlq,
+            "UEMB_ITEM_VERSIONS_TOPIC": self.item_versions,
             "UEMB_ITEMS": str(items),
             "UEMB_KV_URL": self.kv_url,
             "UEMB_STATE_DIR": str(self.state),
@@ -70,6 +72,7 @@ class Pipeline:
         self.log = folder / "worker.log"
         self._log_start = 0
         self.process: subprocess.Popen[bytes] | None = None
+        self.verified: dict[str, dict[str, Any]] = {}
         self._store: KVReader | None = None
         self._group: Consumer | None = None
 
@@ -162,7 +165,7 @@ class Pipeline:
         self.until(lambda: self.lag() == 0, "all input is committed", timeout_s)
 
     def verify(self, *args: str, code: int = 0) -> dict[str, Any]:
-        """The report of `uemb verify`, which must end with `code`."""
+        """The report of `uemb verify` on the first item version, which must end with `code`; `verified` holds all."""
         ended = subprocess.run(
             [*UEMB, "verify", "--json", *args],
             env=self.environment,
@@ -172,15 +175,33 @@ class Pipeline:
             check=False,
         )
         assert ended.returncode == code, f"{ended.stdout}{ended.stderr}\n{self.tail()}"
-        report: dict[str, Any] = json.loads(ended.stdout)
-        assert report["ok"] is (code == 0)
-        return report
+        document: dict[str, Any] = json.loads(ended.stdout)
+        assert document["ok"] is (code == 0)
+        self.verified = document["item_versions"]
+        return next(iter(self.verified.values()))
 
     def check(self, users: int) -> dict[str, Any]:
-        """`uemb verify` finds so many users and every one of them in order."""
-        report = self.verify()
-        assert (report["users"], report["differ"], report["busy"]) == (users, 0, 0), report
-        return report
+        """`uemb verify` finds so many users and every one of them in order, in each item version."""
+        first = self.verify()
+        for report in self.verified.values():
+            assert (report["users"], report["differ"], report["busy"]) == (users, 0, 0), report
+        return first
+
+    def uemb(self, *args: str, code: int = 0) -> str:
+        """Run a command of the command line, which must end with `code`; return what it printed, errors too."""
+        ended = subprocess.run(
+            [*UEMB, *args], env=self.environment, capture_output=True, text=True, timeout=200, check=False
+        )
+        said = ended.stdout + ended.stderr
+        assert ended.returncode == code, f"{said}\n{self.tail()}"
+        assert "Traceback" not in said
+        return said
+
+    def say(self, topic: str, key: bytes, value: bytes | None) -> None:
+        """Write a record to partition 0 of a topic."""
+        producer = Producer({"bootstrap.servers": self.bootstrap, "acks": "all", "log_level": 2})
+        producer.produce(topic, value, key, partition=0)
+        assert producer.flush(20) == 0
 
     def lag(self) -> int:
         """Records of the input topics that are not committed."""

@@ -121,6 +121,7 @@ class Stage:
             "deletion_topic": self.deletions,
             "output_topic": f"{self.prefix}.{name}.out",
             "dlq_topic": f"{self.prefix}.{name}.dlq",
+            "item_versions_topic": f"{self.prefix}.{name}.item-versions",
             "items": str(self.folder / "items"),
             "kv_url": self.kv_url(name),
             "state_dir": str(folder / f"state-{number}"),

@@ -80,6 +80,16 @@ class KVWriter(Protocol):
         """
         ...
 
+    async def remove(self, partition: int, keys: Sequence[bytes], epoch: int) -> None:
+        """Remove keys, but for entries of a higher epoch than `epoch`, whose owner has written them since.
+
+        Not for erasures, which leave a prefix behind: for versions that nobody publishes in any more.
+
+        Raises:
+            StoreError: as for `put`.
+        """
+        ...
+
     async def ask_rebuild(self, partition: int) -> None:
         """Ask the partition's owner, present or next, to write it anew from the histories; for who doesn't own it."""
         ...

@@ -47,6 +47,10 @@ class PatientKV:
         """See `KVWriter`."""
         return await self._insist(lambda: self._store.put(partition, entries))
 
+    async def remove(self, partition: int, keys: Sequence[bytes], epoch: int) -> None:
+        """See `KVWriter`."""
+        await self._insist(lambda: self._store.remove(partition, keys, epoch))
+
     async def ask_rebuild(self, partition: int) -> None:
         """See `KVWriter`."""
         await self._insist(lambda: self._store.ask_rebuild(partition))

@@ -24,7 +24,7 @@ from stream.keys import APP_KEY, CURRENT_KEY, META_KEY, epoch_key, rebuild_key, 
 from stream.kv.base import Meta, fenced
 from stream.kv.meta import decode_meta, encode_meta, serving_fields
 from stream.kv.redis_client import IN_CLUSTER, READ_ONLY, REPAIR, connection_arguments, translated
-from stream.kv.redis_scripts import FENCED, LOST, PUT, REMOVE_IF, REPLACE_META, Script
+from stream.kv.redis_scripts import FENCED, LOST, PUT, REMOVE, REMOVE_IF, REPLACE_META, Script
 from stream.kv.urls import RedisAddress
 from stream.records import PREFIX_BYTES, CorruptRecord, kv_entry
 
@@ -137,6 +137,12 @@ class RedisKV:
         for start in range(0, len(items), CHUNK):
             refused += await self._put_chunk(partition, held, dict(items[start : start + CHUNK]))
         return refused
+
+    async def remove(self, partition: int, keys: Sequence[bytes], epoch: int) -> None:
+        """Remove keys, but for entries of a higher epoch than `epoch`."""
+        self._held(partition)
+        for start in range(0, len(keys), CHUNK):
+            await self._run(REMOVE, keys[start : start + CHUNK], [epoch.to_bytes(_EPOCH_BYTES, "big")])
 
     async def ask_rebuild(self, partition: int) -> None:
         """Ask the partition's owner, present or next, to write it anew from the histories."""

@@ -78,6 +78,19 @@ for i = sets + 2, #KEYS do redis.call('DEL', KEYS[i]) end
 return 1
 """)
 
+#: KEYS: entries; ARGV: an epoch (8 bytes), entries of a higher one stay.
+REMOVE: Final = _script("""\
+for i = 1, #KEYS do
+  local stored, above = redis.call('GETRANGE', KEYS[i], 0, 7), false
+  for at = 1, #stored do
+    local x, y = string.byte(stored, at), string.byte(ARGV[1], at)
+    if x ~= y then above = x > y break end
+  end
+  if not above then redis.call('DEL', KEYS[i]) end
+end
+return 1
+""")
+
 #: KEYS: one key; ARGV: the value that is removed, another one stays.
 REMOVE_IF: Final = _script("""\
 if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end

@@ -138,6 +138,16 @@ class RocksKV:
                 raise await self._lost(partition, str(exc)) from exc
         return len(entries) - written
 
+    async def remove(self, partition: int, keys: Sequence[bytes], epoch: int) -> None:
+        """Remove keys, but for entries of a higher epoch than `epoch`; what is damaged has nothing left to remove."""
+        ours = epoch.to_bytes(_EPOCH_BYTES, "big")
+        batch = WriteBatch(raw_mode=True)
+        for key, old in zip(keys, await self.get(partition, keys), strict=True):
+            if old is not None and old[:_EPOCH_BYTES] <= ours:
+                batch.delete(key)
+        with translated(f"partition {partition} of {self.path}"):
+            self._held(partition).write(batch)
+
     async def ask_rebuild(self, partition: int) -> None:
         """Ask the partition's owner, present or next, to write it anew from the histories."""
         with translated(f"partition {partition} of {self.path}"):

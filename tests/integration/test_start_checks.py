@@ -294,14 +294,14 @@ def check_topics(pipeline: Pipeline) -> None:
     """The worker has made its topics: three partitions each, and the right policies and limits."""
     admin = AdminClient({"bootstrap.servers": pipeline.bootstrap, "log_level": 2})
     made = {name: t for name, t in admin.list_topics(timeout=10).topics.items() if name.startswith(pipeline.app_id)}
-    ours = {*pipeline.inputs, pipeline.output, pipeline.dlq, pipeline.changelog}
+    control = {pipeline.item_versions, pipeline.item_status}
+    ours = {*pipeline.inputs, pipeline.output, pipeline.dlq, pipeline.changelog, *control}
     assert set(made) == ours
-    assert {name: len(topic.partitions) for name, topic in made.items() if name != pipeline.dlq} == dict.fromkeys(
-        ours - {pipeline.dlq}, 3
-    )
+    counts = {name: len(topic.partitions) for name, topic in made.items() if name != pipeline.dlq}
+    assert counts == {name: 1 if name in control else 3 for name in ours - {pipeline.dlq}}
     configs = topic_configs(admin, sorted(ours))
     compacted = {name for name, config in configs.items() if config["cleanup.policy"] == "compact"}
-    assert compacted == {pipeline.deletions, pipeline.changelog, pipeline.output}
+    assert compacted == {pipeline.deletions, pipeline.changelog, pipeline.output, *control}
     assert {config["cleanup.policy"] for name, config in configs.items() if name not in compacted} == {"delete"}
     inputs = max(int(configs[name]["max.message.bytes"]) for name in pipeline.inputs)
     assert int(configs[pipeline.dlq]["max.message.bytes"]) >= inputs + (64 << 10)

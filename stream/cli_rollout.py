@@ -1,0 +1,212 @@
+"""The commands ``uemb items publish|activate|rollback|retire|status``: another item version without downtime."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, Final
+
+import click
+
+from stream.config import Settings, load_settings
+from stream.errors import ConfigError
+from stream.item_control import ItemControl
+from stream.item_versions import ControlRecord
+from stream.terminal import out, print_json, progress_bar
+from stream.topics import topic_partitions
+
+_POLL_S: Final = 0.3
+
+
+@contextmanager
+def _control() -> Iterator[tuple[Settings, ItemControl]]:
+    settings = load_settings()
+    control = ItemControl(settings)
+    try:
+        yield settings, control
+    finally:
+        control.close()
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--wait", is_flag=True, help="return when every user has a vector in it")
+def publish(folder: Path, wait: bool) -> None:
+    """Hand over a new item version in FOLDER, which all workers must be able to read under this path.
+
+    The workers check it, publish live updates in it beside the served version, and write a vector in it for every
+    user; nobody is served from it before `uemb items activate`.
+    """
+    with _control() as (settings, control):
+        record = control.record_of(folder, "prepare")
+        known = control.catalogue.live.get(record.version)
+        state = "is published already" if known else "published"
+        if known is None or (known.state == "prepare" and control.coverage.refusals(record.version)):
+            control.say(record)
+        out.print(f"item version {record.version} {state}; see `uemb items status`", markup=False)
+        if wait:
+            _wait(settings, control, record.version)
+
+
+@click.command()
+@click.argument("version")
+@click.option("--force", is_flag=True, help="serve it although not every user has a vector in it yet")
+def activate(version: str, force: bool) -> None:
+    """Serve VERSION: readers that follow the serving pair change over at once, each call whole."""
+    with _control() as (settings, control):
+        _activate(settings, control, control.known(version), force)
+
+
+@click.command()
+@click.option("--force", is_flag=True, help="serve it although not every user has a vector in it")
+def rollback(force: bool) -> None:
+    """Serve the version again that was served before, while it is kept."""
+    with _control() as (settings, control):
+        active = sorted(
+            (entry for entry in control.catalogue.records.values() if entry[1].state == "active"), key=itemgetter(0)
+        )
+        earlier = [record for _, record in active[:-1]]
+        base = control.base
+        if active and base is not None and base.version not in control.catalogue.records:
+            earlier.insert(0, base)
+        if not earlier:
+            msg = "no earlier item version is kept; activate one by name"
+            raise ConfigError(msg)
+        _activate(settings, control, earlier[-1], force)
+
+
+def _activate(settings: Settings, control: ItemControl, record: ControlRecord, force: bool) -> None:
+    served, version = control.served, record.version
+    if served is not None and served.version == version:
+        out.print(f"item version {version} is served already", markup=False)
+        return
+    if refused := control.coverage.refusals(version):
+        msg = f"item version {version} was refused: {refused[0].error}"
+        raise ConfigError(msg)
+    done, of = _covered(settings, control, version)
+    if done < of and not force:
+        msg = (
+            f"item version {version} covers {done} of {of} partitions; wait (`uemb items status {version}`), or serve "
+            "it with --force"
+        )
+        raise ConfigError(msg)
+    control.say(replace(record, state="active", force=force))
+    out.print(f"item version {version} is served from here on", markup=False)
+
+
+@click.command()
+@click.argument("version")
+@click.option("--wait", is_flag=True, help="return when its vectors are removed")
+def retire(version: str, wait: bool) -> None:
+    """Stop publishing in VERSION and remove its vectors from topic and store; readers pinned to it lose them."""
+    with _control() as (settings, control):
+        if version not in control.catalogue.retired:
+            record = control.known(version)
+            served = control.served
+            if served is not None and served.version == version:
+                msg = f"item version {version} is served; activate another one first"
+                raise ConfigError(msg)
+            control.say(replace(record, state="retired", force=False))
+        out.print(f"item version {version} is retired; its vectors are being removed", markup=False)
+        if wait:
+            _wait(settings, control, version)
+
+
+@click.command()
+@click.argument("version", required=False)
+@click.option("--wait", is_flag=True, help="return when VERSION covers all users, or is removed")
+@click.option("--json", "as_json", is_flag=True, help="print the result as one JSON document")
+def status(version: str | None, wait: bool, as_json: bool) -> None:
+    """Show the item versions, and how far the workers are with each."""
+    with _control() as (settings, control):
+        if wait and version is not None:
+            _wait(settings, control, version)
+        rows = [row for row in _rows(settings, control) if version in (None, row["version"])]
+        if version is not None and not rows:
+            control.known(version)
+    if as_json:
+        print_json({"versions": rows})
+        return
+    for row in rows:
+        out.print(_line(row), markup=False)
+
+
+def _rows(settings: Settings, control: ItemControl) -> list[dict[str, Any]]:
+    """One row a version, for the user version of these settings."""
+    user_version, served = settings.versioned_encoder.version, control.served
+    states: dict[str, str] = {version: record.state for version, (_, record) in control.catalogue.records.items()}
+    base = control.base
+    if base is not None:
+        states.setdefault(base.version, "active")
+    partitions = topic_partitions(settings) or 0
+    rows = []
+    for version, state in sorted(states.items()):
+        known = [control.coverage.of(user_version, version, p) for p in range(partitions)]
+        found = [status for status in known if status is not None]
+        stages = [control.coverage.stage(user_version, version, p) for p in range(partitions)]
+        users, done = sum(status.users for status in found), sum(status.done for status in found)
+        items = sum(status.items for status in found)
+        per_second = sum(status.per_second for status in found if status.stage in ("covering", "removing"))
+        rows.append(
+            {
+                "version": version,
+                "user_version": user_version,
+                "state": "served" if served is not None and served.version == version else state,
+                "partitions": partitions,
+                "covered": stages.count("covered"),
+                "removed": [status.stage for status in found].count("removed"),
+                "users": users,
+                "done": done,
+                "users_per_second": round(per_second, 1),
+                "seconds_left": round((users - done) / per_second, 1) if per_second and users > done else None,
+                "fallback_share": sum(status.fallbacks for status in found) / done if done else None,
+                "unknown_item_share": sum(status.unknown_items for status in found) / items if items else None,
+                "refused": next((status.error for status in control.coverage.refusals(version)), None),
+            }
+        )
+    return rows
+
+
+def _line(row: dict[str, Any]) -> str:
+    head = f"{row['version']}: {row['state']}"
+    if row["refused"]:
+        return f"{head}, refused: {row['refused']}"
+    if row["state"] == "retired":
+        return f"{head}, removed in {row['removed']} of {row['partitions']} partitions"
+    parts = [f"{head}, covers {row['covered']} of {row['partitions']} partitions"]
+    if row["covered"] < row["partitions"]:
+        left = "" if row["seconds_left"] is None else f", {row['seconds_left']:.0f} s left"
+        parts.append(f"{row['done']:,} of about {row['users']:,} users, {row['users_per_second']:,.0f}/s{left}")
+    if row["fallback_share"] is not None:
+        parts.append(f"{row['fallback_share']:.1%} fallbacks")
+    if row["unknown_item_share"] is not None:
+        parts.append(f"{row['unknown_item_share']:.1%} of the items unknown")
+    return "; ".join(parts)
+
+
+def _covered(settings: Settings, control: ItemControl, version: str) -> tuple[int, int]:
+    partitions = topic_partitions(settings) or 0
+    user_version = settings.versioned_encoder.version
+    stages = [control.coverage.stage(user_version, version, p) for p in range(partitions)]
+    return stages.count("covered"), partitions
+
+
+def _wait(settings: Settings, control: ItemControl, version: str) -> None:
+    """Show a progress bar until the version covers all partitions, or is removed from them.
+
+    Raises:
+        ConfigError: a worker refuses it.
+    """
+    with progress_bar(f"users of item version {version}") as update:
+        while True:
+            (row,) = [row for row in _rows(settings, control) if row["version"] == version]
+            if row["refused"]:
+                msg = f"item version {version} was refused: {row['refused']}"
+                raise ConfigError(msg)
+            update(row["done"], max(row["users"], row["done"]) or None)
+            if row["removed" if row["state"] == "retired" else "covered"] == row["partitions"]:
+                return
+            time.sleep(_POLL_S)
+            control.look()

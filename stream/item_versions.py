@@ -1,0 +1,244 @@
+"""What is said about item versions: control records (what shall be), and status records (how far it is); no I/O.
+
+The control topic holds one record per version; who folds it whole knows which versions are published and which of them
+is served. The status topic holds one record per partition and pair of versions, written by the partition's owner.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal
+
+from stream.keys import check_version_name
+
+State = Literal["prepare", "active", "retired"]
+STATES: Final = ("prepare", "active", "retired")
+_SHA256: Final = re.compile(r"[0-9a-f]{64}")
+
+#: How far a partition is with a pair of versions: being filled, filled and kept so, refused by its owner (the space
+#: can't be loaded), being removed, removed.
+Stage = Literal["covering", "covered", "refused", "removing", "removed"]
+STAGES: Final = ("covering", "covered", "refused", "removing", "removed")
+
+
+class BadRecord(ValueError):
+    """A record of the control or status topic that says nothing this release understands; its text says what."""
+
+
+@dataclass(frozen=True, slots=True)
+class ControlRecord:
+    """What shall become of an item version.
+
+    Attributes:
+        version: its name.
+        uri: its folder, as every worker finds it: a path, or ``file://`` and a path.
+        sha256: of its ``manifest.json``, which holds those of the other files.
+        state: ``prepare``: publish vectors in it beside the served version; ``active``: serve it; ``retired``: remove.
+        force: serve it although not all users have a vector in it yet.
+    """
+
+    version: str
+    uri: str
+    sha256: str
+    state: State
+    force: bool = False
+
+    @property
+    def path(self) -> str:
+        """The folder."""
+        return self.uri.removeprefix("file://")
+
+    def encode(self) -> tuple[bytes, bytes]:
+        """Key and value of the record."""
+        fields: dict[str, Any] = {
+            "version": self.version,
+            "uri": self.uri,
+            "sha256": self.sha256,
+            "state": self.state,
+        }
+        if self.force:
+            fields["force"] = True
+        return self.version.encode(), json.dumps(fields).encode()
+
+    @classmethod
+    def decode(cls, key: bytes | None, value: bytes) -> "ControlRecord":
+        """Read a record.
+
+        Raises:
+            BadRecord: it is none, or its key is not its version.
+        """
+        fields = _object(value)
+        version, uri, sha256, state = (fields.get(name) for name in ("version", "uri", "sha256", "state"))
+        try:
+            check_version_name(version if isinstance(version, str) else "")
+        except ValueError as exc:
+            raise BadRecord(str(exc)) from exc
+        if key != str(version).encode():
+            msg = "the key is not the record's version"
+            raise BadRecord(msg)
+        if state not in STATES:
+            msg = f"state must be one of {', '.join(STATES)}"
+            raise BadRecord(msg)
+        if not isinstance(uri, str) or not uri.removeprefix("file://").startswith("/"):
+            msg = "uri must be an absolute path, or file:// and one"
+            raise BadRecord(msg)
+        if not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
+            msg = "sha256 must be 64 hex digits"
+            raise BadRecord(msg)
+        return cls(str(version), uri, sha256, state, fields.get("force") is True)
+
+
+@dataclass(frozen=True, slots=True)
+class Catalogue:
+    """The control topic folded: the newest record of each version, with its offset."""
+
+    records: Mapping[str, tuple[int, ControlRecord]]
+
+    def after(self, offset: int, key: bytes | None, value: bytes | None) -> "Catalogue":
+        """The catalogue with one more record; a null value withdraws its version.
+
+        Raises:
+            BadRecord: the record says nothing; the catalogue stays as it is.
+        """
+        if value is None:
+            gone = (key or b"").decode(errors="replace")
+            return Catalogue({version: found for version, found in self.records.items() if version != gone})
+        record = ControlRecord.decode(key, value)
+        return Catalogue({**self.records, record.version: (offset, record)})
+
+    @property
+    def active(self) -> tuple[int, ControlRecord] | None:
+        """The served version and the offset of the record that made it so; None while ``UEMB_ITEMS`` is served."""
+        found = [(offset, record) for offset, record in self.records.values() if record.state == "active"]
+        return max(found, key=lambda entry: entry[0]) if found else None
+
+    @property
+    def live(self) -> dict[str, ControlRecord]:
+        """Versions that vectors are published in."""
+        return {version: record for version, (_, record) in self.records.items() if record.state != "retired"}
+
+    @property
+    def retired(self) -> dict[str, ControlRecord]:
+        """Versions whose vectors are removed."""
+        return {version: record for version, (_, record) in self.records.items() if record.state == "retired"}
+
+
+NOTHING_SAID: Final = Catalogue({})
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """How far the owner of a partition is with a pair of versions.
+
+    Attributes:
+        user_version: the user-embedding version.
+        item_version: the item version.
+        partition: number of the partition.
+        epoch: the owner's claim.
+        stage: see `Stage`.
+        users: users of the partition when it began (done ones, where it is not known).
+        done: of them, those that have been written.
+        fallbacks: of those, the ones that got the fallback vector.
+        items: interactions in their histories.
+        unknown_items: of these, the ones that the version lacks.
+        per_second: users a second of late.
+        error: why it was refused.
+    """
+
+    user_version: str
+    item_version: str
+    partition: int
+    epoch: int
+    stage: Stage
+    users: int = 0
+    done: int = 0
+    fallbacks: int = 0
+    items: int = 0
+    unknown_items: int = 0
+    per_second: float = 0.0
+    error: str = ""
+
+    def encode(self) -> tuple[bytes, bytes]:
+        """Key and value of the record."""
+        key = f"{self.user_version}:{self.item_version}:{self.partition}"
+        return key.encode(), json.dumps({name: getattr(self, name) for name in self.__slots__}).encode()
+
+    @classmethod
+    def decode(cls, value: bytes) -> "Status":
+        """Read a record; fields of later releases are passed over.
+
+        Raises:
+            BadRecord: it is none.
+        """
+        fields = {name: found for name, found in _object(value).items() if name in cls.__slots__}
+        try:
+            status = cls(**fields)
+        except TypeError as exc:
+            msg = "a field is missing"
+            raise BadRecord(msg) from exc
+        numbers = (status.partition, status.epoch, status.users, status.done)
+        if status.stage not in STAGES or not all(isinstance(number, int) for number in numbers):
+            msg = "a field has no value of its kind"
+            raise BadRecord(msg)
+        return status
+
+    @property
+    def pair(self) -> tuple[str, str]:
+        """User version and item version."""
+        return self.user_version, self.item_version
+
+    def at(self, stage: Stage, **fields: Any) -> "Status":
+        """The status at another stage."""
+        return replace(self, stage=stage, **fields)
+
+
+class Coverage:
+    """The status topic folded: what is known of each partition and pair of versions."""
+
+    def __init__(self) -> None:
+        self.statuses: dict[tuple[str, str, int], Status] = {}
+        self._epochs: dict[int, int] = {}  # newest owner of each partition that has spoken
+
+    def add(self, status: Status) -> None:
+        """Take in a record; one of an earlier owner than the last that spoke of the pair is passed over."""
+        key = (*status.pair, status.partition)
+        held = self.statuses.get(key)
+        if held is None or status.epoch >= held.epoch:
+            self.statuses[key] = status
+            self._epochs[status.partition] = max(self._epochs.get(status.partition, 0), status.epoch)
+
+    def of(self, user_version: str, item_version: str, partition: int) -> Status | None:
+        """Status of a partition, None where nobody has spoken of the pair."""
+        return self.statuses.get((user_version, item_version, partition))
+
+    def stage(self, user_version: str, item_version: str, partition: int) -> Stage | None:
+        """Stage of a partition as its present owner has it.
+
+        An owner speaks of every pair that it publishes before it processes anything. So what an earlier one said of a
+        pair on which the present one is silent says nothing any more: its vectors are no longer kept current.
+        """
+        status = self.of(user_version, item_version, partition)
+        if status is None or status.epoch < self._epochs[partition]:
+            return None
+        return status.stage
+
+    def covered(self, user_version: str, item_version: str, partitions: int) -> bool:
+        """Whether all users of all partitions have a vector of the pair, and it is kept current."""
+        return all(self.stage(user_version, item_version, p) == "covered" for p in range(partitions))
+
+    def refusals(self, item_version: str) -> list[Status]:
+        """Partitions whose owner could not load the item version."""
+        return [s for s in self.statuses.values() if s.item_version == item_version and s.stage == "refused"]
+
+
+def _object(value: bytes) -> dict[str, Any]:
+    try:
+        fields = json.loads(value)
+    except (ValueError, RecursionError) as exc:
+        msg = "the value is no JSON"
+        raise BadRecord(msg) from exc
+    if not isinstance(fields, dict):
+        msg = "the value is no JSON object"
+        raise BadRecord(msg)
+    return fields

@@ -1,0 +1,174 @@
+"""Another item version without downtime: published, covered, served, rolled back, retired; on the real Kafka."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pipeline import Pipeline
+from redis_server import RedisServer
+
+from stream.dataset import Dataset
+from stream.feed import Feeder
+from stream.itembuild import build_space
+from stream.items import ItemSpace
+from stream.retrieval import EmbeddingReader
+
+pytestmark = pytest.mark.kafka
+FIRST = 5_000
+
+
+@pytest.fixture(scope="session")
+def second(films: Dataset, tmp_path_factory: pytest.TempPathFactory) -> ItemSpace:
+    """Item vectors learned anew from all of the films' stream, in more dimensions."""
+    folder = tmp_path_factory.mktemp("items") / "v2"
+    build_space(films.events, folder, "films_v2", dim=64, share=1.0)
+    return ItemSpace.load(folder)
+
+
+@pytest.fixture(scope="session")
+def second_folder(second: ItemSpace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the second version."""
+    return next(tmp_path_factory.getbasetemp().rglob("v2/manifest.json")).parent
+
+
+def send(pipeline: Pipeline, films: Dataset, start: int, end: int) -> None:
+    with Feeder(pipeline.bootstrap, pipeline.topics) as feeder:
+        feeder.send(films.events[start:end])
+    pipeline.until_committed()
+
+
+def versions(pipeline: Pipeline) -> dict[str, dict[str, Any]]:
+    """Rows of `uemb items status` by version."""
+    document = json.loads(pipeline.uemb("items", "status", "--json"))
+    return {row["version"]: row for row in document["versions"]}
+
+
+def users_of(films: Dataset, end: int) -> set[str]:
+    return {row.user_id for row in films.events[:end]}
+
+
+@pytest.mark.parametrize("store", ["rocksdb", "redis"])
+def test_a_version_from_its_publication_to_the_removal_of_the_one_before(
+    store: str,
+    films: Dataset,
+    second_folder: Path,
+    make_pipeline: Callable[..., Pipeline],
+    request: pytest.FixtureRequest,
+) -> None:
+    redis: RedisServer | None = request.getfixturevalue("redis") if store == "redis" else None
+    pipeline = make_pipeline(**({"kv_url": redis.url} if redis else {}))
+    pipeline.start()
+    pipeline.until_ready()
+    send(pipeline, films, 0, FIRST)
+    users = users_of(films, FIRST)
+    assert "is not known" in pipeline.uemb("items", "activate", "films_v2", code=2)
+    assert "is served already" in pipeline.uemb("items", "activate", "films_v1")
+    assert "no earlier item version" in pipeline.uemb("items", "rollback", code=2)
+
+    pipeline.uemb("items", "publish", str(second_folder), "--wait")
+    assert "published already" in pipeline.uemb("items", "publish", str(second_folder))  # twice is once
+    rows = versions(pipeline)
+    assert (rows["films_v1"]["state"], rows["films_v2"]["state"]) == ("served", "prepare")
+    assert rows["films_v2"]["covered"] == rows["films_v2"]["partitions"] == 4
+    assert rows["films_v2"]["done"] == len(users)
+    pipeline.check(len(users))
+    assert set(pipeline.verified) == {"films_v1", "films_v2"}
+
+    with (
+        EmbeddingReader.open(pipeline.kv_url, timeout_s=1.0) as following,
+        EmbeddingReader.open(pipeline.kv_url, item_version="films_v2", timeout_s=1.0) as pinned,
+    ):
+        user = next(iter(users))
+        assert following.get(user).item_embedding_version == "films_v1"
+        assert len(pinned.get(user).vector) == 64
+        pipeline.uemb("items", "activate", "films_v2")
+        pipeline.until(lambda: following.get(user).item_embedding_version == "films_v2", "readers change over")
+        assert np.array_equal(following.get(user).vector, pinned.get(user).vector)
+        send(pipeline, films, FIRST, FIRST + 2_000)  # both are kept current
+        users = users_of(films, FIRST + 2_000)
+        pipeline.check(len(users))
+        assert "is served" in pipeline.uemb("items", "retire", "films_v2", code=2)
+        pipeline.uemb("items", "rollback")
+        pipeline.until(lambda: following.get(user).item_embedding_version == "films_v1", "readers go back")
+        pipeline.uemb("items", "rollback")
+        pipeline.until(lambda: following.get(user).item_embedding_version == "films_v2", "and forth")
+        pipeline.uemb("items", "retire", "films_v1", "--wait")
+        assert following.get(user).status == "ok"
+
+    send(pipeline, films, FIRST + 2_000, FIRST + 3_000)
+    pipeline.check(len(users_of(films, FIRST + 3_000)))
+    assert set(pipeline.verified) == {"films_v2"}
+    output = pipeline.last_output()
+    gone = {key: value for key, value in output.items() if ":films_v1:" in key}
+    assert set(gone.values()) == {None}
+    assert len(gone) == len(users)
+    assert set(pipeline.entries({key.rsplit(":", 1)[1]: key for key in gone}).values()) == {None}
+    assert pipeline.stop() == 0
+    pipeline.start()  # UEMB_ITEMS still names the retired one
+    pipeline.until_ready()
+    assert set(versions(pipeline)) == {"films_v1", "films_v2"}
+    assert "item versions films_v2 (" in pipeline.tail()
+    assert pipeline.stop() == 0
+
+
+def damaged(folder: Path, into: Path, damage: str) -> Path:
+    """A copy of an item space with something wrong."""
+    shutil.copytree(folder, into)
+    vectors = into / "vectors.npy"
+    data = bytearray(vectors.read_bytes())
+    if damage == "hash":
+        data[-1] ^= 1
+        vectors.write_bytes(data)
+    elif damage == "missing":
+        vectors.unlink()
+    return into
+
+
+@pytest.mark.parametrize("damage", ["hash", "missing"])
+def test_a_version_that_breaks_after_it_was_checked_is_refused_and_serving_goes_on(
+    damage: str, films: Dataset, second_folder: Path, make_pipeline: Callable[..., Pipeline], tmp_path: Path
+) -> None:
+    pipeline = make_pipeline()
+    pipeline.start()
+    pipeline.until_ready()
+    send(pipeline, films, 0, 1_000)
+    folder = tmp_path / "v2"
+    shutil.copytree(second_folder, folder)
+    record = json.dumps(
+        {"version": "films_v2", "uri": str(folder), "sha256": ItemSpace.load(folder).sha256, "state": "prepare"}
+    )
+    shutil.rmtree(folder)
+    damaged(second_folder, folder, damage)
+    assert "vectors.npy" in pipeline.uemb("items", "publish", str(folder), code=2)  # the command looks first
+    pipeline.say(pipeline.item_versions, b"films_v2", record.encode())
+    pipeline.until(lambda: versions(pipeline)["films_v2"]["refused"] is not None, "it is refused")
+    assert "vectors.npy" in versions(pipeline)["films_v2"]["refused"]
+    assert "was refused" in pipeline.uemb("items", "activate", "films_v2", "--force", code=2)
+    send(pipeline, films, 1_000, 2_000)
+    pipeline.check(len(users_of(films, 2_000)))
+    assert set(pipeline.verified) == {"films_v1"}
+    shutil.rmtree(folder)
+    shutil.copytree(second_folder, folder)
+    pipeline.uemb("items", "publish", str(folder), "--wait")  # mended, and published again
+    pipeline.check(len(users_of(films, 2_000)))
+    assert set(pipeline.verified) == {"films_v1", "films_v2"}
+    assert pipeline.stop() == 0
+
+
+def test_records_that_say_nothing_are_passed_over(films: Dataset, make_pipeline: Callable[..., Pipeline]) -> None:
+    pipeline = make_pipeline()
+    pipeline.start()
+    pipeline.until_ready()
+    nonsense = [b"", b"{", b"[]", b'{"version": "v"}', b'{"version": "current", "state": "prepare"}', None]
+    for value in nonsense:
+        pipeline.say(pipeline.item_versions, b"v", value)
+        pipeline.say(pipeline.item_status, b"v", value)
+    send(pipeline, films, 0, 1_000)
+    assert set(versions(pipeline)) == {"films_v1"}
+    pipeline.check(len(users_of(films, 1_000)))
+    assert pipeline.stop() == 0
+    assert pipeline.log.read_text().count("it is passed over") == 2 * len(nonsense) - 2  # a null withdraws
