@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Final
 
-from stream.bench.load import IDS, Load
+from stream.bench.load import IDS, ITEM_VERSION, Load
 from stream.bench.throughput import Stage
 from stream.encoders import REASONS
 from stream.keys import user_cache_key
@@ -38,11 +38,11 @@ def measure_footprint(stage: Stage) -> dict[str, dict[str, float]]:
 def _entry_bytes(stage: Stage, load: Load) -> float:
     """Key and value of a user in the store."""
     encoder = stage.settings.versioned_encoder
-    records = RecordEncoder(encoder.version, "bench_v1", load.dim)
+    records = RecordEncoder(encoder.version, ITEM_VERSION, load.dim)
     user = load.user_id(_USERS // 2)
     vector = bytes(4 * load.dim)
     body = records.avro(user.encode(), 1, load.length, REASONS[0], load.length, 0, 1_700_000_000_000, 1.0, vector)
-    return len(user_cache_key(user, "bench_v1", encoder.version)) + PREFIX_BYTES + len(body)
+    return len(user_cache_key(user, ITEM_VERSION, encoder.version)) + PREFIX_BYTES + len(body)
 
 
 def _folder_bytes(folder: Path) -> int:

@@ -19,6 +19,7 @@ from stream.keys import partition_of
 TYPES: Final = ("view", "like")
 START_MS: Final = 1_700_000_000_000
 EPOCH: Final = 1  # of the states that a run starts with
+ITEM_VERSION: Final = "bench_v1"
 _STEP_MS: Final = 10
 
 #: Makes the text of a user's or an item's id.
@@ -45,7 +46,7 @@ class Load:
     def space(self, folder: Path) -> ItemSpace:
         """Write and load the item space."""
         rows = np.random.default_rng(self.seed).normal(size=(self.items, self.dim))
-        return ItemSpace.save(folder, "bench_v1", [self.item_id(n) for n in range(self.items)], rows)
+        return ItemSpace.save(folder, ITEM_VERSION, [self.item_id(n) for n in range(self.items)], rows)
 
     def histories(self) -> Iterator[tuple[int, list[tuple[int, int, str]]]]:
         """Each user's number with (event time, item number, type), oldest first."""

@@ -17,10 +17,11 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from confluent_kafka import Consumer, TopicPartition
 
-from stream.bench.load import Load, Writer, make_topics
+from stream.bench.load import ITEM_VERSION, Load, Writer, make_topics
 from stream.bench.peer import PEER
 from stream.bench.process import BenchError, Ends, Mark, System
 from stream.config import ENV_PREFIX, Settings
+from stream.item_versions import Status
 from stream.records import decode
 
 CHECKED_EVENTS: Final = 1_000
@@ -109,7 +110,15 @@ class Stage:
         make_topics(self.client, {changelog: _COMPACT, output: _COMPACT}, self.partitions)
         states = self.load.states(self.settings)
         Writer(self.client, self.partitions).write((changelog, user, user, state) for user, state in states)
+        self._say_covered(app)
         return self.join(name, "0", **more), output
+
+    def _say_covered(self, app: str) -> None:
+        """Have the worker take it that all users have a vector, as after a restart; it would write them otherwise."""
+        topic, version = f"{app}-item-status", self.settings.versioned_encoder.version
+        make_topics(self.client, {topic: _COMPACT}, 1)
+        statuses = [Status(version, ITEM_VERSION, p, 0, "covered").encode() for p in range(self.partitions)]
+        Writer(self.client, 1).write((topic, key, key, value) for key, value in statuses)
 
     def join(self, name: str, number: str, **more: str) -> System:
         """Start one more worker of an application, with a state folder of its own."""

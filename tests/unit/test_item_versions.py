@@ -127,7 +127,7 @@ def test_a_pair_is_covered_when_the_present_owner_of_every_partition_says_so() -
 def test_what_an_earlier_owner_says_late_counts_for_nothing() -> None:
     found = coverage(Status("u", "v1", 0, 2, "covering"), Status("u", "v1", 0, 1, "covered"))
     assert found.stage("u", "v1", 0) == "covering"
-    # even if compaction leaves nothing but the late record of this pair, another pair's tells that there is a newer owner
+    # compaction may leave nothing but the late record of this pair: another pair's tells that there is a newer owner
     found = coverage(Status("u", "v2", 0, 2, "covered"), Status("u", "v1", 0, 1, "covered"))
     assert found.stage("u", "v1", 0) is None
 
