@@ -20,6 +20,8 @@ IN_FLIGHT: Final = 2
 #: Pause after each step while events flow, in units of the time that it took. Events then find the worker busy with a
 #: step a quarter of the time at most.
 PAUSE: Final = 3.0
+#: Events flow if there were some in the last so many seconds.
+FLOWING_S: Final = 1.0
 REPORT_S: Final = 1.0
 
 Report = Callable[[Status], Awaitable[None]]
@@ -75,6 +77,7 @@ class Backfill:
         clock = asyncio.get_running_loop().time
         total = owned.db.count_users()
         began = reported_at = clock()
+        records, flowed_at = self._records(), -FLOWING_S
         done, reported = 0, 0
         on_their_way: list[asyncio.Future[None]] = []
 
@@ -82,7 +85,7 @@ class Backfill:
             return {"users": max(total, done), "done": done, "per_second": round(done / max(clock() - began, 1e-3), 1)}
 
         for users in _chunks(user for user, _ in owned.db.users()):
-            before, at = self._records(), clock()
+            at = clock()
             result, durable = await step(users)
             took_s = clock() - at
             count(result)
@@ -93,7 +96,9 @@ class Backfill:
             if clock() - reported_at >= REPORT_S:
                 reported_at, reported = clock(), done
                 await report(progress())
-            await asyncio.sleep(PAUSE * took_s if self._records() != before else 0)
+            if self._records() != records:
+                records, flowed_at = self._records(), clock()
+            await asyncio.sleep(PAUSE * took_s if clock() - flowed_at < FLOWING_S else 0)
         for durable in on_their_way:
             await durable
         if done != reported:

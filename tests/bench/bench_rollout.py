@@ -1,0 +1,104 @@
+"""Re-embedding every user for a new item version: how fast, and what events feel of it.
+
+    python tests/bench/bench_rollout.py [--users 200000] [--rate 3000] [--dim 64] [--json]
+
+One worker with users of 100 interactions each. A version is published while events flow, paced; the latency of events
+(open loop, read by another process) is measured before and meanwhile. Then another is published with no events.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from harness import broker
+
+from stream.bench.latency import measure_latency
+from stream.bench.load import Load, delete_topics
+from stream.bench.throughput import Stage
+from stream.config import load_settings
+from stream.item_control import ItemControl
+from stream.items import ItemSpace
+
+
+def save(stage: Stage, version: str, dim: int) -> Path:
+    """A version of the same items with other vectors."""
+    load, folder = stage.load, stage.folder / version
+    rows = np.random.default_rng(sum(version.encode())).normal(size=(load.items, dim))
+    ItemSpace.save(folder, version, [load.item_id(n) for n in range(load.items)], rows)
+    return folder
+
+
+def covered(control: ItemControl, user_version: str, version: str, partitions: int) -> bool:
+    control.look()
+    return control.coverage.covered(user_version, version, partitions)
+
+
+def done(control: ItemControl, version: str) -> int:
+    return sum(status.done for status in control.coverage.statuses.values() if status.item_version == version)
+
+
+def measure(stage: Stage, rate: float, dim: int) -> dict[str, Any]:
+    name = "rollout"
+    system, _ = stage.worker(name)
+    with system:
+        system.until_claimed(stage.partitions)
+        settings = load_settings(
+            bootstrap_servers=stage.settings.bootstrap_servers,
+            app_id=f"{stage.prefix}-{name}",
+            item_versions_topic=f"{stage.prefix}.{name}.item-versions",
+        )
+        user_version = settings.versioned_encoder.version
+        control = ItemControl(settings)
+        measure_latency(stage, stage.kv_url(name), rate, 5)  # warm
+        before = measure_latency(stage, stage.kv_url(name), rate, 20)
+        control.say(control.record_of(save(stage, "second", dim), "prepare"))
+        at = time.perf_counter()
+        meanwhile = measure_latency(stage, stage.kv_url(name), rate, 20)
+        whole = not covered(control, user_version, "second", stage.partitions)
+        paced = done(control, "second") / (time.perf_counter() - at)
+        while not covered(control, user_version, "second", stage.partitions):
+            time.sleep(0.1)
+        control.say(control.record_of(save(stage, "third", dim), "prepare"))
+        at, cpu = time.perf_counter(), system.mark().cpu_s
+        while not covered(control, user_version, "third", stage.partitions):
+            time.sleep(0.1)
+        took_s = time.perf_counter() - at
+        cpu_s = system.mark().cpu_s - cpu
+        control.close()
+    users = stage.load.users
+    return {
+        "latency_before": before,
+        "latency_meanwhile": meanwhile,
+        "backfill_lasted_all_the_while": whole,
+        "users_per_s_beside_events": round(paced),
+        "users_per_s_idle": round(users / took_s),
+        "cpu_us_per_user": round(1e6 * cpu_s / users, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--users", type=int, default=200_000)
+    parser.add_argument("--rate", type=float, default=3_000)
+    parser.add_argument("--dim", type=int, default=64)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    prefix = f"uemb-rollout-{uuid.uuid4().hex[:8]}"
+    with broker() as bootstrap, tempfile.TemporaryDirectory() as folder:
+        settings = load_settings(bootstrap_servers=bootstrap)
+        stage = Stage(settings, prefix, Path(folder), Load(users=args.users))
+        try:
+            stage.prepare()
+            found = measure(stage, args.rate, args.dim)
+        finally:
+            delete_topics(settings.librdkafka_client, prefix)
+    print(json.dumps({"users": args.users, "dim": args.dim, **found}, indent=None if args.json else 1))
+
+
+if __name__ == "__main__":
+    main()
