@@ -115,6 +115,11 @@ class Settings(BaseSettings):
     def _colons(cls, value: object) -> object:
         return _pairs(value, ":")
 
+    @field_validator("items", mode="before")
+    @classmethod
+    def _empty_is_unset(cls, value: object) -> object:
+        return None if value == "" else value
+
     @field_validator("cache_dir", "state_dir", "items", mode="after")
     @classmethod
     def _home(cls, value: Path | None) -> Path | None:

@@ -11,7 +11,8 @@ from stream.errors import OwnershipError
 
 log = logging.getLogger(__name__)
 
-_TIMEOUT_S: Final = 3.0  # on a cluster without any group yet the broker does not answer
+_TIMEOUT_S: Final = 3.0
+_OFFSETS_TOPIC: Final = "__consumer_offsets"
 
 
 def check_group(settings: Settings) -> None:
@@ -25,6 +26,8 @@ def check_group(settings: Settings) -> None:
     """
     admin = AdminClient({**settings.librdkafka_client, "log_level": 0})
     try:
+        if _OFFSETS_TOPIC not in admin.list_topics(timeout=_TIMEOUT_S).topics:
+            return  # nobody has ever joined any group here, and the broker would not answer
         asked = admin.describe_consumer_groups([settings.app_id], request_timeout=_TIMEOUT_S)
         members = asked[settings.app_id].result().members
     except KafkaException as exc:

@@ -59,6 +59,8 @@ RIGHT = {
     "changelog": Case((), "changelog", 4, COMPACT),
     "output": Case((), "output", 4, COMPACT),
     "dlq": Case((), "dlq", 1, {**DELETE, **LARGE}),
+    "versions": Case((), "versions", 1, COMPACT),
+    "status": Case((), "status", 1, COMPACT),
 }
 CASES = {
     "no_broker": Case(("127.0.0.1:1", "UEMB_BOOTSTRAP_SERVERS"), settings={"UEMB_BOOTSTRAP_SERVERS": "127.0.0.1:1"}),
@@ -84,6 +86,8 @@ CASES = {
     "output_admits_too_little": Case(
         ("{topic}", "max.message.bytes"), "output", 4, {**COMPACT, "max.message.bytes": "16000"}, whole=False
     ),
+    "control_topic_not_compacted": Case(("{topic}", "must be compact"), "versions", 1, DELETE, whole=False),
+    "no_items": Case(("UEMB_ITEMS is not set", "no item version is active"), settings={"UEMB_ITEMS": ""}),
     "items_missing": Case(("{folder}/nowhere", "manifest.json"), settings={"UEMB_ITEMS": "{folder}/nowhere"}),
     "items_damaged": Case(("{folder}/damaged", "vectors.npy"), settings={"UEMB_ITEMS": "{folder}/damaged"}),
     "store_of_another_application": Case(
@@ -187,8 +191,8 @@ def started(
     (folder / "file").write_text("not a folder")
     asyncio.run(RocksKV(folder / "others").update_meta(lambda meta: replace(meta, app="another")))
     asyncio.run(RocksKV(folder / "sevens").update_meta(lambda meta: replace(meta, app=prefix, partitions=7)))
-    right = {f"{prefix}.{kind}": topic for kind, topic in RIGHT.items() if kind != "changelog"}
-    right[f"{prefix}-user-history-changelog"] = RIGHT["changelog"]
+    ours = {"changelog": f"{prefix}-user-history-changelog", "status": f"{prefix}-item-status"}
+    right = {ours.get(kind, f"{prefix}.{kind}"): topic for kind, topic in RIGHT.items()}
     wrong: dict[str, Case] = {}
     environments, names = {}, {}
     for number, (name, case) in enumerate(CASES.items()):
@@ -210,6 +214,7 @@ def started(
             "UEMB_DELETION_TOPIC": topic["deletions"],
             "UEMB_OUTPUT_TOPIC": topic["output"],
             "UEMB_DLQ_TOPIC": topic["dlq"],
+            "UEMB_ITEM_VERSIONS_TOPIC": topic["versions"],
             "UEMB_ITEMS": str(item_folder),
             "UEMB_KV_URL": f"rocksdb://{folder}/kv",
             "UEMB_STATE_DIR": str(folder / "state"),
