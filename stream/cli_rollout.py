@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, Final
@@ -14,8 +14,12 @@ from stream.config import Settings, load_settings
 from stream.errors import ConfigError
 from stream.item_control import ItemControl
 from stream.item_versions import ControlRecord
+from stream.items import ItemSpace
+from stream.kv.urls import open_reader
 from stream.terminal import out, print_json, progress_bar
 from stream.topics import topic_partitions
+from stream.version_report import VersionReport
+from stream.version_report import compare as compare_versions
 
 _POLL_S: Final = 0.3
 
@@ -117,20 +121,57 @@ def retire(version: str, wait: bool) -> None:
 @click.command()
 @click.argument("version", required=False)
 @click.option("--wait", is_flag=True, help="return when VERSION covers all users, or is removed")
+@click.option(
+    "--compare", type=click.IntRange(1), metavar="USERS", help="compare VERSION with the served one on so many"
+)
 @click.option("--json", "as_json", is_flag=True, help="print the result as one JSON document")
-def status(version: str | None, wait: bool, as_json: bool) -> None:
-    """Show the item versions, and how far the workers are with each."""
+def status(version: str | None, wait: bool, compare: int | None, as_json: bool) -> None:
+    """Show the item versions, and how far the workers are with each.
+
+    With --compare, whether VERSION makes sense: a sample of active users in it and in the served version, side by side,
+    and how many of their ten nearest items are the same.
+    """
+    if (wait or compare) and version is None:
+        msg = "name the version for --wait and --compare"
+        raise click.UsageError(msg)
+    report = None
     with _control() as (settings, control):
-        if wait and version is not None:
-            _wait(settings, control, version)
+        if version is not None:
+            record = control.known(version) if compare else None
+            if wait:
+                _wait(settings, control, version)
+            if record is not None and compare is not None:
+                report = _compare(settings, control, record, compare)
         rows = [row for row in _rows(settings, control) if version in (None, row["version"])]
         if version is not None and not rows:
             control.known(version)
     if as_json:
-        print_json({"versions": rows})
+        print_json({"versions": rows, **({"comparison": asdict(report)} if report else {})})
         return
     for row in rows:
         out.print(_line(row), markup=False)
+    if report:
+        for side in (report.served, report.other):
+            out.print(
+                f"{side.version}: {side.items:,} items, {side.dim} dims; of {side.found:,} users {side.fallback_share:.1%} "
+                f"fallbacks, {side.unknown_item_share:.1%} of their items unknown, norms from {side.least_norm:.6f} to "
+                f"{side.greatest_norm:.6f}",
+                markup=False,
+            )
+        shared = "no user has a vector in both" if report.overlap is None else f"{report.overlap:.1%}"
+        out.print(f"nearest items in common ({report.compared:,} users, ten each): {shared}", markup=False)
+
+
+def _compare(settings: Settings, control: ItemControl, record: ControlRecord, sample: int) -> VersionReport:
+    served = control.served
+    if served is None or served.version == record.version:
+        msg = f"item version {record.version} is served; name another one to compare it with that"
+        raise ConfigError(msg)
+    store = open_reader(settings.kv_url)
+    try:
+        return compare_versions(settings, store, ItemSpace.load(served.path), ItemSpace.load(record.path), sample)
+    finally:
+        store.close()
 
 
 def _rows(settings: Settings, control: ItemControl) -> list[dict[str, Any]]:

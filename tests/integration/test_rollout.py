@@ -75,6 +75,10 @@ def test_a_version_from_its_publication_to_the_removal_of_the_one_before(
     assert (rows["films_v1"]["state"], rows["films_v2"]["state"]) == ("served", "prepare")
     assert rows["films_v2"]["covered"] == rows["films_v2"]["partitions"] == 4
     assert rows["films_v2"]["done"] == len(users)
+    compared = json.loads(pipeline.uemb("items", "status", "films_v2", "--compare", "20", "--json"))["comparison"]
+    assert [compared[side]["dim"] for side in ("served", "other")] == [48, 64]
+    assert compared["compared"] + round(20 * compared["other"]["fallback_share"]) == 20
+    assert 0.2 < compared["overlap"] < 1  # learned from nearly the same events, but not the same
     pipeline.check(len(users))
     assert set(pipeline.verified) == {"films_v1", "films_v2"}
 
