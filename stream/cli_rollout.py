@@ -121,9 +121,7 @@ def retire(version: str, wait: bool) -> None:
 @click.command()
 @click.argument("version", required=False)
 @click.option("--wait", is_flag=True, help="return when VERSION covers all users, or is removed")
-@click.option(
-    "--compare", type=click.IntRange(1), metavar="USERS", help="compare VERSION with the served one on so many"
-)
+@click.option("--compare", type=click.IntRange(1), metavar="USERS", help="compare VERSION with the served one on some")
 @click.option("--json", "as_json", is_flag=True, help="print the result as one JSON document")
 def status(version: str | None, wait: bool, compare: int | None, as_json: bool) -> None:
     """Show the item versions, and how far the workers are with each.
@@ -153,8 +151,8 @@ def status(version: str | None, wait: bool, compare: int | None, as_json: bool) 
     if report:
         for side in (report.served, report.other):
             out.print(
-                f"{side.version}: {side.items:,} items, {side.dim} dims; of {side.found:,} users {side.fallback_share:.1%} "
-                f"fallbacks, {side.unknown_item_share:.1%} of their items unknown, norms from {side.least_norm:.6f} to "
+                f"{side.version}: {side.items:,} items, {side.dim} dims; of {side.found:,} users "
+                f"{side.fallback_share:.1%} fallbacks, {side.unknown_item_share:.1%} of their items unknown, norms from {side.least_norm:.6f} to "
                 f"{side.greatest_norm:.6f}",
                 markup=False,
             )
