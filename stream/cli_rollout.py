@@ -152,7 +152,8 @@ def status(version: str | None, wait: bool, compare: int | None, as_json: bool) 
         for side in (report.served, report.other):
             out.print(
                 f"{side.version}: {side.items:,} items, {side.dim} dims; of {side.found:,} users "
-                f"{side.fallback_share:.1%} fallbacks, {side.unknown_item_share:.1%} of their items unknown, norms from {side.least_norm:.6f} to "
+                f"{side.fallback_share:.1%} fallbacks, {side.unknown_item_share:.1%} of their items unknown, "
+                f"norms from {side.least_norm:.6f} to "
                 f"{side.greatest_norm:.6f}",
                 markup=False,
             )
