@@ -12,7 +12,8 @@ from typing import Final
 from stream.batch import Batch, BatchDecoder, Record, StepResult
 from stream.encoders import VersionedEncoder
 from stream.events import EventDecoder, EventRules
-from stream.history import History, HistoryCodec, Outcome, key_ts_ms
+from stream.history import History, Outcome
+from stream.history_codec import HistoryCodec, key_ts_ms
 from stream.items import ItemSpace
 from stream.publisher import MAX_ROUNDS, Publisher, Step, Touch, User
 
@@ -136,12 +137,12 @@ class Engine:
         Raises:
             StateError: a stored state can't be read.
         """
-        limit = self.encoder.history_limit
-        users = {user: History.decode(data, self.codec, limit) for user, data in stored.items()}
+        users = {user: self.codec.stored(data) for user, data in stored.items()}
         result = StepResult()
         publisher = next(p for p in self._publishers if p.space.version == version)
         # a user that only sent what can't be kept has no revision, and nothing to show
-        publisher.publish_cold({user: h for user, h in users.items() if h.revision}, epoch, result)
+        users = {user: state for user, state in users.items() if state.revision}
+        publisher.publish_cold(users, self.codec, epoch, result)
         return result
 
     def _fold(

@@ -8,7 +8,7 @@ from typing import Any, Final, Literal, NamedTuple
 
 import msgspec
 
-from stream.history import MAX_TS_MS, TS_BYTES
+from stream.history_codec import MAX_TS_MS, TS_BYTES
 from stream.keys import canonical_id
 
 #: How far an event's own time may run ahead of its record's Kafka timestamp.

@@ -14,7 +14,8 @@ from aiokafka.structs import TopicPartition
 
 from stream.config import Settings
 from stream.errors import Fenced, StateError
-from stream.history import History, HistoryCodec, stored_order
+from stream.history import History
+from stream.history_codec import HistoryCodec, stored_order
 from stream.keys import epoch_key
 from stream.kv.base import KVWriter
 from stream.records import kv_entry, kv_prefix

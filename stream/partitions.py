@@ -14,7 +14,7 @@ from stream.config import Settings
 from stream.engine import Engine
 from stream.errors import StateError, UembError
 from stream.events import EventDecoder
-from stream.history import HistoryCodec
+from stream.history_codec import HistoryCodec
 from stream.keys import epoch_key, watermark_key
 from stream.kv.base import KVWriter, Meta
 from stream.ownership import Restorer, restore_and_claim

@@ -11,7 +11,8 @@ from stream.accumulate import DecayedSums, Newer
 from stream.batch import StepResult
 from stream.embedding import Float32, Float64
 from stream.encoders import REASONS, Status, VersionedEncoder, finish
-from stream.history import TS_BYTES, History
+from stream.history import History
+from stream.history_codec import TS_BYTES, HistoryCodec, Stored
 from stream.items import ItemSpace
 from stream.keys import user_cache_key
 from stream.records import EmbeddingRecord, RecordEncoder, kv_prefix, to_json
@@ -20,6 +21,7 @@ from stream.records import EmbeddingRecord, RecordEncoder, kv_prefix, to_json
 #: one matrix product for the user alone is cheaper.
 MAX_ROUNDS: Final = 8
 _STAYS: Final = 1 << 40
+_MEMO_LIMIT: Final = 1 << 18
 
 Int64 = NDArray[np.int64]
 
@@ -80,6 +82,8 @@ class Publisher:
         self._row_of = space.row
         self._rows: dict[int, list[int]] = {}  # by slot, aligned with the history's keys
         self._row_weights: dict[int, list[float]] = {}  # the same; empty where all types weigh 1
+        self._row_of_body: dict[bytes, int] = {}  # of stored interactions
+        self._weight_of_body: dict[bytes, float] = {}
         self._weights = {b"\0" + t.encode(): w for t, w in encoder.encoder.type_weights.items() if w != 1.0}
 
     def load(self, users: Sequence[tuple[int, Sequence[bytes]]]) -> None:
@@ -138,33 +142,47 @@ class Publisher:
         shown = [(key, touch.steps[step]) for key, touch, step in states]
         self._emit(shown, computed, epoch, result)
 
-    def publish_cold(self, users: Mapping[bytes, History], epoch: int, result: StepResult) -> None:
+    def publish_cold(self, users: Mapping[bytes, Stored], codec: HistoryCodec, epoch: int, result: StepResult) -> None:
         """Add the present state of users that need not be in memory; leaves the running sums alone.
 
         Counts what a report on the version wants to know: fallbacks, items, unknown items.
         """
         computed = self._room(len(users))
-        for place, history in enumerate(users.values()):
-            keys = history.keys
-            rows = np.array(self._rows_of(keys), dtype=np.int64)
-            weights = np.array([self._weight(key) for key in keys]) if self._weights else None
+        shown: list[tuple[bytes, Step]] = []
+        for place, (user, (revision, as_of, bodies)) in enumerate(users.items()):
+            found = list(map(self._row_of_body.get, bodies))
+            if None in found:
+                self._learn(bodies, codec)
+                found = list(map(self._row_of_body.get, bodies))
+            rows = np.array(found, dtype=np.int64)
             known = rows >= 0
+            weights = None
+            if self._weights:
+                weights = np.array([self._weight_of_body[body] for body in bodies])[known][::-1]
             newest_first = rows[known][::-1]
             computed.known[place] = len(newest_first)
-            of_known = None if weights is None else weights[known][::-1]
-            computed.sums[place], computed.totals[place] = self.sums.sum_of(newest_first, of_known)
-        shown: list[tuple[bytes, Step]] = [
-            (user, (len(history.keys), history.as_of_ms, history.revision, None, (), 0))
-            for user, history in users.items()
-        ]
+            computed.sums[place], computed.totals[place] = self.sums.sum_of(newest_first, weights)
+            shown.append((user, (len(bodies), as_of, revision, None, (), 0)))
         status = self._emit(shown, computed, epoch, result)
-        lengths = np.fromiter((len(history.keys) for history in users.values()), dtype=np.int64, count=len(users))
+        lengths = np.array([step[0] for _, step in shown], dtype=np.int64)
         items = int(lengths.sum())
         result.counts = {
             "fallbacks": int(((status != Status.OK) & (lengths > 0)).sum()),
             "items": items,
             "unknown_items": items - int(computed.known.sum()),
         }
+
+    def _learn(self, bodies: Sequence[bytes], codec: HistoryCodec) -> None:
+        """Remember the row and the weight of stored interactions."""
+        if len(self._row_of_body) > _MEMO_LIMIT:
+            self._row_of_body.clear()
+            self._weight_of_body.clear()
+        for body in bodies:
+            item_and_type = codec.item_and_type(body)
+            item, _, _ = item_and_type.partition(b"\0")
+            self._row_of_body[body] = self._row_of(item, -1)
+            if self._weights:
+                self._weight_of_body[body] = self._weight(item_and_type)
 
     def _room(self, count: int) -> _Sums:
         decays = len(self._encoder.encoder.decays)

@@ -9,7 +9,7 @@ from aiokafka import AIOKafkaConsumer
 from aiokafka.structs import TopicPartition
 
 from stream.config import Settings
-from stream.history import HistoryCodec
+from stream.history_codec import HistoryCodec
 from stream.ownership import apply_changelog
 from stream.table import HistoryStore
 

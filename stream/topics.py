@@ -12,7 +12,7 @@ from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic
 
 from stream.config import Settings
 from stream.errors import ConfigError, TopicMismatch
-from stream.history import max_state_bytes
+from stream.history_codec import max_state_bytes
 
 log = logging.getLogger(__name__)
 

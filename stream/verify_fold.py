@@ -8,7 +8,8 @@ from confluent_kafka import Message
 
 from stream.config import Settings
 from stream.events import DeletionDecoder, EventDecoder, Reason, Reject
-from stream.history import History, HistoryCodec, stored_order
+from stream.history import History
+from stream.history_codec import HistoryCodec, stored_order
 from stream.items import ItemSpace
 from stream.keys import partition_of, user_cache_key
 from stream.ownership import Claim, joined

@@ -8,7 +8,8 @@ from typing import Any, Final
 import numpy as np
 
 from stream.encoders import REASONS, VersionedEncoder
-from stream.history import NEVER, History
+from stream.history import History
+from stream.history_codec import NEVER
 from stream.items import ItemSpace
 from stream.records import CorruptRecord, EmbeddingRecord, decode, kv_entry, to_json
 

@@ -15,7 +15,7 @@ from stream.batch import Record, StepResult
 from stream.encoders import VersionedEncoder
 from stream.engine import Engine
 from stream.events import EventRules
-from stream.history import stored_order
+from stream.history_codec import stored_order
 from stream.item_ids import ItemIds
 from stream.items import ItemSpace
 from stream.keys import INT64_MAX, INT64_MIN

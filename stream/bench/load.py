@@ -12,7 +12,8 @@ from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient, NewTopic
 
 from stream.config import Settings
-from stream.history import History, HistoryCodec, sort_key
+from stream.history import History
+from stream.history_codec import HistoryCodec, sort_key
 from stream.items import ItemSpace
 from stream.keys import partition_of
 

@@ -13,7 +13,8 @@ from confluent_kafka.admin import AdminClient
 from pipeline import Event, Pipeline, check_end_state, event_json, expected
 
 from stream.config import load_settings
-from stream.history import History, HistoryCodec
+from stream.history import History
+from stream.history_codec import HistoryCodec
 from stream.items import ItemSpace
 from stream.records import kv_entry
 from stream.retrieval import EmbeddingReader

@@ -15,7 +15,7 @@ from pipeline import Pipeline, delete_topics, event_json
 
 from stream.config import load_settings
 from stream.dataset import Dataset
-from stream.history import stored_order
+from stream.history_codec import stored_order
 from stream.items import ItemSpace
 from stream.keys import partition_of
 from stream.kv.rocksdb import RocksKV

@@ -31,7 +31,8 @@ from strategies import (
 )
 
 from stream.encoders import AvgEncoder, MixEncoder, VersionedEncoder, encoder_hash, make_encoder, user_version
-from stream.history import NEVER, History, HistoryCodec, Outcome, sort_key
+from stream.history import History, Outcome
+from stream.history_codec import NEVER, HistoryCodec, sort_key
 from stream.publisher import fallback_record
 from stream.records import decode, kv_entry
 

@@ -30,7 +30,8 @@ from stream.encoders import AvgEncoder, MixEncoder, VersionedEncoder
 from stream.engine import Engine
 from stream.errors import StateError
 from stream.events import EventRules, Reason
-from stream.history import History, HistoryCodec, sort_key, stored_order
+from stream.history import History
+from stream.history_codec import HistoryCodec, sort_key, stored_order
 from stream.keys import partition_of
 from stream.records import decode, kv_entry, to_json
 

@@ -18,7 +18,7 @@ from stream.events import (
     Reason,
     Reject,
 )
-from stream.history import MAX_TS_MS, sort_key
+from stream.history_codec import MAX_TS_MS, sort_key
 from stream.keys import INT64_MAX, INT64_MIN, MAX_ID_BYTES
 
 RULES = EventRules(TYPES, frozenset({"impression"}))

@@ -5,7 +5,8 @@ A format that changes gets a new number and new bytes beside these, which stay.
 
 import numpy as np
 
-from stream.history import History, HistoryCodec, Interaction, stored_order
+from stream.history import History, Interaction
+from stream.history_codec import HistoryCodec, stored_order
 from stream.kv.base import Meta, Serving
 from stream.kv.meta import decode_meta, encode_meta
 from stream.ownership import Claim

@@ -8,13 +8,11 @@ from hypothesis import strategies as st
 from strategies import T0, TYPES, ids, interactions
 
 from stream.errors import StateError
-from stream.history import (
+from stream.history import History, Interaction, Outcome
+from stream.history_codec import (
     MAX_TS_MS,
     NEVER,
-    History,
     HistoryCodec,
-    Interaction,
-    Outcome,
     key_ts_ms,
     max_state_bytes,
     sort_key,

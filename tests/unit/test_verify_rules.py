@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from stream.encoders import VersionedEncoder
-from stream.history import History, HistoryCodec
+from stream.history import History
+from stream.history_codec import HistoryCodec
 from stream.items import ItemSpace
 from stream.records import EmbeddingRecord, to_json
 from stream.verify_rules import Found, Logged, Published, Rules, output_document
