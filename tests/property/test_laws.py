@@ -31,8 +31,9 @@ from strategies import (
 )
 
 from stream.encoders import AvgEncoder, MixEncoder, VersionedEncoder, encoder_hash, make_encoder, user_version
+from stream.errors import StateError
 from stream.history import History, Outcome
-from stream.history_codec import NEVER, HistoryCodec, sort_key
+from stream.history_codec import NEVER, TS_BYTES, HistoryCodec, sort_key
 from stream.publisher import fallback_record
 from stream.records import decode, kv_entry
 
@@ -328,6 +329,51 @@ def test_two_spaces_at_once(data, stream, limit):
     new = random_space("items_v2", 5, known=("b", "é", str(3), "new"), seed=1, metric="dot")
     driver = Driver([old, new], VersionedEncoder(MixEncoder(), limit), hot_users=data.draw(st.integers(1, 3)))
     check_every_event(driver, Oracle(limit, [old, new]), data.draw(arrivals(stream)))
+
+
+@given(st.data(), streams(), st.sampled_from([2, 100]), st.booleans())
+def test_a_space_that_joins_and_one_that_leaves_midway(data, stream, limit, weighted):
+    """After live updates from some batch on, and one pass over all users, nobody can tell since when it was there."""
+    old = random_space("items_v1", 2, known=("a", "b", 3))
+    new = random_space("items_v2", 5, known=("b", "é", str(3), "new"), seed=1, metric="dot")
+    weights = {"like": 3.0} if weighted else {}
+    encoder = VersionedEncoder(MixEncoder(type_weights=weights), limit)
+    batches = data.draw(arrivals(stream))
+    joins, leaves = sorted(data.draw(st.tuples(*2 * [st.integers(0, len(batches))])))
+    driver = Driver([old], encoder, hot_users=data.draw(st.integers(1, 3)))
+    driver.run(batches[:joins])
+    driver.spaces = [old, new]
+    driver.engine.serve(driver.spaces)
+    passed = data.draw(st.integers(joins, leaves))  # the pass over all users comes some batches later
+    driver.run(batches[joins:passed])
+    result = driver.engine.embed(driver.states, "items_v2", driver.epoch)
+    assert not result.states
+    driver.kv |= result.entries
+    driver.topic |= dict(result.output)
+    driver.run(batches[passed:leaves])
+    driver.spaces = [new]
+    driver.engine.serve(driver.spaces)
+    driver.run(batches[leaves:])
+    oracle = Oracle(limit, [new], type_weights=weights)
+    for operation in stream:
+        oracle.erase(*operation) if isinstance(operation, Erase) else oracle.event(*operation)
+    for key in [key for key in driver.kv if b":items_v1:" in key]:
+        del driver.kv[key], driver.topic[key]
+    check_end(driver, oracle)
+
+
+@given(st.data(), streams())
+def test_a_stored_state_read_in_part_says_what_it_says_decoded(data, stream):
+    driver = Driver([random_space("items_v1", 2)], VersionedEncoder(MixEncoder(), 5))
+    driver.run(data.draw(arrivals(stream)))
+    codec = driver.engine.codec
+    for state in driver.states.values():
+        history, stored = History.decode(state, codec, 5), codec.stored(state)
+        assert (stored.revision, stored.as_of_ms) == (history.revision, history.as_of_ms)
+        assert [codec.item_and_type(body) for body in stored.bodies] == [key[TS_BYTES:] for key in history.keys]
+        cut = data.draw(st.integers(0, len(state) - 1))
+        with pytest.raises(StateError):
+            codec.stored(state[:cut])
 
 
 @pytest.mark.parametrize("mean", [1, 3, 8])
