@@ -146,10 +146,10 @@ class ReaderState:
         self._connecting = threading.Lock()
         self._closed = threading.Event()
         self._closed.set()
-        _left_by_fork.append(self._store)
         if self._store is not None:
+            _left_by_fork.append(self._store)
+            self._store = None
             log.warning("a reader was opened before a fork and gives fallbacks in the child; open one in each process")
-        self._store = None
 
     def _first_connect(self) -> Float32:
         """Connect, and return the vector for when the store has none; without a fallback both must succeed."""
@@ -210,14 +210,15 @@ class ReaderState:
 
 
 _all_states: "weakref.WeakSet[ReaderState]" = weakref.WeakSet()
-#: Letting go of a store in a child process would wait for its threads, which are not there.
-_left_by_fork: list[KVReader | None] = []
 
 
 def _after_fork() -> None:
     for state in list(_all_states):
         state.after_fork()
 
+
+#: Closing a RocksDB in a child would wait for threads of its own that are not there.
+_left_by_fork: list[KVReader] = []
 
 os.register_at_fork(after_in_child=_after_fork)
 

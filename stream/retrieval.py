@@ -1,8 +1,9 @@
 """The reader: a user's stored vector for retrieval, or a fallback with its reason; after `open` nothing raises.
 
-Opening: a reader belongs to one process. In a server that forks, open it in each worker process; a child that got one
-from its parent is answered with ``store_down``. One reader serves any number of threads, and `AsyncEmbeddingReader` is
-the same for an event loop. Closing it is final: what is asked for afterwards is answered with ``store_down``.
+A reader belongs to one process. In a server that forks, open it in each worker process: a child that got one from its
+parent is answered with ``store_down`` (and RocksDB, once open in a parent, lets a child end only by `os._exit`). One
+reader serves any number of threads; `AsyncEmbeddingReader` is the same for an event loop. Closing is final and may be
+repeated: what is asked for afterwards is answered with ``store_down``.
 """
 
 import time

@@ -59,7 +59,8 @@ class BoundedLookups:
     """Lookups that wait no longer than agreed; after a failure, a second of none at all.
 
     What fails counts as down: the partition when it can't be read, the whole store when it is slow (until the read
-    comes back after all, if that is soon). After the second one caller tries again, and the others wait for its luck.
+    comes back after all, if that is soon: then store or process were busy, not down). After the second one caller tries
+    again, and the others are answered at once until it knows.
 
     Args:
         timeout_s: the longest wait of one call.
@@ -155,10 +156,10 @@ class BoundedLookups:
             return STORE_DOWN
         if done.acquire(timeout=max(0.0, deadline - time.monotonic())):
             return job.found
-        held_up = time.monotonic() - deadline > _HELD_UP_S
-        if held_up and done.acquire(timeout=_GRACE_S):
+        # Woken late, this process was held up: other threads had the interpreter, perhaps also before the read.
+        if time.monotonic() - deadline > _HELD_UP_S and done.acquire(timeout=_GRACE_S):
             return job.found
-        return self._overdue(job, held_up=held_up)
+        return self._overdue(job)
 
     async def _read_async(self, store: KVReader, lookups: Sequence[Lookup], deadline: float) -> _Read:
         loop = asyncio.get_running_loop()
@@ -174,9 +175,7 @@ class BoundedLookups:
             raise
         finally:
             timer.cancel()
-        if job.finished:
-            return job.found
-        return self._overdue(job, held_up=time.monotonic() - deadline > _HELD_UP_S)
+        return job.found if job.finished else self._overdue(job)
 
     def _submitted(self, job: _Job) -> bool:
         if self._closed or self._jobs.qsize() >= _BACKLOG:
@@ -184,14 +183,9 @@ class BoundedLookups:
         self._jobs.put(job)
         return True
 
-    def _overdue(self, job: _Job, *, held_up: bool) -> _Read:
-        """Give a read up, and blame the store for it.
-
-        Woken late, this process was held up (other threads, or other tasks of the loop, had the interpreter), which
-        says nothing about the store.
-        """
-        if not held_up:
-            self._outages.failed(_WHOLE_STORE)
+    def _overdue(self, job: _Job) -> _Read:
+        """Give a read up; its store counts as down until it comes back after all."""
+        self._outages.failed(_WHOLE_STORE)
         job.abandoned = True
         if job.finished:  # before it could see that it was abandoned
             self._outages.answered(_WHOLE_STORE)
