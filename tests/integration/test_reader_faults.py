@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -11,9 +12,11 @@ from half_open import HalfOpenProxy
 from reader_store import ITEMS, META, USER, eventually, key, record, stored
 from redis_server import RedisServer
 
+from stream.errors import StoreError
 from stream.keys import watermark_key
 from stream.kv.base import Serving
 from stream.kv.redis import RedisKV
+from stream.kv.redis_reader import RedisReader
 from stream.kv.urls import RedisAddress
 from stream.records import kv_prefix
 from stream.retrieval import AsyncEmbeddingReader, EmbeddingReader, UserEmbedding
@@ -94,9 +97,31 @@ def test_connections_that_died_silently_are_replaced(redis: RedisServer, face: F
     with HalfOpenProxy(redis.port) as proxy:
         get, _ = face(f"redis://127.0.0.1:{proxy.port}/0")
         eventually(lambda: get().status == "ok")
-        for _ in range(3):
-            before = proxy.accepted
-            proxy.go_half_open()
-            eventually(lambda: get().reason in ("timeout", "store_down"))
-            eventually(lambda: get().status == "ok", 10.0)
-            assert proxy.accepted > before
+        before = proxy.accepted
+        proxy.go_half_open()
+        assert get().reason == "timeout"
+        eventually(lambda: get().status == "ok", 10.0)
+        assert proxy.accepted > before
+
+
+def test_one_connection_that_died_is_enough_to_replace_them_all(redis: RedisServer) -> None:
+    asyncio.run(fill(redis.port))
+    lookup = [(b"7", key("7"))]
+
+    def together(pool: ThreadPoolExecutor, reader: RedisReader) -> list[list[bytes | None]]:
+        """Four lookups at a time, each on a connection of its own."""
+        redis.pause()
+        calls = [pool.submit(reader.get, lookup) for _ in range(4)]
+        time.sleep(0.1)
+        redis.resume()
+        return [call.result() for call in calls]
+
+    with HalfOpenProxy(redis.port) as proxy, ThreadPoolExecutor(4) as pool:
+        reader = RedisReader(RedisAddress(tls=False, host="127.0.0.1", port=proxy.port), refresh_s=60)
+        found = [[stored(record("7"))]] * 4
+        assert together(pool, reader) == found
+        proxy.go_half_open()
+        with pytest.raises(StoreError, match="did not answer in time"):
+            reader.get(lookup)
+        assert together(pool, reader) == found
+        reader.close()
