@@ -1,7 +1,9 @@
 """The reader for an event loop: the same answers as `EmbeddingReader`, and the loop never waits for the store.
 
-Lookups run in the same few threads as those of the blocking reader, for both stores: RocksDB has no other way, and
-for Redis a thread costs less than the library's asyncio client (``tests/bench/bench_reader.py`` prints both).
+Lookups run in the same few threads as those of the blocking reader, for both stores. RocksDB has no other way. For
+Redis the library's asyncio client saves a lone call a tenth of a millisecond and nothing once calls are many, when a
+thread reads for several at once (``tests/bench/bench_reader.py`` prints both); and it would be a second client with
+faults of its own.
 """
 
 import asyncio

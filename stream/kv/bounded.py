@@ -9,7 +9,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
-from queue import SimpleQueue
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from typing import Final, NamedTuple
 
 from stream.errors import StoreError
@@ -18,6 +19,7 @@ from stream.kv.base import KVReader
 from stream.kv.outages import Outages
 
 _READ_THREADS: Final = 4
+_MERGED: Final = 64  # at most so many callers' lookups become one
 _BACKLOG: Final = 100_000  # lookups that may wait for a thread while all of them hang
 _HELD_UP_S: Final = 0.002
 _GRACE_S: Final = 0.001
@@ -194,24 +196,57 @@ class BoundedLookups:
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            if job.abandoned:  # and never read, so it says nothing about the store
+            jobs = [job for job in (job, *self._waiting_beside(job)) if not job.abandoned]
+            if not jobs:  # never read, so it says nothing about the store
                 continue
             began = time.monotonic()
-            try:
-                found = job.store.get(job.lookups)
-                job.found = found if len(found) == len(job.lookups) else STORE_DOWN
-            except StoreError:
-                pass  # what a job holds from the start
-            except Exception:
-                log.exception("a lookup failed in an unexpected way")
+            if len(jobs) == 1 or not _read_as_one(jobs):
+                for one in jobs:
+                    one.found = _found(one.store, one.lookups)
             took_s = time.monotonic() - began
-            job.finished = True
-            try:
-                job.wake()
-            except RuntimeError:
-                log.debug("the event loop was closed while a lookup was under way")
-            if job.abandoned and job.found is not STORE_DOWN and took_s < _OUTAGE * self._timeout_s:
-                self._outages.answered(_WHOLE_STORE)  # it came, if late: busy, not down
+            for one in jobs:
+                one.finished = True
+                try:
+                    one.wake()
+                except RuntimeError:
+                    log.debug("the event loop was closed while a lookup was under way")
+                if one.abandoned and one.found is not STORE_DOWN and took_s < _OUTAGE * self._timeout_s:
+                    self._outages.answered(_WHOLE_STORE)  # it came, if late: busy, not down
+
+    def _waiting_beside(self, job: _Job) -> list[_Job]:
+        """Take more that wait for the same store: the busier the readers, the fewer round trips for each."""
+        beside: list[_Job] = []
+        with suppress(Empty):
+            while len(beside) < _MERGED:
+                other = self._jobs.get_nowait()
+                if other is None or other.store is not job.store:
+                    self._jobs.put(other)
+                    break
+                beside.append(other)
+        return beside
+
+
+def _read_as_one(jobs: Sequence[_Job]) -> bool:
+    """Read for several callers at once; one whose partition can't be read must not cost the others theirs."""
+    found = _found(jobs[0].store, [lookup for job in jobs for lookup in job.lookups])
+    if isinstance(found, Trouble):
+        return False
+    at = 0
+    for job in jobs:
+        job.found = found[at : at + len(job.lookups)]
+        at += len(job.lookups)
+    return True
+
+
+def _found(store: KVReader, lookups: Sequence[Lookup]) -> _Read:
+    try:
+        found = store.get(lookups)
+    except StoreError:
+        return STORE_DOWN
+    except Exception:
+        log.exception("a lookup failed in an unexpected way")
+        return STORE_DOWN
+    return found if len(found) == len(lookups) else STORE_DOWN
 
 
 def _resolve(waiter: "asyncio.Future[None]") -> None:

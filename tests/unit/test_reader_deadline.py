@@ -16,7 +16,7 @@ from stream.keys import partition_of
 from stream.kv import outages
 from stream.kv.bounded import STORE_DOWN, TIMEOUT, BoundedLookups
 from stream.kv.outages import Outages
-from stream.retrieval import EmbeddingReader
+from stream.retrieval import EmbeddingReader, UserEmbedding
 
 ROOT = Path(__file__).resolve().parents[2]
 LOOKUP = [(b"7", key("7"))]
@@ -194,6 +194,29 @@ def test_a_call_over_many_partitions_keeps_one_deadline() -> None:
         gate.open.set()
 
 
+@pytest.mark.parametrize("broken", [set(), {1}])
+def test_lookups_that_wait_together_are_read_together_and_answered_each_by_itself(broken: set[int]) -> None:
+    fake, gate = FakeStore(), Gate()
+    users = list(range(30))
+    for user in users:
+        fake.entries[key(str(user))] = stored(record(str(user)))
+    answers: dict[int, UserEmbedding] = {}
+    with EmbeddingReader(lambda: fake, timeout_s=20) as reader:
+        fake.before = gate
+        threads = [threading.Thread(target=lambda n=n: answers.update({n: reader.get(n)})) for n in users]  # type: ignore[misc]
+        for thread in threads:
+            thread.start()
+        eventually(lambda: gate.held == 4 and reader._state.bounded._jobs.qsize() > 15)
+        fake.broken = broken
+        gate.open.set()
+        for thread in threads:
+            thread.join()
+        for user, answer in answers.items():
+            lost = partition_of(b"%d" % user, PARTITIONS) in broken
+            assert (answer.user_id, answer.reason) == (str(user), "store_down" if lost else "")
+        assert broken or fake.calls < len(users)
+
+
 def test_a_backlog_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stream.kv.bounded._BACKLOG", 3)
     fake, gate = FakeStore(), Gate()
@@ -310,7 +333,7 @@ from pathlib import Path
 sys.path.insert(0, "tests/unit"); sys.path.insert(0, "tests")
 from test_retrieval import Store
 from reader_store import record, stored
-from stream.retrieval import EmbeddingReader
+from stream.retrieval import EmbeddingReader, UserEmbedding
 
 store = Store(Path(sys.argv[1]))
 store.put("7", stored(record("7")))
