@@ -1,10 +1,12 @@
 """README "Retrieve", run as it stands: from users in the store to titles out of a FAISS index of the items."""
 
+import asyncio
 import csv
 import json
 import re
 import shutil
 import subprocess
+import textwrap
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -17,16 +19,24 @@ from pipeline import UEMB, Pipeline
 from stream.dataset import Dataset
 from stream.feed import Feeder
 from stream.items import ItemSpace
+from stream.retrieval import AsyncEmbeddingReader
 
 README = Path(__file__).parents[2] / "README.md"
 USERS = ("42", "7")  # those of the README that MovieLens has; it has no "anna"
 
 
-def readme_block() -> str:
-    """The Python block that README.md marks as the retrieval example."""
-    found = re.search(r"<!-- retrieve -->\n```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert found, "README.md has no Python block right after <!-- retrieve -->"
+def readme_block(mark: str = "retrieve") -> str:
+    """The Python block that README.md marks so."""
+    found = re.search(rf"<!-- {mark} -->\n```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert found, f"README.md has no Python block right after <!-- {mark} -->"
     return found[1]
+
+
+def run_async(block: str, names: dict[str, Any]) -> dict[str, Any]:
+    """Run a block that awaits; what it leaves in its names."""
+    body = textwrap.indent(f"{block}\nreturn locals()", "    ")
+    exec(f"async def example():\n{body}", names)
+    return dict(asyncio.run(names["example"]()))
 
 
 def make_popular(folder: Path, films: Dataset, file: Path) -> list[str]:
@@ -93,5 +103,14 @@ def test_the_readme_goes_from_users_to_titles(
     own = {user: [films.titles[space.ids[row].decode()] for row in names["rows"][i]] for i, user in enumerate(USERS)}
     assert names["candidates"] == {**own, "anna": popular}
     assert names["passing"] == []
+
+    def answered_in_a_loop() -> bool:
+        names["AsyncEmbeddingReader"] = AsyncEmbeddingReader
+        names["loop"] = run_async(readme_block("retrieve-async"), names)
+        return not {user.reason for user in names["loop"]["users"]} & {"timeout", "store_down"}
+
+    pipeline.until(answered_in_a_loop, "the store answers in time")
+    np.testing.assert_array_equal(names["loop"]["vectors"], vectors)
+    assert names["loop"]["user"].user_id == "42"
     assert own["42"] != own["7"]
     assert pipeline.stop() == 0
