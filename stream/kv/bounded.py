@@ -19,7 +19,7 @@ from stream.kv.base import KVReader
 from stream.kv.outages import Outages
 
 _READ_THREADS: Final = 4
-_MERGED: Final = 64  # at most so many callers' lookups become one
+_MERGED: Final = 64  # lookups of several callers that may become one read
 _BACKLOG: Final = 100_000  # lookups that may wait for a thread while all of them hang
 _HELD_UP_S: Final = 0.002
 _GRACE_S: Final = 0.001
@@ -138,9 +138,11 @@ class BoundedLookups:
         for place, (user_id, _) in enumerate(lookups):
             places.setdefault(partition_of(user_id, partitions), []).append(place)
         out: list[Found] = [TIMEOUT] * len(lookups)
+        asked = False
         for partition, at in places.items():
             found: _Read = STORE_DOWN
             if self._outages.admits(partition):
+                asked = True
                 found = yield [lookups[place] for place in at]
                 if found is TIMEOUT:  # the time of the whole call is used up
                     break
@@ -148,6 +150,8 @@ class BoundedLookups:
                 (self._outages.failed if found is STORE_DOWN else self._outages.answered)(partition)
             for n, place in enumerate(at):
                 out[place] = found if isinstance(found, Trouble) else found[n]
+        if not asked:
+            self._outages.untried(_WHOLE_STORE)
         return out
 
     def _read(self, store: KVReader, lookups: Sequence[Lookup], deadline: float) -> _Read:
@@ -216,13 +220,15 @@ class BoundedLookups:
     def _waiting_beside(self, job: _Job) -> list[_Job]:
         """Take more that wait for the same store: the busier the readers, the fewer round trips for each."""
         beside: list[_Job] = []
+        room = _MERGED - len(job.lookups)
         with suppress(Empty):
-            while len(beside) < _MERGED:
+            while room > 0:
                 other = self._jobs.get_nowait()
-                if other is None or other.store is not job.store:
-                    self._jobs.put(other)
+                if other is None or other.store is not job.store or len(other.lookups) > room:
+                    self._jobs.put(other)  # a large one is another thread's: nobody shall wait for it who need not
                     break
                 beside.append(other)
+                room -= len(other.lookups)
         return beside
 
 

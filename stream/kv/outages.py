@@ -28,7 +28,7 @@ class Outages:
         return bool(self._until)
 
     def admits(self, part: Hashable) -> bool:
-        """Whether a caller may ask; who is let through after a failure must report what came of it."""
+        """Whether a caller may ask; who is let through reports what came of it."""
         if part not in self._until:
             return True
         with self._lock:
@@ -39,6 +39,12 @@ class Outages:
                 return False
             self._until[part] = now + DOWN_S
             return True
+
+    def untried(self, part: Hashable) -> None:
+        """Let the next caller try: the one that was let through had nothing to ask after all."""
+        with self._lock:
+            if part in self._until:
+                self._until[part] = self._clock()
 
     def failed(self, part: Hashable) -> None:
         """Take note of a failure."""

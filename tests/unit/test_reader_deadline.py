@@ -178,6 +178,20 @@ def test_a_partition_that_comes_back_is_tried_by_one(monkeypatch: pytest.MonkeyP
         assert not reader._state.bounded._outages
 
 
+def test_a_user_who_can_not_be_asked_for_does_not_use_up_the_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second of a slow store is over while one of its partitions is known to be down."""
+    monkeypatch.setattr(outages, "DOWN_S", 60.0)
+    fake = FakeStore()
+    down, up = (next(n for n in range(99) if partition_of(b"%d" % n, PARTITIONS) == p) for p in (1, 0))
+    with EmbeddingReader(lambda: fake, timeout_s=5) as reader:
+        fake.broken = {1}
+        check_fallback(reader.get(down), "store_down")
+        reader._state.bounded._outages.failed(-1)
+        reader._state.bounded._outages._until[-1] = 0.0
+        check_fallback(reader.get(down), "store_down")
+        assert reader.get(up).reason == "missing"
+
+
 def test_a_call_over_many_partitions_keeps_one_deadline() -> None:
     fake, gate = FakeStore(), Gate()
     users = list(range(40))
@@ -215,6 +229,25 @@ def test_lookups_that_wait_together_are_read_together_and_answered_each_by_itsel
             lost = partition_of(b"%d" % user, PARTITIONS) in broken
             assert (answer.user_id, answer.reason) == (str(user), "store_down" if lost else "")
         assert broken or fake.calls < len(users)
+
+
+def test_nobody_waits_for_a_large_lookup_of_another_caller() -> None:
+    fake, gate = FakeStore(), Gate()
+    sizes: list[int] = []
+    with EmbeddingReader(lambda: fake, timeout_s=20) as reader:
+        bounded, real = reader._state.bounded, fake.get
+        fake.get = lambda lookups: (sizes.append(len(lookups)), real(lookups))[1]  # type: ignore[method-assign]
+        fake.before = gate
+        asks = [*[[n] for n in range(4)], *[[n] for n in range(10)], range(500), *[[n] for n in range(10)]]
+        threads = [threading.Thread(target=reader.get_many, args=(users,)) for users in asks]
+        for number, thread in enumerate(threads):
+            thread.start()
+            eventually(lambda n=number: gate.held + bounded._jobs.qsize() > n)  # type: ignore[misc]
+        gate.open.set()
+        for thread in threads:
+            thread.join()
+    assert 500 in sizes, "read by itself"
+    assert sum(sizes) == 524
 
 
 def test_a_backlog_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
