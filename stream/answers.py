@@ -1,5 +1,6 @@
 """What retrieval gets for one user, made from a stored entry or from the reason why there is none."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -126,6 +127,14 @@ def fallback_answer(
         user_embedding_version=view.user_version,
         item_embedding_version=view.item_version,
     )
+
+
+def stacked(answers: Sequence[UserEmbedding], view: View) -> Float32:
+    """The answers' vectors, float32 [n, d]."""
+    vectors = np.empty((len(answers), len(view.fallback)), dtype=np.float32)
+    for row, answer in enumerate(answers):
+        vectors[row] = answer.vector
+    return vectors
 
 
 def record_vector(meta: Meta, pair: Pair) -> Float32 | None:

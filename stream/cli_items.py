@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from stream import cli_rollout
+from stream.cli_popular import items_popular
 from stream.config import load_settings
 from stream.errors import ConfigError
 from stream.terminal import err, out, print_json, progress_bar
@@ -14,6 +15,9 @@ from stream.terminal import err, out, print_json, progress_bar
 @click.group()
 def items() -> None:
     """Make and check item spaces."""
+
+
+items.add_command(items_popular)
 
 
 @items.command("build")
@@ -103,10 +107,12 @@ def items_export(folder: Path, out_file: Path, as_json: bool) -> None:
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="print the result as one JSON document")
 def items_check(folder: Path, as_json: bool) -> None:
-    """Load FOLDER as a worker would: hashes, shapes, every row, every id."""
+    """Load FOLDER as a worker would: hashes, shapes, every row, every id; and its popularity list, if it has one."""
     from stream.items import ItemSpace
 
-    _describe(ItemSpace.load(folder), as_json)
+    space = ItemSpace.load(folder)
+    popularity = space.popularity_version
+    _describe(space, as_json, {"popularity_version": popularity} if popularity is not None else None)
 
 
 def _describe(space: Any, as_json: bool, more: dict[str, Any] | None = None) -> None:

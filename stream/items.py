@@ -1,7 +1,8 @@
 """Item spaces: an immutable, hash-checked folder of item ids and vectors per version.
 
 ``manifest.json`` (version, dim, count, dtype, metric, max_row_norm, fallback, sha256 per file), ``ids.txt`` (one UTF-8
-id per line, row order) and ``vectors.npy`` (float32 [n, d], memory-mapped); optionally ``popularity.npy``.
+id per line, row order) and ``vectors.npy`` (float32 [n, d], memory-mapped); optionally ``popularity.npy``, and lists
+that were made later (`stream.popularity`).
 """
 
 import hashlib
@@ -18,6 +19,7 @@ from stream.item_ids import BadIds, ItemIds
 from stream.item_manifest import Manifest, Metric
 from stream.item_writer import SpaceWriter, bad_space, check_norms
 from stream.keys import check_version_name
+from stream.popularity import read_popularity, top_rows
 
 _CHUNK_ROWS: Final = 65_536
 _CHUNK_NUMBERS: Final = 1 << 20
@@ -35,7 +37,7 @@ class ItemSpace:
         fallback: unit float32 [d] for users without a vector of their own.
         max_row_norm: length of the longest row.
         sha256: of ``manifest.json``, which holds those of the other files.
-        popularity: float32 [n] or None.
+        popularity: float32 [n] or None, as the version was made with.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class ItemSpace:
         max_row_norm: float,
         sha256: str,
         popularity: Float32 | None = None,
+        folder: Path | None = None,
     ) -> None:
         self.version = version
         self.ids = ids
@@ -58,6 +61,8 @@ class ItemSpace:
         self.max_row_norm = max_row_norm
         self.sha256 = sha256
         self.popularity = popularity
+        self._folder = folder
+        self._popular: tuple[str | None, Float32] | None = None
         self.row: Final[Callable[[bytes, int], int]] = ids.row
 
     def __len__(self) -> int:
@@ -72,6 +77,40 @@ class ItemSpace:
         """Row of each item id, -1 where this version lacks it."""
         # what is no text in UTF-8 is no id, and not known
         return np.array([self.row(str(i).encode(errors="surrogatepass"), -1) for i in item_ids], dtype=np.int64)
+
+    @property
+    def popularity_version(self) -> str | None:
+        """Name of the popularity list; None without one, or where it is the one the version was made with.
+
+        Raises:
+            ItemSpaceError: the list is damaged.
+        """
+        return self._popularity_list()[0]
+
+    def popular(self, k: int) -> list[tuple[str, float]]:
+        """Ids and scores of the `k` most popular items, most popular first; items with nothing to say are left out.
+
+        Of the list that `uemb items popular` made last before the first call, else of what the version was made with.
+
+        Raises:
+            ItemSpaceError: there is no popularity, or its list is damaged.
+        """
+        scores = self._popularity_list()[1]
+        if scores is None:
+            folder = self._folder or Path(self.version)
+            raise bad_space(folder, "has no popularity; make a list with `uemb items popular`")
+        return [(self.ids[row].decode(), float(scores[row])) for row in top_rows(scores, k).tolist()]
+
+    def _popularity_list(self) -> tuple[str | None, Float32 | None]:
+        if self._popular is None:
+            made = None if self._folder is None else read_popularity(self._folder, self)
+            if made is not None:
+                self._popular = made[0].version, made[1]
+            elif self.popularity is not None:
+                self._popular = None, self.popularity
+            else:
+                return None, None
+        return self._popular
 
     @classmethod
     def load(cls, path: str | Path) -> "ItemSpace":
@@ -107,6 +146,7 @@ class ItemSpace:
             max_row_norm=longest,
             sha256=manifest_sha,
             popularity=popularity,
+            folder=folder,
         )
 
     @classmethod

@@ -1,20 +1,29 @@
-"""Lookups with a deadline: whatever the store does, the caller has an answer or a reason in time."""
+"""Lookups with a deadline: whatever the store does, the caller has an answer or a reason in time.
 
+A lookup runs in a thread of ours, for no store can be trusted to keep a deadline itself: a file system hangs, a peer
+vanishes without a word, a name server is slow. The caller waits for the thread, blocking or in an event loop.
+"""
+
+import asyncio
 import logging
 import threading
 import time
-from collections.abc import Sequence
-from queue import SimpleQueue
+from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from typing import Final, NamedTuple
 
 from stream.errors import StoreError
 from stream.keys import partition_of
 from stream.kv.base import KVReader
+from stream.kv.outages import Outages
 
-DOWN_S: Final = 1.0  # for so long after a failure lookups are answered at once
 _READ_THREADS: Final = 4
+_MERGED: Final = 64  # lookups of several callers that may become one read
+_BACKLOG: Final = 100_000  # lookups that may wait for a thread while all of them hang
 _HELD_UP_S: Final = 0.002
-_OUTAGE: Final = 5  # timeouts that a read may take before its store counts as down for the whole of `DOWN_S`
+_GRACE_S: Final = 0.001
+_OUTAGE: Final = 5  # timeouts that a read may take before its store counts as down for the whole second
 _WHOLE_STORE: Final = -1
 
 log = logging.getLogger(__name__)
@@ -28,33 +37,40 @@ class Trouble(NamedTuple):
 
 Lookup = tuple[bytes, bytes]
 Found = bytes | Trouble | None
+_Read = list[bytes | None] | Trouble
 
 STORE_DOWN: Final = Trouble("store_down")
 TIMEOUT: Final = Trouble("timeout")
 
 
 class _Job:
-    __slots__ = ("abandoned", "done", "found", "lookups", "store")
+    """One read; `finished` is set before `wake` is called, `abandoned` by a caller that waits no longer."""
 
-    def __init__(self, store: KVReader, lookups: Sequence[Lookup]) -> None:
+    __slots__ = ("abandoned", "finished", "found", "lookups", "store", "wake")
+
+    def __init__(self, store: KVReader, lookups: Sequence[Lookup], wake: Callable[[], object]) -> None:
         self.store = store
         self.lookups = lookups
-        self.found: list[bytes | None] | Trouble = STORE_DOWN
+        self.wake = wake
+        self.found: _Read = STORE_DOWN
         self.abandoned = False
-        self.done = threading.Lock()
-        self.done.acquire()
+        self.finished = False
 
 
 class BoundedLookups:
     """Lookups that wait no longer than agreed; after a failure, a second of none at all.
 
     What fails counts as down: the partition when it can't be read, the whole store when it is slow (until the read
-    comes back after all, if that is soon).
+    comes back after all, if that is soon: then store or process were busy, not down). After the second one caller tries
+    again, and the others are answered at once until it knows.
+
+    Args:
+        timeout_s: the longest wait of one call.
     """
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
-        self._down: dict[int, tuple[float, Trouble]] = {}
+        self._outages = Outages()
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._closed = False
         for number in range(_READ_THREADS):
@@ -62,88 +78,183 @@ class BoundedLookups:
             threading.Thread(target=self._work, name=f"uemb-lookup-{number}", daemon=True).start()
 
     def find(self, store: KVReader, lookups: Sequence[Lookup], partitions: int) -> list[Found]:
-        """What the store has under each of `lookups`, or why that is not known."""
+        """What the store has under each of `lookups`, or why that is not known; blocks until the deadline at most."""
+        deadline = time.monotonic() + self._timeout_s
+        steps = self._steps(lookups, partitions)
+        found: _Read | None = None
+        while True:
+            try:
+                batch = next(steps) if found is None else steps.send(found)
+            except StopIteration as end:
+                return list(end.value)
+            found = self._read(store, batch, deadline)
+
+    async def find_async(self, store: KVReader, lookups: Sequence[Lookup], partitions: int) -> list[Found]:
+        """The same, leaving the event loop to others meanwhile."""
+        deadline = time.monotonic() + self._timeout_s
+        steps = self._steps(lookups, partitions)
+        found: _Read | None = None
+        while True:
+            try:
+                batch = next(steps) if found is None else steps.send(found)
+            except StopIteration as end:
+                return list(end.value)
+            found = await self._read_async(store, batch, deadline)
+
+    def close(self) -> None:
+        """Answer nothing more; any number of times."""
+        if not self._closed:
+            self._closed = True
+            for _ in range(_READ_THREADS):
+                self._jobs.put(None)
+
+    def after_fork(self) -> None:
+        """Answer nothing more in a child process: the threads stayed behind, and so did whoever held a lock."""
+        self._closed = True
+        self._outages = Outages()
+
+    def _steps(self, lookups: Sequence[Lookup], partitions: int) -> Generator[Sequence[Lookup], _Read, Sequence[Found]]:
+        """Yield what to read, be sent what was found, return the whole; knows nothing of waiting."""
         if not lookups:
             return []
-        deadline = time.monotonic() + self._timeout_s
-        if not self._down_now():
-            found = self._read(store, lookups, deadline)
+        if not self._outages:
+            found = yield lookups
             if not isinstance(found, Trouble):
-                return list(found)
+                return found
             if found is TIMEOUT:
                 return [found] * len(lookups)
             if len(lookups) == 1:
-                self._mark(partition_of(lookups[0][0], partitions), found)
-        return self._find_by_partition(store, lookups, partitions, deadline)
+                self._outages.failed(partition_of(lookups[0][0], partitions))
+                return [found]
+        elif not self._outages.admits(_WHOLE_STORE):
+            return [STORE_DOWN] * len(lookups)
+        return (yield from self._steps_by_partition(lookups, partitions))
 
-    def close(self) -> None:
-        """Answer nothing more."""
-        self._closed = True
-        for _ in range(_READ_THREADS):
-            self._jobs.put(None)
-
-    def _find_by_partition(
-        self, store: KVReader, lookups: Sequence[Lookup], partitions: int, deadline: float
-    ) -> list[Found]:
+    def _steps_by_partition(
+        self, lookups: Sequence[Lookup], partitions: int
+    ) -> Generator[Sequence[Lookup], _Read, list[Found]]:
         """One partition that can't be read must not cost the users of the others their vectors."""
         places: dict[int, list[int]] = {}
         for place, (user_id, _) in enumerate(lookups):
             places.setdefault(partition_of(user_id, partitions), []).append(place)
-        out: list[Found] = [None] * len(lookups)
+        out: list[Found] = [TIMEOUT] * len(lookups)
+        asked = False
         for partition, at in places.items():
-            down = self._down_now()
-            found: list[bytes | None] | Trouble | None = down.get(_WHOLE_STORE) or down.get(partition)
-            if found is None:
-                found = self._read(store, [lookups[place] for place in at], deadline)
-                if found is STORE_DOWN:
-                    self._mark(partition, found)
+            found: _Read = STORE_DOWN
+            if self._outages.admits(partition):
+                asked = True
+                found = yield [lookups[place] for place in at]
+                if found is TIMEOUT:  # the time of the whole call is used up
+                    break
+                self._outages.answered(_WHOLE_STORE)
+                (self._outages.failed if found is STORE_DOWN else self._outages.answered)(partition)
             for n, place in enumerate(at):
                 out[place] = found if isinstance(found, Trouble) else found[n]
+        if not asked:
+            self._outages.untried(_WHOLE_STORE)
         return out
 
-    def _down_now(self) -> dict[int, Trouble]:
-        if not self._down:
-            return {}
-        now = time.monotonic()
-        marks = list(self._down.items())
-        for key, mark in marks:
-            if mark[0] <= now and self._down.get(key) is mark:
-                self._down.pop(key, None)
-        return {key: trouble for key, (until, trouble) in marks if until > now}
-
-    def _mark(self, key: int, trouble: Trouble) -> None:
-        self._down[key] = (time.monotonic() + DOWN_S, trouble)
-
-    def _read(self, store: KVReader, lookups: Sequence[Lookup], deadline: float) -> list[bytes | None] | Trouble:
-        if self._closed:
+    def _read(self, store: KVReader, lookups: Sequence[Lookup], deadline: float) -> _Read:
+        done = threading.Lock()
+        done.acquire()
+        job = _Job(store, lookups, done.release)
+        if not self._submitted(job):
             return STORE_DOWN
-        job = _Job(store, lookups)
+        if done.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            return job.found
+        # Woken late, this process was held up: other threads had the interpreter, perhaps also before the read.
+        if time.monotonic() - deadline > _HELD_UP_S and done.acquire(timeout=_GRACE_S):
+            return job.found
+        return self._overdue(job)
+
+    async def _read_async(self, store: KVReader, lookups: Sequence[Lookup], deadline: float) -> _Read:
+        loop = asyncio.get_running_loop()
+        waiter: asyncio.Future[None] = loop.create_future()
+        job = _Job(store, lookups, lambda: loop.call_soon_threadsafe(_resolve, waiter))
+        if not self._submitted(job):
+            return STORE_DOWN
+        timer = loop.call_later(max(0.0, deadline - time.monotonic()), _resolve, waiter)
+        try:
+            await waiter
+        except asyncio.CancelledError:
+            job.abandoned = True  # the caller is gone, which says nothing about the store
+            raise
+        finally:
+            timer.cancel()
+        return job.found if job.finished else self._overdue(job)
+
+    def _submitted(self, job: _Job) -> bool:
+        if self._closed or self._jobs.qsize() >= _BACKLOG:
+            return False
         self._jobs.put(job)
-        if job.done.acquire(timeout=max(0.0, deadline - time.monotonic())):
-            return job.found
-        # Woken late, this process was held up (other threads had the interpreter), which says nothing about the store.
-        if time.monotonic() - deadline > _HELD_UP_S and job.done.acquire(timeout=self._timeout_s):
-            return job.found
-        self._mark(_WHOLE_STORE, TIMEOUT)
+        return True
+
+    def _overdue(self, job: _Job) -> _Read:
+        """Give a read up; its store counts as down until it comes back after all."""
+        self._outages.failed(_WHOLE_STORE)
         job.abandoned = True
-        if job.done.acquire(blocking=False):  # done before it could see that it was abandoned
-            self._down.pop(_WHOLE_STORE, None)
+        if job.finished:  # before it could see that it was abandoned
+            self._outages.answered(_WHOLE_STORE)
             return job.found
         return TIMEOUT
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            took_s = 0.0
-            if not job.abandoned:
-                began = time.monotonic()
+            jobs = [job for job in (job, *self._waiting_beside(job)) if not job.abandoned]
+            if not jobs:  # never read, so it says nothing about the store
+                continue
+            began = time.monotonic()
+            if len(jobs) == 1 or not _read_as_one(jobs):
+                for one in jobs:
+                    one.found = _found(one.store, one.lookups)
+            took_s = time.monotonic() - began
+            for one in jobs:
+                one.finished = True
                 try:
-                    found = job.store.get(job.lookups)
-                    job.found = found if len(found) == len(job.lookups) else STORE_DOWN
-                except StoreError:
-                    pass  # what a job holds from the start
-                except Exception:
-                    log.exception("a lookup failed in an unexpected way")
-                took_s = time.monotonic() - began
-                job.done.release()
-            if job.abandoned and took_s < _OUTAGE * self._timeout_s:
-                self._down.pop(_WHOLE_STORE, None)  # it came, if late: a busy process or store, not one that is down
+                    one.wake()
+                except RuntimeError:
+                    log.debug("the event loop was closed while a lookup was under way")
+                if one.abandoned and one.found is not STORE_DOWN and took_s < _OUTAGE * self._timeout_s:
+                    self._outages.answered(_WHOLE_STORE)  # it came, if late: busy, not down
+
+    def _waiting_beside(self, job: _Job) -> list[_Job]:
+        """Take more that wait for the same store: the busier the readers, the fewer round trips for each."""
+        beside: list[_Job] = []
+        room = _MERGED - len(job.lookups)
+        with suppress(Empty):
+            while room > 0:
+                other = self._jobs.get_nowait()
+                if other is None or other.store is not job.store or len(other.lookups) > room:
+                    self._jobs.put(other)  # a large one is another thread's: nobody shall wait for it who need not
+                    break
+                beside.append(other)
+                room -= len(other.lookups)
+        return beside
+
+
+def _read_as_one(jobs: Sequence[_Job]) -> bool:
+    """Read for several callers at once; one whose partition can't be read must not cost the others theirs."""
+    found = _found(jobs[0].store, [lookup for job in jobs for lookup in job.lookups])
+    if isinstance(found, Trouble):
+        return False
+    at = 0
+    for job in jobs:
+        job.found = found[at : at + len(job.lookups)]
+        at += len(job.lookups)
+    return True
+
+
+def _found(store: KVReader, lookups: Sequence[Lookup]) -> _Read:
+    try:
+        found = store.get(lookups)
+    except StoreError:
+        return STORE_DOWN
+    except Exception:
+        log.exception("a lookup failed in an unexpected way")
+        return STORE_DOWN
+    return found if len(found) == len(lookups) else STORE_DOWN
+
+
+def _resolve(waiter: "asyncio.Future[None]") -> None:
+    if not waiter.done():
+        waiter.set_result(None)

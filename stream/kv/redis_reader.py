@@ -9,6 +9,7 @@ from typing import Any, Final
 from redis import Redis
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as Dropped
+from redis.exceptions import TimeoutError as Silent
 from redis.retry import Retry
 
 from stream.embedding import OncePerMinute
@@ -113,10 +114,19 @@ class RedisReader:
             return []
         try:
             with translated(self._address):
-                found: list[bytes | None] = self._client.mget([key for _, key in lookups])
+                found: list[bytes | None] = self._read([key for _, key in lookups])
         except ConfigError as exc:  # a password that was changed meanwhile: a store that is down, to our callers
             raise StoreError(str(exc)) from exc
         return found
+
+    def _read(self, keys: list[bytes]) -> list[bytes | None]:
+        try:
+            return self._client.mget(keys)  # type: ignore[no-any-return]
+        except Silent:
+            # A path that lets nothing through any more (a firewall that forgot us, a host that is gone) is that of all
+            # connections: each would cost a timeout of its own, and readers a second.
+            self._client.connection_pool.disconnect(inuse_connections=False)
+            raise
 
     def watermark(self, user_id: bytes) -> bytes | None:
         """Progress record of the partition that owns `user_id`, as last seen; cheap."""

@@ -1,9 +1,11 @@
-"""What a batch lookup costs: `EmbeddingReader.get_many` beside fastavro reading the same records.
+"""What retrieval pays: the reader's two faces on both stores, and the longest waits while a store fails.
 
-    python tests/bench/bench_reader.py [--json] [--users 1000] [--dim 48] [--seconds 2]
+    python tests/bench/bench_reader.py [--json] [--users 1000] [--dim 48] [--seconds 2] [--faults]
 
-Every figure is the best of many runs on one thread, CPU and wall time apart; answers are checked before timing. The
-peer, `fastavro`, decodes the same entries in the same run and does nothing else: ratios hold where absolutes drift.
+Every figure is the best of many runs, CPU and wall time apart; answers are checked before timing. One peer, `fastavro`,
+decodes the same entries in the same run and does nothing else; the other, `redis.asyncio`, only fetches the bytes. So
+ratios hold where absolutes drift. `--faults` measures instead how long answers take while a store is paused, killed,
+cut off, removed or replaced; `default` is the deadline of 20 ms.
 """
 
 import argparse
@@ -12,9 +14,10 @@ import io
 import json
 import os
 import platform
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -22,17 +25,24 @@ from typing import Any
 
 import fastavro
 import numpy as np
+import redis.asyncio
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from reader_faults import FAULTS, measure_fault
+from redis_server import RedisServer, why_no_redis
 
 from stream.keys import encoder_key, fallback_key, partition_of, user_cache_key, watermark_key
 from stream.kv.base import Meta, Serving
-from stream.kv.rocksdb import RocksKV
+from stream.kv.urls import open_writer
 from stream.records import EmbeddingRecord, decode, encode, kv_prefix
-from stream.retrieval import EmbeddingReader
+from stream.retrieval import AsyncEmbeddingReader, EmbeddingReader
 
 SEED = 20
 USER_VERSION, ITEM_VERSION = "mix-0123abcd", "items_v1"
 PARTITIONS = 4
 HEADER_BYTES = 10
+TOGETHER = 100
 
 
 def make_records(users: int, dim: int) -> list[EmbeddingRecord]:
@@ -59,9 +69,9 @@ def make_records(users: int, dim: int) -> list[EmbeddingRecord]:
     ]
 
 
-async def fill(path: Path, records: list[EmbeddingRecord]) -> None:
+async def fill(url: str, records: list[EmbeddingRecord]) -> None:
     """Write the store as its workers would."""
-    kv = RocksKV(path)
+    kv = open_writer(url)
     fallback = encode(records[0])
     meta = Meta(
         "bench",
@@ -95,37 +105,131 @@ def measure(step: Callable[[], object], seconds: float, calls: int) -> dict[str,
     return {"wall_us": min(wall) / 1000 / calls, "cpu_us": min(cpu) / 1000 / calls, "runs": len(wall)}
 
 
-def run(users: int, dim: int, seconds: float) -> dict[str, Any]:
-    """All figures, microseconds per record; ``single`` per call of `get`."""
-    records = make_records(users, dim)
-    bodies = [encode(record) for record in records]
+async def measure_async(step: Callable[[], Awaitable[object]], seconds: float, calls: int) -> dict[str, float]:
+    """The same in an event loop."""
+    wall, cpu = [], []
+    end = time.monotonic() + seconds
+    while time.monotonic() < end or len(wall) < 3:
+        began, used = time.perf_counter_ns(), time.process_time_ns()
+        await step()
+        cpu.append(time.process_time_ns() - used)
+        wall.append(time.perf_counter_ns() - began)
+    return {"wall_us": min(wall) / 1000 / calls, "cpu_us": min(cpu) / 1000 / calls, "runs": len(wall)}
+
+
+def faces(url: str, records: list[EmbeddingRecord], seconds: float) -> dict[str, Any]:
+    """Both faces of the reader on one store, microseconds a record; `single` asks for one user at a time."""
     names = [record.user_id for record in records]
+    expected = np.stack([record.vector for record in records])
+
+    def check(vectors: Any, answers: Any) -> None:
+        assert [a.user_id for a in answers if a.status == "ok" and not a.stale] == names
+        assert np.array_equal(vectors, expected)
+
+    with EmbeddingReader.open(url, timeout_s=5.0) as reader:
+        check(*reader.get_many(names))
+        figures = {
+            "get_many": measure(lambda: reader.get_many(names), seconds, len(names)),
+            "single": measure(lambda: [reader.get(name) for name in names], seconds, len(names)),
+        }
+
+    async def asyncio_face() -> None:
+        async with await AsyncEmbeddingReader.open(url, timeout_s=5.0) as reader:
+            check(*await reader.get_many(names))
+
+            async def one_by_one() -> None:
+                for name in names:
+                    await reader.get(name)
+
+            async def together() -> None:
+                for start in range(0, len(names), TOGETHER):
+                    await asyncio.gather(*map(reader.get, names[start : start + TOGETHER]))
+
+            figures["asyncio get_many"] = await measure_async(lambda: reader.get_many(names), seconds, len(names))
+            figures["asyncio single"] = await measure_async(one_by_one, seconds, len(names))
+            figures[f"asyncio single, {TOGETHER} at once"] = await measure_async(together, seconds, len(names))
+
+    asyncio.run(asyncio_face())
+    return figures
+
+
+async def plain_redis(url: str, records: list[EmbeddingRecord], seconds: float) -> dict[str, Any]:
+    """What `redis.asyncio` takes for the bytes alone: no deadline, no record, no freshness."""
+    keys = [user_cache_key(record.user_id, ITEM_VERSION, USER_VERSION) for record in records]
+    client = redis.asyncio.Redis.from_url(url, protocol=2)
+
+    async def one_by_one() -> None:
+        for key in keys:
+            await client.get(key)
+
+    async def together() -> None:
+        for start in range(0, len(keys), TOGETHER):
+            await asyncio.gather(*map(client.get, keys[start : start + TOGETHER]))
+
+    assert None not in await client.mget(keys)
+    figures = {
+        "redis.asyncio GET": await measure_async(one_by_one, seconds, len(keys)),
+        f"redis.asyncio GET, {TOGETHER} at once": await measure_async(together, seconds, len(keys)),
+    }
+    await client.aclose()
+    return figures
+
+
+def decoding(records: list[EmbeddingRecord], seconds: float) -> dict[str, Any]:
+    """Decoding alone, and the peer."""
+    bodies = [encode(record) for record in records]
     schema = fastavro.parse_schema(json.loads(files("schemas").joinpath("user_embedding.v1.avsc").read_text()))
 
     def peer() -> list[Any]:
         return [fastavro.schemaless_reader(io.BytesIO(body[HEADER_BYTES:]), schema, schema) for body in bodies]
 
+    assert [raw["user_embedding"]["vector"] for raw in peer()] == [r.vector.astype("<f4").tobytes() for r in records]
+    return {
+        "fastavro": measure(peer, seconds, len(records)),
+        "decode": measure(lambda: [decode(body) for body in bodies], seconds, len(records)),
+    }
+
+
+def run(users: int, dim: int, seconds: float) -> dict[str, Any]:
+    """All figures, microseconds per record."""
+    records = make_records(users, dim)
+    figures = decoding(records, seconds)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kv"
-        asyncio.run(fill(path, records))
-        with EmbeddingReader.open(f"rocksdb://{path}", timeout_s=5.0) as reader:
-            vectors, answers = reader.get_many(names)
-            assert [a.user_id for a in answers if a.status == "ok" and not a.stale] == names
-            assert np.array_equal(vectors, np.stack([record.vector for record in records]))
-            assert [raw["user_embedding"]["vector"] for raw in peer()] == [v.astype("<f4").tobytes() for v in vectors]
-            figures = {
-                "fastavro": measure(peer, seconds, users),
-                "decode": measure(lambda: [decode(body) for body in bodies], seconds, users),
-                "get_many": measure(lambda: reader.get_many(names), seconds, users),
-                "single": measure(lambda: [reader.get(name) for name in names], seconds, users),
-            }
+        url = f"rocksdb://{folder}/kv"
+        asyncio.run(fill(url, records))
+        figures |= {f"rocksdb {name}": figure for name, figure in faces(url, records, seconds).items()}
+    if reason := why_no_redis():
+        print(reason, file=sys.stderr)
+    else:
+        with RedisServer() as server:
+            asyncio.run(fill(server.url, records))
+            figures |= {f"redis {name}": figure for name, figure in faces(server.url, records, seconds).items()}
+            figures |= asyncio.run(plain_redis(server.url, records, seconds))
     peer_us = figures["fastavro"]["wall_us"]
     return {
         "workload": {"users": users, "dim": dim, "partitions": PARTITIONS, "seed": SEED},
         "figures": figures,
         "ratio_to_fastavro": {name: figure["wall_us"] / peer_us for name, figure in figures.items()},
+        **about(),
+    }
+
+
+def run_faults(dim: int) -> dict[str, Any]:
+    """How long answers take under each fault, in milliseconds."""
+    records = make_records(100, dim)
+    faults = {
+        f"{name}, {face}": measure_fault(fault, face, lambda url: asyncio.run(fill(url, records)))
+        for name, fault in FAULTS.items()
+        for face in ("blocking", "asyncio")
+    }
+    return {"faults": faults, **about()}
+
+
+def about() -> dict[str, Any]:
+    """Machine and versions."""
+    return {
         "machine": {"cores": os.cpu_count(), "python": platform.python_version(), "cpu": platform.machine()},
-        "versions": {name: version(name) for name in ("fastavro", "numpy", "rocksdict")},
+        "versions": {name: version(name) for name in ("fastavro", "numpy", "redis", "rocksdict")},
     }
 
 
@@ -136,18 +240,22 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=1000, help="records in the store and in a batch")
     parser.add_argument("--dim", type=int, default=48, help="dimension of the vectors")
     parser.add_argument("--seconds", type=float, default=2.0, help="time for each figure")
+    parser.add_argument("--faults", action="store_true", help="measure waits while a store fails")
     args = parser.parse_args()
-    report = run(args.users, args.dim, args.seconds)
+    report = run_faults(args.dim) if args.faults else run(args.users, args.dim, args.seconds)
     if args.json:
         print(json.dumps(report, indent=1))
         return
-    for name, figure in report["figures"].items():
+    for name, figure in report.get("figures", {}).items():
         ratio = report["ratio_to_fastavro"][name]
-        print(f"{name:10} {figure['wall_us']:7.2f} us a record ({figure['cpu_us']:.2f} us CPU), {ratio:.2f} x fastavro")
-    print(
-        f"get_many({args.users}) {report['figures']['get_many']['wall_us'] * args.users / 1000:.2f} ms",
-        report["machine"],
-    )
+        print(f"{name:34} {figure['wall_us']:7.2f} us a record ({figure['cpu_us']:.2f} us CPU), {ratio:.2f} x fastavro")
+    for name, figure in report.get("faults", {}).items():
+        reasons = ", ".join(f"{count} {reason or 'ok'}" for reason, count in figure["reasons"].items())
+        print(
+            f"{name:34} p50 {figure['p50_ms']:.3f} ms, p99 {figure['p99_ms']:.2f} ms, "
+            f"max {figure['max_ms']:.2f} ms of {figure['answers']} answers: {reasons}"
+        )
+    print(report["machine"], report["versions"])
 
 
 if __name__ == "__main__":

@@ -786,7 +786,7 @@ class TestRetrieval:
             assert (answer.status, answer.stale, answer.vector.tolist()) == ("ok", False, vector.tolist())
             assert reader.get(7).reason == "missing"
             redis.pause()
-            assert [reader.get(42).reason for _ in range(3)] == ["timeout"] * 3
+            assert [reader.get(42).reason for _ in range(3)] == ["timeout", "store_down", "store_down"]
             redis.resume()
             eventually(lambda: reader.get(42).status == "ok")
             redis.kill()

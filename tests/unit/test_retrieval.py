@@ -14,6 +14,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from reader_store import (
+    DIM,
+    FALLBACK,
+    ITEMS,
+    META,
+    OLD_ITEMS,
+    PARTITIONS,
+    USER,
+    FakeStore,
+    check_fallback,
+    eventually,
+    key,
+    record,
+    stored,
+    unit,
+)
 
 from stream.embedding import Float32, fallback_user_embedding
 from stream.encoders import AvgEncoder, MixEncoder, VersionedEncoder
@@ -21,46 +37,13 @@ from stream.errors import ConfigError, StoreError
 from stream.items import ItemSpace
 from stream.keys import encoder_key, fallback_key, partition_of, user_cache_key, watermark_key
 from stream.kv.base import Meta, Serving
+from stream.kv.bounded import TIMEOUT
 from stream.kv.rocksdb import RocksKV
-from stream.records import EmbeddingRecord, encode, kv_prefix
-from stream.retrieval import EmbeddingReader, UserEmbedding, get_or_build_user_embedding
+from stream.records import encode, kv_prefix
+from stream.retrieval import EmbeddingReader, get_or_build_user_embedding
 
-DIM = 8
-PARTITIONS = 2
-USER, ITEMS = "mix-0123abcd", "items_v1"
-OLD_ITEMS = "items_v0"
 ROOT = Path(__file__).resolve().parents[2]
 READER_REASONS = {"missing", "erased", "corrupt", "store_down", "timeout", "version_missing"}
-
-
-def unit(seed: int, dim: int = DIM) -> Float32:
-    vector = np.random.default_rng(seed).normal(size=dim)
-    return (vector / np.linalg.norm(vector)).astype(np.float32)
-
-
-def record(user_id: str, item_version: str = ITEMS, **changes: object) -> EmbeddingRecord:
-    plain = EmbeddingRecord(
-        user_id, 3, 17, "ok", "", 100, 2, 1_700_000_000_000, USER, item_version, unit(sum(user_id.encode())), 1.0
-    )
-    return replace(plain, **changes)  # type: ignore[arg-type]
-
-
-def stored(what: EmbeddingRecord) -> bytes:
-    return kv_prefix(what.epoch, what.revision) + encode(what)
-
-
-def key(user_id: str, item_version: str = ITEMS) -> bytes:
-    return user_cache_key(user_id, item_version, USER).encode()
-
-
-FALLBACK = {version: unit(n) for n, version in enumerate((ITEMS, OLD_ITEMS))}
-META = Meta(
-    "app",
-    PARTITIONS,
-    Serving(USER, ITEMS, 5),
-    {fallback_key(v, USER): encode(record("fallback", v, vector=FALLBACK[v])) for v in FALLBACK},
-    {encoder_key(USER): "f" * 64},
-)
 
 
 class Store:
@@ -100,48 +83,6 @@ def store(tmp_path: Path) -> Iterator[Store]:
 def reader(store: Store) -> Iterator[EmbeddingReader]:
     with EmbeddingReader.open(store.url, timeout_s=5) as reader:
         yield reader
-
-
-class FakeStore:
-    """A store that does as it is told."""
-
-    def __init__(self, meta: Meta = META) -> None:
-        self.shared = meta
-        self.entries: dict[bytes, bytes] = {}
-        self.calls = 0
-        self.delay_s = 0.0
-        self.broken: set[int] = set()
-        self.before: Callable[[], None] = lambda: None
-
-    def meta(self) -> Meta:
-        return self.shared
-
-    def get(self, lookups: Sequence[tuple[bytes, bytes]]) -> list[bytes | None]:
-        self.calls += 1
-        self.before()
-        time.sleep(self.delay_s)
-        if any(partition_of(user_id, PARTITIONS) in self.broken for user_id, _ in lookups):
-            raise StoreError("told so")
-        return [self.entries.get(key) for _, key in lookups]
-
-    def watermark(self, user_id: bytes) -> bytes | None:
-        return None
-
-    def close(self) -> None:
-        self.broken = set(range(PARTITIONS))
-
-
-def eventually(check: Callable[[], bool], within_s: float = 3.0) -> None:
-    deadline = time.monotonic() + within_s
-    while not check():
-        assert time.monotonic() < deadline, "did not become true in time"
-        time.sleep(0.005)
-
-
-def check_fallback(answer: UserEmbedding, reason: str, vector: Float32 = FALLBACK[ITEMS]) -> None:
-    assert (answer.status, answer.reason) == ("fallback", reason)
-    np.testing.assert_array_equal(answer.vector, vector)
-    assert answer.vector.dtype == np.float32
 
 
 # -- what is stored
@@ -318,14 +259,14 @@ def test_a_slow_store_times_out_once_and_is_asked_again_after_a_second() -> None
         calls = fake.calls
         began = time.monotonic()
         for _ in range(20):
-            check_fallback(reader.get(7), "timeout")
+            check_fallback(reader.get(7), "store_down")
         vectors, answers = reader.get_many([7, 8])
-        assert {answer.reason for answer in answers} == {"timeout"}
+        assert {answer.reason for answer in answers} == {"store_down"}
         assert vectors.shape == (2, DIM)
         assert time.monotonic() - began < 0.1
         assert fake.calls == calls, "answered at once"
         time.sleep(0.35)
-        check_fallback(reader.get(7), "timeout")
+        check_fallback(reader.get(7), "store_down")
         assert fake.calls == calls, "for the whole second"
         fake.delay_s = 0.0
         eventually(lambda: reader.get(7).status == "ok", 1.5)
@@ -336,7 +277,7 @@ def test_a_store_whose_answer_came_soon_after_is_asked_again_then() -> None:
     with EmbeddingReader(lambda: fake, timeout_s=0.05) as reader:
         fake.delay_s = 0.1
         check_fallback(reader.get(7), "timeout")
-        check_fallback(reader.get(7), "timeout")
+        check_fallback(reader.get(7), "store_down")
         assert fake.calls == 1, "answered at once"
         fake.delay_s = 0.0
         eventually(lambda: reader.get(7).reason == "missing", 0.5)
@@ -346,7 +287,7 @@ def test_a_store_that_hangs_for_ever_holds_nobody() -> None:
     fake = FakeStore()
     release = threading.Event()
     with EmbeddingReader(lambda: fake, timeout_s=0.01) as reader:
-        reader._bounded._mark = lambda *_: None  # type: ignore[method-assign]
+        reader._state.bounded._outages.failed = lambda *_: None  # type: ignore[method-assign]
         fake.before = lambda: release.wait(5) and None
         began = time.monotonic()
         for _ in range(12):  # more than there are threads for it
@@ -361,8 +302,8 @@ def test_a_process_that_was_held_up_does_not_blame_the_store() -> None:
     fake = FakeStore()
     with EmbeddingReader(lambda: fake) as reader:
         late = time.monotonic() - 1  # the whole wait went by before this thread ran again
-        assert reader._bounded._read(fake, [(b"7", key("7"))], late) == [None]
-        assert reader.get(7).reason == "missing"
+        assert reader._state.bounded._read(fake, [(b"7", key("7"))], late) in ([None], TIMEOUT)
+        eventually(lambda: reader.get(7).reason == "missing", 0.5)
 
 
 def test_a_partition_that_fails_costs_the_others_nothing(caplog: pytest.LogCaptureFixture) -> None:
@@ -525,7 +466,19 @@ def test_lag_and_heartbeat_decide_what_is_stale(
         assert [a.stale for a in answers] == [stale, True, True]
 
 
-@pytest.mark.parametrize("body", [None, 7, {}, {"lag_ms": "x", "heartbeat_ms": 1}, {"lag_ms": 1}])
+DAMAGED = [
+    None,
+    7,
+    {},
+    {"lag_ms": "x", "heartbeat_ms": 1},
+    {"lag_ms": 1},
+    {"lag_ms": 10**400, "heartbeat_ms": 1},
+    {"lag_ms": 0, "heartbeat_ms": float("nan")},
+    {"lag_ms": float("inf"), "heartbeat_ms": 1},
+]
+
+
+@pytest.mark.parametrize("body", DAMAGED, ids=range(len(DAMAGED)))
 def test_a_damaged_watermark_vouches_for_nothing(store: Store, reader: EmbeddingReader, body: object) -> None:
     fresh = {"lag_ms": 0, "heartbeat_ms": time.time_ns() // 1_000_000}
     store.progress(partition_of(b"7", PARTITIONS), fresh, 1)
@@ -560,7 +513,7 @@ def test_the_line_of_a_minute_tells_how_many_of_what(caplog: pytest.LogCaptureFi
     with EmbeddingReader(FakeStore, timeout_s=5) as reader:
         reader.get(1)
         reader.get_many([1, 2, 3])
-        reader._counted._report_at = 0.0
+        reader._state.counted._report_at = 0.0
         reader.get(1)
     assert [line.split(": ")[1] for line in caplog.messages] == ["1 missing", "4 missing"]
 
