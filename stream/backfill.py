@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from itertools import islice
 from typing import Final
 
@@ -13,13 +13,14 @@ from stream.keys import user_cache_key
 
 log = logging.getLogger(__name__)
 
-#: Users of one step: events of the partition wait for no more than this many.
-CHUNK_USERS: Final = 100
+#: Users of one step while events flow, which wait for no more than one step; and while none do.
+FEW_USERS: Final = 25
+MANY_USERS: Final = 200
 #: Steps on their way to durability at once, so that a round trip is not waited for with idle hands.
 IN_FLIGHT: Final = 2
 #: Pause after each step while events flow, in units of the time that it took. Events then find the worker busy with a
-#: step a quarter of the time at most.
-PAUSE: Final = 3.0
+#: step a seventh of the time at most.
+PAUSE: Final = 6.0
 #: Events flow if there were some in the last so many seconds.
 FLOWING_S: Final = 1.0
 REPORT_S: Final = 1.0
@@ -84,7 +85,9 @@ class Backfill:
         def progress() -> dict[str, float]:
             return {"users": max(total, done), "done": done, "per_second": round(done / max(clock() - began, 1e-3), 1)}
 
-        for users in _chunks(user for user, _ in owned.db.users()):
+        everyone = (user for user, _ in owned.db.users())
+        flowing = False
+        while users := list(islice(everyone, FEW_USERS if flowing else MANY_USERS)):
             at = clock()
             result, durable = await step(users)
             took_s = clock() - at
@@ -98,14 +101,10 @@ class Backfill:
                 await report(progress())
             if self._records() != records:
                 records, flowed_at = self._records(), clock()
-            await asyncio.sleep(PAUSE * took_s if clock() - flowed_at < FLOWING_S else 0)
+            flowing = clock() - flowed_at < FLOWING_S
+            await asyncio.sleep(PAUSE * took_s if flowing else 0)
         for durable in on_their_way:
             await durable
         if done != reported:
             log.info("partition %s: went over %s users (%.1f s)", owned.partition, done, clock() - began)
         return progress()
-
-
-def _chunks(users: Iterator[bytes]) -> Iterator[list[bytes]]:
-    while chunk := list(islice(users, CHUNK_USERS)):
-        yield chunk

@@ -1,6 +1,6 @@
 """Re-embedding every user for a new item version: how fast, and what events feel of it.
 
-    python tests/bench/bench_rollout.py [--users 200000] [--rate 3000] [--dim 64] [--json]
+    python tests/bench/bench_rollout.py [--users 200000] [--rate 3000] [--dim 64] [--hot-users 10000] [--json]
 
 One worker with users of 100 interactions each. A version is published while events flow, paced; the latency of events
 (open loop, read by another process) is measured before and meanwhile. Then another is published with no events.
@@ -42,9 +42,9 @@ def done(control: ItemControl, version: str) -> int:
     return sum(status.done for status in control.coverage.statuses.values() if status.item_version == version)
 
 
-def measure(stage: Stage, rate: float, dim: int) -> dict[str, Any]:
+def measure(stage: Stage, rate: float, dim: int, hot_users: int) -> dict[str, Any]:
     name = "rollout"
-    system, _ = stage.worker(name)
+    system, _ = stage.worker(name, hot_users=str(hot_users))
     with system:
         system.until_claimed(stage.partitions)
         settings = load_settings(
@@ -86,6 +86,7 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=200_000)
     parser.add_argument("--rate", type=float, default=3_000)
     parser.add_argument("--dim", type=int, default=64)
+    parser.add_argument("--hot-users", type=int, default=10_000)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     prefix = f"uemb-rollout-{uuid.uuid4().hex[:8]}"
@@ -94,7 +95,7 @@ def main() -> None:
         stage = Stage(settings, prefix, Path(folder), Load(users=args.users))
         try:
             stage.prepare()
-            found = measure(stage, args.rate, args.dim)
+            found = measure(stage, args.rate, args.dim, args.hot_users)
         finally:
             delete_topics(settings.librdkafka_client, prefix)
     print(json.dumps({"users": args.users, "dim": args.dim, **found}, indent=None if args.json else 1))
