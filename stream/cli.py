@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from stream.cli_bench import bench
+from stream.cli_delete import delete
 from stream.cli_dlq import dlq
 from stream.cli_items import items
 from stream.cli_kv import kv
@@ -164,6 +165,7 @@ def _time(ts_ms: int | None) -> str:
 
 
 cli.add_command(bench)
+cli.add_command(delete)
 cli.add_command(dlq)
 cli.add_command(items)
 cli.add_command(kv)

@@ -22,6 +22,7 @@ SETTLE_TRIES: Final = 50
 SETTLE_S: Final = 0.2
 _FRAME_BYTES: Final = 16 * 1024  # record and batch headers, key, and the fields around a vector
 _DLQ_HEADROOM_BYTES: Final = 64 * 1024
+_SUPERSEDED_MS: Final = 24 * 3600 * 1000
 _KEEP_MS: Final = 30 * 24 * 3600 * 1000
 _EMBEDDED_DIM: Final = 32 * 1024  # the embedded broker does not tell its limit
 _REMOVED_KEPT_S: Final = 24 * 3600.0  # Kafka's default
@@ -99,14 +100,14 @@ def prepare_topics(settings: Settings, dim: int) -> Prepared:
         partitions = found[settings.event_topics[0]]
         _check_counts(_wanted(settings, partitions, dim, {}), found)
         return Prepared(partitions, found[settings.dlq_topic], administered=False, largest_dim=_EMBEDDED_DIM)
-    limits = {name: int(c["max.message.bytes"]) for name, c in _configs(admin, list(counts)).items()}
+    limits = {name: int(c["max.message.bytes"]) for name, c in topic_configs(admin, list(counts)).items()}
     wanted = _wanted(settings, partitions, dim, limits)
     there, missing = ([w for w in wanted if (w.name in found) is known] for known in (True, False))
     _check_counts(wanted, found)
-    _check_configs(there, _configs(admin, [w.name for w in there]))  # a start that is refused creates nothing
+    _check_configs(there, topic_configs(admin, [w.name for w in there]))  # a start that is refused creates nothing
     _create(admin, missing, settings, partitions)
-    _check_configs(missing, _configs(admin, [w.name for w in missing]))
-    configs = _configs(admin, [settings.changelog_topic, settings.output_topic])
+    _check_configs(missing, topic_configs(admin, [w.name for w in missing]))
+    configs = topic_configs(admin, [settings.changelog_topic, settings.output_topic])
     removed_kept_s = int(configs[settings.changelog_topic]["delete.retention.ms"]) / 1000
     room = int(configs[settings.output_topic]["max.message.bytes"]) - _FRAME_BYTES
     largest_dim = room // _bytes_per_dim(settings)
@@ -136,7 +137,8 @@ def _names(settings: Settings) -> list[str]:
 
 
 def _wanted(settings: Settings, partitions: int, dim: int, event_limits: Mapping[str, int]) -> list[Wanted]:
-    compact = {"cleanup.policy": "compact"}
+    # what is superseded, or erased, is gone from the log after a day, and not when half of the log is
+    compact = {"cleanup.policy": "compact", "max.compaction.lag.ms": str(_SUPERSEDED_MS)}
     state = max_state_bytes(settings.history_limit) + _FRAME_BYTES
     output = _bytes_per_dim(settings) * dim + _FRAME_BYTES
     # a topic that is not there yet gets the broker's default limit, 1 MiB
@@ -214,7 +216,12 @@ def _create(admin: AdminClient, topics: list[Wanted], settings: Settings, partit
                 raise ConfigError(msg) from exc
 
 
-def _configs(admin: AdminClient, names: list[str]) -> dict[str, dict[str, str]]:
+def topic_configs(admin: AdminClient, names: list[str]) -> dict[str, dict[str, str]]:
+    """Settings of topics, by topic and name; blocking.
+
+    Raises:
+        ConfigError: they can't be read.
+    """
     if not names:
         return {}
     for _ in range(SETTLE_TRIES):  # a topic just created is not known everywhere at once

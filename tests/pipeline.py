@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
-from confluent_kafka.admin import AdminClient
+from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource
 
 from stream.dataset import EventRow
 from stream.errors import StoreError
@@ -309,6 +309,20 @@ def feeding(pipeline: Pipeline, events: Sequence[EventRow], rate: float) -> Iter
         finally:
             hurry.set()
             thread.join()
+
+
+def compact(pipeline: Pipeline) -> None:
+    """Let the broker compact changelog and output now, and wait until it has."""
+    admin = AdminClient({"bootstrap.servers": pipeline.bootstrap, "log_level": 2})
+    settings = {"segment.ms": "100", "min.cleanable.dirty.ratio": "0.001", "max.compaction.lag.ms": "100"}
+    topics = (pipeline.changelog, pipeline.output)
+    for topic in topics:
+        entries = [
+            ConfigEntry(name, value, incremental_operation=AlterConfigOpType.SET) for name, value in settings.items()
+        ]
+        resource = ConfigResource(ConfigResource.Type.TOPIC, topic, incremental_configs=entries)
+        for future in admin.incremental_alter_configs([resource]).values():
+            future.result()
 
 
 def delete_topics(bootstrap: str, prefix: str) -> None:

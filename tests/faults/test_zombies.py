@@ -6,8 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource
-from pipeline import Pipeline, feeding
+from pipeline import Pipeline, compact, feeding
 from redis_server import RedisServer
 
 from stream.dataset import Dataset
@@ -23,20 +22,6 @@ def freeze(pipeline: Pipeline) -> None:
 def thaw(pipeline: Pipeline) -> None:
     assert pipeline.process is not None
     os.kill(pipeline.process.pid, signal.SIGCONT)
-
-
-def compact(pipeline: Pipeline) -> None:
-    """Let the broker compact changelog and output now, and wait until it has."""
-    admin = AdminClient({"bootstrap.servers": pipeline.bootstrap, "log_level": 2})
-    settings = {"segment.ms": "100", "min.cleanable.dirty.ratio": "0.001", "max.compaction.lag.ms": "100"}
-    topics = (pipeline.changelog, pipeline.output)
-    for topic in topics:
-        entries = [
-            ConfigEntry(name, value, incremental_operation=AlterConfigOpType.SET) for name, value in settings.items()
-        ]
-        resource = ConfigResource(ConfigResource.Type.TOPIC, topic, incremental_configs=entries)
-        for future in admin.incremental_alter_configs([resource]).values():
-            future.result()
 
 
 def test_a_zombie_with_writes_under_way(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from confluent_kafka import Consumer, ConsumerGroupTopicPartitions, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
-from pipeline import Event, Pipeline, check_end_state, event_json, expected
+from pipeline import Event, Pipeline, check_end_state, compact, event_json, expected
 
 from stream.config import load_settings
 from stream.history import History
@@ -236,4 +236,60 @@ def test_a_changelog_that_was_lost_is_no_way_back(space: ItemSpace, make_pipelin
     look.check_gone(ERASED)
     assert set(look.published(ERASED, before)) <= {None}
     look.check_kept(kept)
+    assert pipeline.stop() == 0
+
+
+def test_uemb_delete_leaves_no_trace_but_the_marker(
+    space: ItemSpace, make_pipeline: Callable[..., Pipeline], tmp_path: Path
+) -> None:
+    """In every item version, after compaction, and after all that the user ever did was sent again."""
+    pipeline = make_pipeline()
+    side = Side(pipeline)
+    old = ERASURE_MS - 120 * MINUTE_MS
+    pipeline.start()
+    pipeline.until_ready()
+    side.events([event for user in [*ALWAYS, ERASED, DOWN] for event in history(user, old)])
+    pipeline.until_committed(30)
+    ItemSpace.save(tmp_path / "v2", "items_v2", range(50), np.random.default_rng(4).normal(size=(50, 5)))
+    pipeline.uemb("items", "publish", str(tmp_path / "v2"), "--wait")
+    assert "control characters" in pipeline.uemb("delete", "a\nb", code=2)
+    said = pipeline.uemb("delete", ERASED, DOWN, "--wait")
+    assert "2 erasures sent" in said
+    assert f"{pipeline.output}: earlier vectors, for 2 days at most" in said
+    left = json.loads(pipeline.uemb("delete", ERASED, "--json"))["traces"]
+    assert {pipeline.topics["view"], pipeline.changelog, pipeline.output, pipeline.dlq} <= {t["where"] for t in left}
+    assert {t["where"] for t in left if t["longest_s"] is None} == {"local tables", "changelog, local tables, store"}
+
+    versions = ("items_v1", "items_v2")
+    keys = [f"uemb:{USER_VERSION}:{version}:{user}" for version in versions for user in (ERASED, DOWN)]
+    entries = pipeline.entries({key.rsplit(":", 1)[1]: key for key in keys})
+    assert [len(entry or b"") for entry in entries.values()] == [16, 16]
+    compact(pipeline)
+    for n in range(2):  # segments roll, and are compacted, when there is news
+        side.events(history(ALWAYS[0], ERASED_AT_MS + n * MINUTE_MS, 1))
+        for partition, user in pipeline.users_by_partition().items():
+            side.events(history(user.decode(), ERASED_AT_MS + (n + partition) * MINUTE_MS, 1))
+        pipeline.until_committed(30)
+
+    def records(topic: str) -> list[bytes | None]:
+        names = (ERASED.encode(), DOWN.encode())
+        return [r.value() for r in pipeline.read(topic) if r.key() in names or r.key().decode() in keys]
+
+    pipeline.until(lambda: len(records(pipeline.changelog)) == 2, "the changelog is compacted")
+    pipeline.until(lambda: set(records(pipeline.output)) <= {None}, "the output is compacted")
+    for state in records(pipeline.changelog):
+        assert state is not None
+        assert History.decode(state, HistoryCodec(SETTINGS.event_types), SETTINGS.history_limit).keys == []
+
+    assert pipeline.stop() == 0
+    side.rewind(pipeline.topics.values())
+    pipeline.start()
+    pipeline.until_ready()
+    pipeline.until_committed(30)
+    assert set(records(pipeline.output)) <= {None}
+    with EmbeddingReader.open(pipeline.kv_url, timeout_s=1.0) as reader:
+        assert [reader.get(user).reason for user in (ERASED, DOWN)] == ["erased", "erased"]
+    report = pipeline.verify()
+    assert report["differ"] == 0
+    assert set(pipeline.verified) == set(versions)
     assert pipeline.stop() == 0

@@ -1,0 +1,71 @@
+"""Where data of an erased user may still lie, and until when, from the settings that the topics really have."""
+
+from dataclasses import dataclass
+from typing import Final
+
+from confluent_kafka.admin import AdminClient
+
+from stream.config import Settings
+from stream.topics import topic_configs
+
+_FOR_EVER_MS: Final = (1 << 63) - 1
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A place where something of a user may be found for some time.
+
+    Attributes:
+        where: a topic, or a store.
+        what: what it is.
+        longest_s: seconds after which it is gone at the latest, None without a bound.
+        bound: the settings that decide, or what to do where there is none.
+    """
+
+    where: str
+    what: str
+    longest_s: float | None
+    bound: str
+
+
+def traces(settings: Settings) -> list[Trace]:
+    """What an erasure that is processed now leaves behind; blocking.
+
+    Raises:
+        ConfigError: the brokers can't be asked.
+    """
+    admin = AdminClient({**settings.librdkafka_client, "log_level": 0})
+    kept = [*settings.event_topics, settings.dlq_topic]
+    compacted = [settings.changelog_topic, settings.output_topic]
+    configs = topic_configs(admin, [*kept, *compacted])
+    found = [
+        _retained(name, "dead letters" if name == settings.dlq_topic else "events", configs[name]) for name in kept
+    ]
+    found += [
+        _compacted(settings.changelog_topic, "earlier states", configs[settings.changelog_topic], tombstone=False),
+        _compacted(settings.output_topic, "earlier vectors", configs[settings.output_topic], tombstone=True),
+    ]
+    local = "RocksDB rewrites its files in its own time; removing UEMB_STATE_DIR while its worker is stopped ends it"
+    found.append(Trace("local tables", "earlier states, in files that are not read any more", None, local))
+    marker = "kept, so that replayed events stay erased: the id and the time of the erasure, nothing else"
+    found.append(Trace("changelog, local tables, store", "the erasure's marker", None, marker))
+    return found
+
+
+def _retained(name: str, what: str, config: dict[str, str]) -> Trace:
+    if "delete" not in config["cleanup.policy"] or int(config["retention.ms"]) < 0:
+        return Trace(name, what, None, "set retention.ms")
+    # a segment goes when its newest record is old enough
+    longest_ms = int(config["retention.ms"]) + int(config["segment.ms"])
+    return Trace(name, what, longest_ms / 1000, "retention.ms + segment.ms")
+
+
+def _compacted(name: str, what: str, config: dict[str, str], *, tombstone: bool) -> Trace:
+    lag_ms = int(config["max.compaction.lag.ms"])
+    if lag_ms == _FOR_EVER_MS:
+        return Trace(name, what, None, "set max.compaction.lag.ms")
+    if not tombstone:
+        return Trace(name, what, lag_ms / 1000, "max.compaction.lag.ms")
+    # the tombstone itself names the user for a while longer
+    longest_ms = lag_ms + int(config["delete.retention.ms"])
+    return Trace(name, what, longest_ms / 1000, "max.compaction.lag.ms + delete.retention.ms")
