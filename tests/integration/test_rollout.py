@@ -176,3 +176,36 @@ def test_records_that_say_nothing_are_passed_over(films: Dataset, make_pipeline:
     pipeline.check(len(users_of(films, 1_000)))
     assert pipeline.stop() == 0
     assert pipeline.log.read_text().count("it is passed over") == 2 * len(nonsense) - 2  # a null withdraws
+
+
+@pytest.mark.parametrize("what", ["encoder", "folder"])
+def test_another_encoder_or_folder_covers_the_users_who_are_silent_before_it_is_served(
+    what: str, films: Dataset, second_folder: Path, make_pipeline: Callable[..., Pipeline]
+) -> None:
+    pipeline = make_pipeline()
+    pipeline.start()
+    pipeline.until_ready()
+    send(pipeline, films, 0, 2_000)
+    users = sorted(users_of(films, 2_000))
+    assert pipeline.stop() == 0
+    changed = {"UEMB_ENCODER": "avg"} if what == "encoder" else {"UEMB_ITEMS": str(second_folder)}
+    before = dict(pipeline.environment)
+    for environment in ({**before, **changed}, before):  # and back: what was covered once is not current any more
+        pipeline.environment = environment
+        pipeline.start()
+        pipeline.until_ready()
+        with EmbeddingReader.open(pipeline.kv_url, timeout_s=1.0) as reader:
+            new = environment is not before
+            wanted = {"encoder": ("mix-", "avg-"), "folder": ("films_v1", "films_v2")}[what][new]
+
+            def is_served(reader: EmbeddingReader = reader, user: str = users[0], wanted: str = wanted) -> bool:
+                found = reader.get(user)
+                return wanted in f"{found.user_embedding_version} {found.item_embedding_version}"
+
+            pipeline.until(is_served, "it is served")
+            assert {found.reason for found in reader.get_many(users)[1]} <= {"", "too_short_history", "no_known_items"}
+        pipeline.check(len(users))
+        if new:
+            send(pipeline, films, 2_000, 2_500)
+            users = sorted(users_of(films, 2_500))
+        assert pipeline.stop() == 0
