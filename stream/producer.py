@@ -10,11 +10,18 @@ that was paused and comes back can't leave an older state behind, at no cost for
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import aiokafka
-from aiokafka.errors import InvalidProducerEpoch, KafkaError, MessageSizeTooLargeError, ProducerFenced
+from aiokafka.errors import (
+    InvalidProducerEpoch,
+    InvalidTimestampError,
+    KafkaError,
+    MessageSizeTooLargeError,
+    ProducerFenced,
+)
 from aiokafka.structs import TopicPartition
 from faust.transport.drivers import aiokafka as driver
 
@@ -135,12 +142,13 @@ class Producer(driver.Producer):
         producer: aiokafka.AIOKafkaProducer, topic: str, partition: int, records: Sequence[OutRecord]
     ) -> list[asyncio.Future[Any]]:
         futures: list[asyncio.Future[Any]] = []
+        now_ms = time.time_ns() // 1_000_000  # one look at the clock for all
         builder = producer.create_batch()
         for key, value, headers in records:
-            if builder.append(key=key, value=value, timestamp=None, headers=headers) is None:
+            if builder.append(key=key, value=value, timestamp=now_ms, headers=headers) is None:
                 futures.append(await producer.send_batch(builder, topic, partition=partition))
                 builder = producer.create_batch()
-                builder.append(key=key, value=value, timestamp=None, headers=headers)
+                builder.append(key=key, value=value, timestamp=now_ms, headers=headers)
         if builder.record_count():
             futures.append(await producer.send_batch(builder, topic, partition=partition))
         return futures
@@ -167,6 +175,12 @@ async def acknowledged(futures: Iterable[asyncio.Future[Any]], timeout_s: float,
         raise RecordTooLarge(msg) from exc
     except (ProducerFenced, InvalidProducerEpoch) as exc:
         raise _fenced(what) from exc
+    except InvalidTimestampError as exc:
+        msg = (
+            f"{what}: this worker's clock is ahead of the brokers' by more than they admit "
+            "(message.timestamp.after.max.ms); set the clock, then restart the worker"
+        )
+        raise DeliveryError(msg) from exc
     except KafkaError as exc:
         msg = f"{what}: the broker refused ({type(exc).__name__})"
         raise DeliveryError(msg) from exc

@@ -1,4 +1,4 @@
-"""A TCP proxy whose connections can go half-open: still there for both ends, and nothing comes through any more."""
+"""A TCP proxy whose connections can go half-open (nothing comes through any more), or lose the answer to a command."""
 
 import socket
 import threading
@@ -21,6 +21,8 @@ class HalfOpenProxy:
         self._threads = [threading.Thread(target=self._accept)]
         self._threads[0].start()
         self.accepted = 0
+        self._lose: bytes | None = None
+        self.lost = 0
 
     def __enter__(self) -> Self:
         return self
@@ -38,6 +40,10 @@ class HalfOpenProxy:
         self._dead.set()
         self._dead = threading.Event()
 
+    def lose_answer_to(self, command: bytes) -> None:
+        """Let the next request with these bytes reach the target, and hang up before its answer comes back."""
+        self._lose = command
+
     def _accept(self) -> None:
         while True:
             try:
@@ -47,15 +53,24 @@ class HalfOpenProxy:
                 return
             self.accepted += 1
             self._sockets += [near, far]
+            silent = threading.Event()
             for source, sink in ((near, far), (far, near)):
-                self._threads.append(threading.Thread(target=_pump, args=(source, sink, self._dead)))
-                self._threads[-1].start()
+                pump = threading.Thread(target=self._pump, args=(source, sink, self._dead, silent, source is near))
+                self._threads.append(pump)
+                pump.start()
 
-
-def _pump(source: socket.socket, sink: socket.socket, dead: threading.Event) -> None:
-    try:
-        while data := source.recv(_CHUNK):
-            if not dead.is_set():
-                sink.sendall(data)
-    except OSError:
-        return
+    def _pump(
+        self, source: socket.socket, sink: socket.socket, dead: threading.Event, silent: threading.Event, asks: bool
+    ) -> None:
+        try:
+            while data := source.recv(_CHUNK):
+                if asks and self._lose is not None and self._lose in data:
+                    self._lose, self.lost = None, self.lost + 1
+                    silent.set()
+                elif not asks and silent.is_set():
+                    sink.shutdown(socket.SHUT_RDWR)  # the answer was on its way: what was asked is done
+                    return
+                if not dead.is_set():
+                    sink.sendall(data)
+        except OSError:
+            return

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -309,6 +310,13 @@ def feeding(pipeline: Pipeline, events: Sequence[EventRow], rate: float) -> Iter
         finally:
             hurry.set()
             thread.join()
+
+
+def seed() -> int:
+    """Seed of a random run: printed, and settable to see a failure again."""
+    number = int(os.environ.get("UEMB_TEST_SEED", random.SystemRandom().randrange(1 << 32)))
+    print(f"UEMB_TEST_SEED={number}")
+    return number
 
 
 def compact(pipeline: Pipeline) -> None:

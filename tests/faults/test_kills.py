@@ -1,7 +1,6 @@
 """``kill -9`` at each stage of a batch's way to durability, at random moments, and of workers in rotation."""
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -10,19 +9,12 @@ from collections.abc import Callable
 
 import pytest
 from confluent_kafka import Producer
-from pipeline import Pipeline, feeding, killing_worker
+from pipeline import Pipeline, feeding, killing_worker, seed
 
 from stream.dataset import Dataset, EventRow
 from stream.feed import Feeder
 
 STAGES = ("local", "changelog", "output", "kv")
-
-
-def seed() -> int:
-    """Seed of a random run: printed, and settable to see a failure again."""
-    number = int(os.environ.get("UEMB_TEST_SEED", random.SystemRandom().randrange(1 << 32)))
-    print(f"UEMB_TEST_SEED={number}")
-    return number
 
 
 def erase(pipeline: Pipeline, rows: list[EventRow]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
+from half_open import HalfOpenProxy
 from pipeline import Pipeline, feeding
 from redis_server import RedisServer
 
@@ -58,6 +59,14 @@ def away(redis: RedisServer) -> Iterator[None]:
 
 
 @contextmanager
+def away_for_long(redis: RedisServer) -> Iterator[None]:
+    redis.pause()
+    yield
+    time.sleep(30)
+    redis.resume()
+
+
+@contextmanager
 def slow(redis: RedisServer) -> Iterator[None]:
     with redis.client() as client:
         for _ in range(20):
@@ -99,7 +108,10 @@ def flushed(redis: RedisServer) -> Iterator[None]:
     yield
 
 
-@pytest.mark.parametrize("fault", [away, slow, out_of_memory, scripts_forgotten, restarted_empty, flushed])
+FAULTS = [away, slow, out_of_memory, scripts_forgotten, restarted_empty, flushed]
+
+
+@pytest.mark.parametrize("fault", [*FAULTS, pytest.param(away_for_long, marks=pytest.mark.slow)])
 def test_a_store_with_a_fault(
     fault: Callable[[RedisServer], object], films: Dataset, redis: RedisServer, make_pipeline: Callable[..., Pipeline]
 ) -> None:
@@ -113,14 +125,14 @@ def test_a_store_with_a_fault(
             pipeline.until(lambda: len(pipeline.read(pipeline.output)) > 1_000, "events flow")
             with fault(redis):  # type: ignore[attr-defined]
                 assert thread.is_alive(), "all events were sent before the fault"
-                if fault in (away, out_of_memory):
+                if fault in (away, away_for_long, out_of_memory):
                     before = len(pipeline.read(pipeline.output))
             pipeline.until(lambda: pipeline.lag() > 0 or not thread.is_alive(), "events flow again")
         pipeline.until_committed(120)
         if wiped:
             pipeline.until(lambda: all(pipeline.epochs()), "all partitions are rebuilt")
     log = pipeline.log.read_text()
-    if fault in (away, out_of_memory):
+    if fault in (away, away_for_long, out_of_memory):
         assert before < EVENTS
         assert "nothing is committed meanwhile" in log, "the fault did not fire"
         assert "answers again" in log
@@ -156,3 +168,26 @@ def test_a_store_that_stays_away_stops_the_worker(
     pipeline.until(lambda: all(pipeline.epochs()), "all partitions are rebuilt")
     pipeline.check(len({row.user_id for row in rows}))
     assert pipeline.stop() == 0
+
+
+def test_writes_that_were_applied_but_whose_answers_were_lost(
+    films: Dataset, redis: RedisServer, make_pipeline: Callable[..., Pipeline]
+) -> None:
+    rows = films.events[:EVENTS]
+    with HalfOpenProxy(redis.port) as proxy:
+        pipeline = make_pipeline(kv_url=f"redis://127.0.0.1:{proxy.port}/0")
+        pipeline.start()
+        pipeline.until_ready()
+        with Prober(redis) as prober, feeding(pipeline, rows, 1_500) as thread:
+            for n in range(1, 11):
+                length = len(pipeline.read(pipeline.output))
+                proxy.lose_answer_to(b"EVALSHA")
+                pipeline.until(lambda n=n: proxy.lost == n, "an answer is lost")  # type: ignore[misc]
+                pipeline.until(lambda n=length: len(pipeline.read(pipeline.output)) > n, "events flow")  # type: ignore[misc]
+            assert thread.is_alive(), "all events were sent before the last fault"
+        pipeline.until_committed(120)
+        assert prober.back == []
+        assert len(pipeline.claims()) == pipeline.partitions
+        assert pipeline.log.read_text().count("claimed epoch") == pipeline.partitions, "there was a rebalance"
+        pipeline.check(len({row.user_id for row in rows}))
+        assert pipeline.stop() == 0

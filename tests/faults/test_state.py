@@ -96,6 +96,34 @@ def test_a_store_that_forgot_its_tables_is_rebuilt(pipeline: Pipeline, films: Da
     go_on(pipeline, films, "lacks committed writes")
 
 
+@pytest.mark.parametrize("fault", ["removed", "damaged"])
+def test_a_store_that_is_removed_or_damaged_under_its_worker_is_rebuilt_beside_the_events(
+    fault: str, pipeline: Pipeline, films: Dataset
+) -> None:
+    if fault == "removed":
+        shutil.rmtree(pipeline.kv_path)
+    else:
+        assert pipeline.stop() == 0
+        for file in newest(pipeline.kv_path, "*.sst"):
+            data = bytearray(file.read_bytes())
+            for at in range(0, len(data) * 3 // 4, 512):  # in every block of data, so that any read meets it
+                data[at] ^= 0xFF
+            file.write_bytes(data)
+        pipeline.log.unlink()
+        pipeline.start()
+        pipeline.until_ready_again()
+    with Feeder(pipeline.bootstrap, pipeline.topics) as feeder:
+        feeder.send(films.events[FIRST:ALL])
+    pipeline.until_committed()
+    pipeline.until(lambda: pipeline.log.read_text().count("rebuilt ") == pipeline.partitions, "all are rebuilt")
+    log = pipeline.log.read_text()
+    assert f"was {fault}" in log or f"is {fault}" in log
+    assert log.count("claimed epoch") == pipeline.partitions, "there was a rebalance"
+    assert "Traceback" not in log
+    pipeline.check(len({row.user_id for row in films.events[:ALL]}))
+    assert pipeline.stop() == 0
+
+
 def test_state_that_is_older_than_what_the_changelog_remembers(pipeline: Pipeline, films: Dataset) -> None:
     assert pipeline.stop() == 0
     for file in pipeline.state.rglob("*"):

@@ -21,18 +21,12 @@ pytestmark = pytest.mark.kafka
 FIRST = 5_000
 
 
-@pytest.fixture(scope="session")
-def second(films: Dataset, tmp_path_factory: pytest.TempPathFactory) -> ItemSpace:
+@pytest.fixture(scope="module")
+def second_folder(films: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Item vectors learned anew from all of the films' stream, in more dimensions."""
-    folder = tmp_path_factory.mktemp("items") / "v2"
+    folder = tmp_path_factory.mktemp("second") / "v2"
     build_space(films.events, folder, "films_v2", dim=64, share=1.0)
-    return ItemSpace.load(folder)
-
-
-@pytest.fixture(scope="session")
-def second_folder(second: ItemSpace, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of the second version."""
-    return next(tmp_path_factory.getbasetemp().rglob("v2/manifest.json")).parent
+    return folder
 
 
 def send(pipeline: Pipeline, films: Dataset, start: int, end: int) -> None:

@@ -1,0 +1,88 @@
+"""Stopping: in order and within a bound, whatever the brokers do; at once, and still safe, for who asks twice."""
+
+import signal
+import time
+from collections.abc import Callable
+
+import pytest
+from kafka_broker import KafkaBroker
+from pipeline import Pipeline
+
+from stream.dataset import Dataset
+from stream.feed import Feeder
+from stream.worker import SAME_SIGNAL_S, STOP_TIMEOUT_S
+
+EVENTS = 30_000
+
+
+@pytest.fixture
+def busy(films: Dataset, make_pipeline: Callable[..., Pipeline]) -> Pipeline:
+    """A worker in the middle of a backlog."""
+    pipeline = make_pipeline()
+    pipeline.start()
+    pipeline.until_ready()
+    with Feeder(pipeline.bootstrap, pipeline.topics) as feeder:
+        feeder.send(films.events[:EVENTS])
+    pipeline.until(lambda: len(pipeline.read(pipeline.output)) > 1_000, "events flow")
+    return pipeline
+
+
+def go_on(pipeline: Pipeline, films: Dataset) -> None:
+    """A new start finishes what is left, and all is in order."""
+    assert "Traceback" not in pipeline.log.read_text()
+    pipeline.start()
+    pipeline.until_committed(120)
+    pipeline.check(len({row.user_id for row in films.events[:EVENTS]}))
+    assert pipeline.stop() == 0
+
+
+def test_a_signal_in_the_middle_of_a_backlog(busy: Pipeline, films: Dataset) -> None:
+    assert busy.stop() == 0
+    assert busy.lag() > 0, "nothing was left to do"
+    published = len(busy.read(busy.output))
+    assert published == EVENTS - busy.lag(), "what is published is committed"
+    go_on(busy, films)
+    assert len(busy.read(busy.output)) == EVENTS, "nothing was done twice"
+
+
+def test_two_signals_under_load_end_it_at_once(busy: Pipeline, films: Dataset) -> None:
+    assert busy.process is not None
+    busy.process.send_signal(signal.SIGTERM)
+    time.sleep(SAME_SIGNAL_S + 0.1)
+    if busy.process.poll() is None:  # else it was quicker than that
+        busy.process.send_signal(signal.SIGTERM)
+        assert busy.wait(5) in (128 + signal.SIGTERM, 0)
+    go_on(busy, films)
+
+
+def test_two_signals_while_the_broker_is_away_end_it_at_once(
+    busy: Pipeline, films: Dataset, kafka: KafkaBroker
+) -> None:
+    assert busy.process is not None
+    kafka.pause()
+    try:
+        busy.process.send_signal(signal.SIGTERM)
+        time.sleep(SAME_SIGNAL_S + 0.5)
+        assert busy.process.poll() is None, "there was nothing to wait for"
+        busy.process.send_signal(signal.SIGTERM)
+        assert busy.wait(5) == 128 + signal.SIGTERM
+    finally:
+        kafka.resume()
+    go_on(busy, films)
+
+
+def test_a_signal_while_the_broker_is_away_is_followed_within_a_bound(
+    films: Dataset, kafka: KafkaBroker, make_pipeline: Callable[..., Pipeline]
+) -> None:
+    pipeline = make_pipeline(delivery_timeout_s=5)
+    pipeline.start()
+    pipeline.until_ready()
+    with Feeder(pipeline.bootstrap, pipeline.topics) as feeder:
+        feeder.send(films.events[:EVENTS])
+    pipeline.until(lambda: len(pipeline.read(pipeline.output)) > 1_000, "events flow")
+    kafka.pause()
+    try:
+        assert pipeline.stop(STOP_TIMEOUT_S + 10) != 0, "what could not be committed was called done"
+    finally:
+        kafka.resume()
+    go_on(pipeline, films)
