@@ -87,14 +87,12 @@ class Partition:
         self._folder = folder
         self._seq_fd = seq_fd
         try:
-            with translated(folder.name):
-                self.db = Rdict(str(folder), _options(cache))
+            incarnation, counted = self._open(cache)
         except StateDamaged as exc:
             log.warning("%s of the store is begun anew: its owner rebuilds it", exc)
             shutil.rmtree(folder)
-            self.db = Rdict(str(folder), _options(cache))
+            incarnation, counted = self._open(cache)
         try:
-            incarnation, counted = self.db.get([INCARNATION_KEY, COUNT_KEY])
             if incarnation is None:
                 incarnation = self.db[INCARNATION_KEY] = uuid.uuid4().bytes
             header = os.pread(seq_fd, SEQ_HEADER.size, 0)
@@ -107,6 +105,17 @@ class Partition:
         except BaseException:
             self.db.close()
             raise
+
+    def _open(self, cache: Cache) -> tuple[bytes | None, bytes | None]:
+        """Open the database; return its incarnation and write count, whose reading may be the first to meet damage."""
+        with translated(self._folder.name):
+            self.db = Rdict(str(self._folder), _options(cache))
+            try:
+                incarnation, counted = self.db.get([INCARNATION_KEY, COUNT_KEY])
+            except BaseException:
+                self.db.close()
+                raise
+            return incarnation, counted
 
     @property
     def is_present(self) -> bool:
