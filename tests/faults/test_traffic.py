@@ -2,10 +2,9 @@
 
 import random
 import shutil
-import time
 from collections.abc import Callable
 
-from odd_records import APPLIED, KINDS, MINUTE_MS, REFUSED, UNSEEN, Sender, event
+from odd_records import APPLIED, KINDS, MINUTE_MS, NOW_MS, REFUSED, UNSEEN, Sender, event
 from pipeline import Pipeline, event_json, seed
 
 from stream.dataset import Dataset
@@ -27,9 +26,9 @@ def test_traffic_of_all_kinds_with_a_kill_in_the_middle(films: Dataset, make_pip
     good = [(row.type, row.user_id.encode(), event_json(*row[:4])) for row in rows]
     late = [message for message in good if rng.random() < 0.05]  # hours after those around them
     doubled = [message for message in good if rng.random() < 0.2 for _ in range(rng.randrange(1, 3))]
-    now_ms = time.time_ns() // 1_000_000
+    # early and late as against the time that the sender's records carry, which is that of the run's start
     early = [
-        ("view", row.user_id.encode(), event_json(row.user_id, row.item_id, "view", now_ms + 3 * MINUTE_MS))
+        ("view", row.user_id.encode(), event_json(row.user_id, row.item_id, "view", NOW_MS + 3 * MINUTE_MS))
         for row in rows[::500]
     ]
     first = [message for message in good if message not in set(late)]
@@ -52,7 +51,7 @@ def test_traffic_of_all_kinds_with_a_kill_in_the_middle(films: Dataset, make_pip
             if rng.random() < 0.25:  # a fifth of all
                 bad += 1
                 if rng.random() < 0.1:
-                    future = event(user_id=user.decode(), ts=now_ms + 60 * MINUTE_MS)
+                    future = event(user_id=user.decode(), ts=NOW_MS + 60 * MINUTE_MS)
                     sender.send(pipeline.topics["view"], user, future, name=f"bad-{bad}")
                 else:
                     kind = rng.choice(kinds)
