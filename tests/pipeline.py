@@ -206,20 +206,29 @@ class Pipeline:
 
     def lag(self) -> int:
         """Records of the input topics that are not committed."""
-        if self._group is None:
-            config = {"bootstrap.servers": self.bootstrap, "group.id": self.app_id, "log_level": 2}
-            self._group = Consumer(config)
+        group = self._watched_group()
         places = [TopicPartition(topic, p) for topic in self.inputs for p in range(self.partitions)]
         total = 0
         try:
-            for place in self._group.committed(places, timeout=10):
-                low, high = self._group.get_watermark_offsets(place, timeout=10)
+            for place in group.committed(places, timeout=10):
+                low, high = group.get_watermark_offsets(place, timeout=10)
                 total += high - max(low, place.offset)
         except KafkaException as exc:  # a broker that has just come back
             if exc.args[0].code() not in _COMING_BACK:
                 raise
             return 1
         return total
+
+    def committed(self, topic: str) -> list[int]:
+        """Committed offset of each partition of a topic, negative without one."""
+        places = [TopicPartition(topic, p) for p in range(self.partitions)]
+        return [place.offset for place in self._watched_group().committed(places, timeout=10)]
+
+    def _watched_group(self) -> Consumer:
+        if self._group is None:
+            config = {"bootstrap.servers": self.bootstrap, "group.id": self.app_id, "log_level": 2}
+            self._group = Consumer(config)
+        return self._group
 
     def epochs(self) -> list[int]:
         """Newest claim of each partition in the store, 0 without one."""

@@ -203,14 +203,14 @@ def test_committed_offsets_outside_of_their_topic_stop_the_worker(
         admin = AdminClient({"bootstrap.servers": pipeline.bootstrap, "log_level": 2})
         for future in admin.delete_records([TopicPartition(view, p, -1) for p in range(4)]).values():
             future.result()
-    before = committed(pipeline, view)
+    before = pipeline.committed(view)
     pipeline.start()
     assert pipeline.wait() == 1
     said = [line for line in pipeline.log.read_text().splitlines() if line.startswith("uemb: ")]
     assert len(said) == 1
     assert view in said[0]
     assert "--reset-offsets" in said[0]
-    assert committed(pipeline, view) == before
+    assert pipeline.committed(view) == before
     # what the message asks for
     group = Consumer({"bootstrap.servers": pipeline.bootstrap, "group.id": pipeline.app_id, "log_level": 2})
     places = [TopicPartition(view, p) for p in range(pipeline.partitions)]
@@ -220,15 +220,6 @@ def test_committed_offsets_outside_of_their_topic_stop_the_worker(
     pipeline.start()
     pipeline.until_committed()
     assert pipeline.stop() == 0
-
-
-def committed(pipeline: Pipeline, topic: str) -> list[int]:
-    group = Consumer({"bootstrap.servers": pipeline.bootstrap, "group.id": pipeline.app_id, "log_level": 2})
-    try:
-        found = group.committed([TopicPartition(topic, p) for p in range(pipeline.partitions)], timeout=10)
-        return [place.offset for place in found]
-    finally:
-        group.close()
 
 
 def test_a_topic_that_is_made_anew_under_a_running_worker_stops_it(pipeline: Pipeline, films: Dataset) -> None:
