@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 #: A shutdown that takes longer is cut short; everything not committed is processed again.
 STOP_TIMEOUT_S: Final = 90.0
-#: The same after a fault, which often is that the brokers don't answer: there is little left to save then.
+#: The same from a fault on, which often is that the brokers don't answer: there is little left to save then.
 FAULT_STOP_TIMEOUT_S: Final = 15.0
 #: Supervisors often signal the process and its group: two signals this close are one wish.
 SAME_SIGNAL_S: Final = 0.5
@@ -96,11 +96,14 @@ async def _stop(app: EmbeddingApp, starting: "asyncio.Task[None]") -> None:
         await app.stop()
         await asyncio.gather(starting, return_exceptions=True)
 
-    timeout_s = STOP_TIMEOUT_S if app.failure is None else FAULT_STOP_TIMEOUT_S
-    stopping = asyncio.create_task(stop())
-    await asyncio.wait({stopping}, timeout=timeout_s)
+    stopping, failing = asyncio.create_task(stop()), asyncio.create_task(app.failed.wait())
+    if app.failure is None:
+        await asyncio.wait({stopping, failing}, timeout=STOP_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+    if app.failure is not None:
+        await asyncio.wait({stopping}, timeout=FAULT_STOP_TIMEOUT_S)
+    failing.cancel()
     if not stopping.done():
-        msg = f"the worker did not stop within {timeout_s:g} s; what was not committed is processed again"
+        msg = "the worker did not stop in time; what was not committed is processed again"
         log.critical(msg)
         app.failure = app.failure or DeliveryError(msg)
     elif error := stopping.exception():
