@@ -4,11 +4,13 @@ import json
 import random
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
-from confluent_kafka import Producer
+from confluent_kafka import Consumer, Producer, TopicPartition
 from pipeline import Pipeline, feeding, killing_worker, seed
 
 from stream.dataset import Dataset, EventRow
@@ -63,6 +65,50 @@ def test_killed_on_the_last_record_of_several_users(
     gone = {key.rsplit(":", 1)[1] for key, value in pipeline.last_output().items() if value is None}
     assert gone == {row.user_id for (last, _), rows in victims.items() if last == "erasure" for row in rows}
     assert pipeline.read(pipeline.dlq) == []
+    assert pipeline.stop() == 0
+
+
+def ends(pipeline: Pipeline, isolation: str) -> list[int]:
+    """Offsets up to which a reader of this isolation sees changelog and output."""
+    config = {"bootstrap.servers": pipeline.bootstrap, "group.id": f"{pipeline.app_id}-ends", "log_level": 2}
+    consumer = Consumer({**config, "isolation.level": isolation})
+    try:
+        topics = (pipeline.changelog, pipeline.output)
+        places = [TopicPartition(topic, p) for topic in topics for p in range(pipeline.partitions)]
+        return [consumer.get_watermark_offsets(place, timeout=10)[1] for place in places]
+    finally:
+        consumer.close()
+
+
+def markers(pipeline: Pipeline) -> int:
+    """Ends of transactions on changelog and output: their only offsets that are no record's."""
+    records = sum(len(pipeline.read(topic)) for topic in (pipeline.changelog, pipeline.output))
+    return sum(ends(pipeline, "read_uncommitted")) - records
+
+
+def test_killed_between_the_halves_of_a_fence(films: Dataset, make_pipeline: Callable[..., Pipeline]) -> None:
+    """What it began at the broker holds up neither the next owner nor who reads committed records."""
+    pipeline = make_pipeline()
+    pipeline.start()
+    pipeline.until_ready()
+    with Feeder(pipeline.bootstrap, pipeline.topics) as feeder:
+        feeder.send(films.events[:3_000])
+        pipeline.until_committed()
+        assert pipeline.stop() == 0
+        feeder.send(films.events[3_000:5_000])
+    epochs, ended = pipeline.epochs(), markers(pipeline)
+    pipeline.start([sys.executable, str(Path(__file__).parent / "half_fenced_worker.py")])
+    assert pipeline.wait(60) == -signal.SIGKILL, "the fault did not fire"
+    assert pipeline.lag() == 2_000
+    assert (pipeline.epochs(), markers(pipeline)) == (epochs, ended), "it had ended its fence"
+    assert ends(pipeline, "read_committed") == ends(pipeline, "read_uncommitted"), "readers are held up"
+    pipeline.start()
+    pipeline.until_ready()
+    pipeline.until_committed()
+    # one for each partition of both topics is the next owner's own; others end what the dead one had begun
+    assert markers(pipeline) > ended + 2 * pipeline.partitions, "nothing had been begun at the broker"
+    assert ends(pipeline, "read_committed") == ends(pipeline, "read_uncommitted"), "readers are held up"
+    pipeline.check(len({row.user_id for row in films.events[:5_000]}))
     assert pipeline.stop() == 0
 
 
