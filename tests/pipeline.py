@@ -297,9 +297,9 @@ class Pipeline:
             reader.close()
 
 
-def killing_worker(stage: str, users: Iterable[str]) -> list[str]:
-    """Command of a worker that dies by SIGKILL when a batch with one of `users` has passed a stage."""
-    return [sys.executable, str(_KILLING_WORKER), stage, ",".join(users)]
+def killing_worker(stage: str, users: Iterable[str], how: str = "SIGKILL") -> list[str]:
+    """Command of a worker that sends itself a signal, once, when a batch with one of `users` has passed a stage."""
+    return [sys.executable, str(_KILLING_WORKER), stage, ",".join(users), how]
 
 
 @contextmanager
@@ -319,6 +319,15 @@ def feeding(pipeline: Pipeline, events: Sequence[EventRow], rate: float) -> Iter
         finally:
             hurry.set()
             thread.join()
+
+
+def erase(pipeline: Pipeline, rows: Iterable[EventRow]) -> None:
+    """Erase the users of `rows`, each up to the time of its row."""
+    producer = Producer({"bootstrap.servers": pipeline.bootstrap, "partitioner": "murmur2_random"})
+    for row in rows:
+        value = json.dumps({"user_id": row.user_id, "ts": row.ts_ms}).encode()
+        producer.produce(pipeline.deletions, value, row.user_id.encode())
+    assert producer.flush(20) == 0
 
 
 def seed() -> int:

@@ -1,4 +1,4 @@
-"""A worker that kills itself (SIGKILL) when a batch with a given user passes a given stage."""
+"""A worker that kills or freezes itself (SIGKILL, SIGSTOP) when a given user's batch first passes a given stage."""
 
 import os
 import signal
@@ -9,13 +9,21 @@ from stream.config import load_settings
 from stream.worker import main, setup_logging
 
 stage, users = sys.argv[1], {user.encode() for user in sys.argv[2].split(",")}
+pending = [signal.Signals[sys.argv[3]]]
 
 
-def kill_here(name: str, batch: object, result: object) -> None:
-    """End the process without any warning, as a power cut would."""
-    if name == stage and users & set(result.states):
-        os.kill(os.getpid(), signal.SIGKILL)
+def hit_here(name: str, batch: object, result: object) -> None:
+    """End or freeze the process without any warning, as a power cut or a stalled host would."""
+    if name == stage and users & set(result.states) and pending:
+        # The store would refuse the next heartbeat of one that was frozen, and end it before its writes are tried.
+        app.lanes.heartbeat = silence
+        os.kill(os.getpid(), pending.pop())
+
+
+async def silence() -> None:
+    """No heartbeat."""
 
 
 setup_logging("info")
-main(EmbeddingApp(load_settings(), on_stage=kill_here))
+app = EmbeddingApp(load_settings(), on_stage=hit_here)
+main(app)

@@ -1,6 +1,5 @@
 """``kill -9`` at each stage of a batch's way to durability, at random moments, and of workers in rotation."""
 
-import json
 import random
 import shutil
 import signal
@@ -10,22 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from confluent_kafka import Consumer, Producer, TopicPartition
-from pipeline import Pipeline, feeding, killing_worker, seed
+from confluent_kafka import Consumer, TopicPartition
+from pipeline import Pipeline, erase, feeding, killing_worker, seed
 
-from stream.dataset import Dataset, EventRow
+from stream.dataset import Dataset
 from stream.feed import Feeder
 
 STAGES = ("local", "changelog", "output", "kv")
-
-
-def erase(pipeline: Pipeline, rows: list[EventRow]) -> None:
-    """Erase the users of `rows`, each up to the time of its row."""
-    producer = Producer({"bootstrap.servers": pipeline.bootstrap, "partitioner": "murmur2_random"})
-    for row in rows:
-        value = json.dumps({"user_id": row.user_id, "ts": row.ts_ms}).encode()
-        producer.produce(pipeline.deletions, value, row.user_id.encode())
-    assert producer.flush(20) == 0
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -6,11 +6,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline import Pipeline, compact, feeding
+import pytest
+from pipeline import Pipeline, compact, erase, feeding, killing_worker
+from prober import Prober
 from redis_server import RedisServer
 
 from stream.dataset import Dataset
 from stream.feed import Feeder
+from stream.table import CLAIM_KEY
 
 
 def freeze(pipeline: Pipeline) -> None:
@@ -67,6 +70,79 @@ def test_a_zombie_with_writes_under_way(
     owner.until(lambda: len(owner.read(owner.output)) < length, "the output is compacted")
     owner.check(len({row.user_id for row in films.events[:30_400]}))
     assert owner.stop() == 0
+
+
+def until_frozen(pipeline: Pipeline) -> None:
+    """Wait until the worker has stopped itself."""
+    assert pipeline.process is not None
+    deadline = time.monotonic() + 30
+    while os.waitid(os.P_PID, pipeline.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
+        assert time.monotonic() < deadline, f"the fault did not fire\n{pipeline.tail()}"
+        time.sleep(0.05)
+    pipeline.until(lambda: True, "it froze")
+
+
+@pytest.mark.parametrize(
+    ("stage", "then", "refused_by"),
+    [("local", "silence", "changelog"), ("local", "erasure", "changelog"), ("changelog", "erasure", "store")],
+)
+def test_a_zombie_whose_write_would_be_the_last_of_its_user(
+    stage: str,
+    then: str,
+    refused_by: str,
+    films: Dataset,
+    redis: RedisServer,
+    make_pipeline: Callable[..., Pipeline],
+    tmp_path: Path,
+) -> None:
+    """No later record of the owner covers it up: in silence nothing but the fence comes after it on its partition."""
+    rows = films.events[:3_000]
+    last = rows[-1]
+    zombie, owner = (make_pipeline(kv_url=redis.url, state_dir=tmp_path / name) for name in ("zombie", "owner"))
+    owner.log = tmp_path / "owner.log"
+    zombie.start(killing_worker(stage, [last.user_id], "SIGSTOP"))
+    zombie.until_ready()
+    with Feeder(zombie.bootstrap, zombie.topics) as feeder:
+        feeder.send([row for row in rows if row.user_id != last.user_id])
+        zombie.until_committed()
+        with Prober(redis) as prober:
+            feeder.send([row for row in rows if row.user_id == last.user_id])
+            until_frozen(zombie)
+            try:
+                assert zombie.lag() > 0, "it had nothing under way"
+                before = owner.epochs()
+                owner.start()
+                owner.until_epochs_rise(before)
+                if then == "erasure":
+                    erase(owner, [last])
+                owner.until_committed()
+                logs = published(owner)
+            finally:
+                thaw(zombie)
+            assert zombie.wait(60) == 1, zombie.tail()
+            said = [line for line in zombie.log.read_text().splitlines() if line.startswith("uemb: ")]
+            assert len(said) == 1
+            assert "newer owner" in said[0]
+            assert (zombie.changelog if refused_by == "changelog" else "epoch") in said[0], (
+                "it was not its write that was refused"
+            )
+            assert "Traceback" not in zombie.log.read_text()
+            looks = prober.looks
+            owner.until(lambda: prober.looks > looks, "the store is looked at once more")
+        assert prober.back == []
+        assert published(owner) == logs
+        gone = {key.rsplit(":", 1)[1] for key, value in owner.last_output().items() if value is None}
+        assert gone == ({last.user_id} if then == "erasure" else set())
+        feeder.send(films.events[3_000:3_500])
+    owner.until_committed()
+    owner.check(len({row.user_id for row in films.events[:3_500]}))
+    assert owner.stop() == 0
+
+
+def published(pipeline: Pipeline) -> list[tuple[str, int, int]]:
+    """Places of all states and vectors on changelog and output; a zombie that comes back has its owner claim again."""
+    records = [record for topic in (pipeline.changelog, pipeline.output) for record in pipeline.read(topic)]
+    return sorted((r.topic(), r.partition(), r.offset()) for r in records if r.key() != CLAIM_KEY)
 
 
 def test_a_zombie_whose_store_is_locked(films: Dataset, make_workers: Callable[..., list[Pipeline]]) -> None:
