@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import aiokafka
@@ -22,6 +22,7 @@ from aiokafka.errors import (
     MessageSizeTooLargeError,
     ProducerFenced,
 )
+from aiokafka.producer.message_accumulator import BatchBuilder
 from aiokafka.structs import TopicPartition
 from faust.transport.drivers import aiokafka as driver
 
@@ -114,15 +115,17 @@ class Producer(driver.Producer):
         await asyncio.gather(*map(_stop, clients))
 
     async def send_records(self, topic: str, partition: int, records: Sequence[OutRecord]) -> list[asyncio.Future[Any]]:
-        """Queue records for one partition, in order; return a future per batch, done when it is acknowledged."""
+        """Queue records for one partition, in order; return a future per batch, done when it is acknowledged.
+
+        Raises:
+            Fenced: the partition has a newer owner.
+            DeliveryError: there is no room for them, or no such topic, for as long as a delivery may take.
+        """
         client = self._owned.get(partition)
         if client is None:
             msg = f"partition {partition} is not taken for writing"
             raise OwnershipError(msg)
-        try:
-            return await self._send(client, topic, partition, records)
-        except (ProducerFenced, InvalidProducerEpoch) as exc:
-            raise _fenced(topic) from exc
+        return await self._send(client, topic, partition, records)
 
     async def send_dead_letters(
         self, topic: str, partition: int, records: Sequence[OutRecord]
@@ -137,21 +140,39 @@ class Producer(driver.Producer):
         """Queue one record that any worker may write."""
         return (await self.send_dead_letters(topic, partition, [(key, value, [])]))[0]
 
-    @staticmethod
     async def _send(
-        producer: aiokafka.AIOKafkaProducer, topic: str, partition: int, records: Sequence[OutRecord]
+        self, client: aiokafka.AIOKafkaProducer, topic: str, partition: int, records: Sequence[OutRecord]
     ) -> list[asyncio.Future[Any]]:
         futures: list[asyncio.Future[Any]] = []
         now_ms = time.time_ns() // 1_000_000  # one look at the clock for all
-        builder = producer.create_batch()
+        builder = client.create_batch()
         for key, value, headers in records:
             if builder.append(key=key, value=value, timestamp=now_ms, headers=headers) is None:
-                futures.append(await producer.send_batch(builder, topic, partition=partition))
-                builder = producer.create_batch()
+                futures.append(await self._queue(client, builder, topic, partition))
+                builder = client.create_batch()
                 builder.append(key=key, value=value, timestamp=now_ms, headers=headers)
         if builder.record_count():
-            futures.append(await producer.send_batch(builder, topic, partition=partition))
+            futures.append(await self._queue(client, builder, topic, partition))
         return futures
+
+    async def _queue(
+        self, client: aiokafka.AIOKafkaProducer, batch: BatchBuilder, topic: str, partition: int
+    ) -> asyncio.Future[Any]:
+        """Hand a batch to the client, which by itself would wait 20 minutes for a topic that was deleted."""
+        timeout_s = self.app.settings.delivery_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                with _said_our_way(topic):
+                    queued: asyncio.Future[Any] = await client.send_batch(batch, topic, partition=partition)
+                    return queued
+        except TimeoutError as exc:
+            if client.client.cluster.partitions_for_topic(topic) is None:
+                msg = (
+                    f"{topic}: the brokers have known no such topic for {timeout_s:g} s; restart the worker, which "
+                    "makes it anew if it was deleted"
+                )
+                raise DeliveryError(msg) from exc
+            raise _unacknowledged(topic, timeout_s) from exc
 
 
 async def acknowledged(futures: Iterable[asyncio.Future[Any]], timeout_s: float, what: str) -> int:
@@ -166,15 +187,24 @@ async def acknowledged(futures: Iterable[asyncio.Future[Any]], timeout_s: float,
         return -1
     try:
         async with asyncio.timeout(timeout_s):
-            results = [await future for future in pending]
+            with _said_our_way(what):
+                results = [await future for future in pending]
     except TimeoutError as exc:
-        msg = f"{what}: no acknowledgement for {timeout_s:g} s; see whether the brokers are up, then restart the worker"
-        raise DeliveryError(msg) from exc
+        raise _unacknowledged(what, timeout_s) from exc
+    return int(results[-1].offset)
+
+
+@contextlib.contextmanager
+def _said_our_way(what: str) -> Iterator[None]:
+    """Turn the client's errors into ours."""
+    try:
+        yield
     except MessageSizeTooLargeError as exc:
         msg = f"{what}: a record is larger than the topic admits; raise its max.message.bytes"
         raise RecordTooLarge(msg) from exc
     except (ProducerFenced, InvalidProducerEpoch) as exc:
-        raise _fenced(what) from exc
+        msg = f"{what}: a partition has a newer owner; this worker has lost it and stops"
+        raise Fenced(msg) from exc
     except InvalidTimestampError as exc:
         msg = (
             f"{what}: this worker's clock is ahead of the brokers' by more than they admit "
@@ -184,14 +214,15 @@ async def acknowledged(futures: Iterable[asyncio.Future[Any]], timeout_s: float,
     except KafkaError as exc:
         msg = f"{what}: the broker refused ({type(exc).__name__})"
         raise DeliveryError(msg) from exc
-    return int(results[-1].offset)
+
+
+def _unacknowledged(what: str, timeout_s: float) -> DeliveryError:
+    return DeliveryError(
+        f"{what}: no acknowledgement for {timeout_s:g} s; see whether the brokers are up, then restart the worker"
+    )
 
 
 async def _stop(client: aiokafka.AIOKafkaProducer) -> None:
     # one that was fenced, or whose broker is away, has nothing left that must arrive
     with contextlib.suppress(TimeoutError, KafkaError):
         await asyncio.wait_for(client.stop(), _STOP_S)
-
-
-def _fenced(topic: str) -> Fenced:
-    return Fenced(f"{topic}: a partition has a newer owner; this worker has lost it and stops")

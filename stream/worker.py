@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, NoReturn
 
@@ -21,6 +22,34 @@ FAULT_STOP_TIMEOUT_S: Final = 15.0
 #: Supervisors often signal the process and its group: two signals this close are one wish.
 SAME_SIGNAL_S: Final = 0.5
 GC_THRESHOLDS: Final = (50_000, 20, 100)
+#: What the Kafka client says, it says again ten times a second until it is mended; we pass it on once in so long.
+REPEAT_S: Final = 10.0
+_REMEMBERED: Final = 256
+
+
+class NotAgain(logging.Filter):
+    """Holds back what the Kafka client has said in the last `REPEAT_S` seconds; others speak freely.
+
+    Args:
+        clock: monotonic seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._clock = clock
+        self._said: dict[str, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a record is to be written."""
+        if not record.name.startswith("aiokafka"):
+            return True
+        now_s, message = self._clock(), record.getMessage()
+        if now_s - self._said.get(message, -REPEAT_S) < REPEAT_S:
+            return False
+        if len(self._said) >= _REMEMBERED:
+            self._said.clear()
+        self._said[message] = now_s
+        return True
 
 
 def setup_logging(level: str) -> None:
@@ -29,6 +58,9 @@ def setup_logging(level: str) -> None:
         level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
     )
     logging.getLogger("stream").setLevel(level.upper())
+    if level != "debug":
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(NotAgain())
     # Tasks that Faust leaves behind when it is stopped end in exceptions that nobody awaits.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL if level != "debug" else logging.DEBUG)
     for noisy in ("faust", "mode", "aiokafka"):

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
-from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource
+from confluent_kafka.admin import AdminClient
+from topic_admin import set_config
 
 from stream.dataset import EventRow
 from stream.errors import StoreError
@@ -311,7 +312,8 @@ def feeding(pipeline: Pipeline, events: Sequence[EventRow], rate: float) -> Iter
         for start in range(0, len(events), _SLICE):
             feeder.send(events[start : start + _SLICE], rate=None if hurry.is_set() else rate)
 
-    with Feeder(pipeline.bootstrap, pipeline.topics) as feeder:
+    patience = {"message.timeout.ms": 120_000}  # longer than any fault that tests make
+    with Feeder(pipeline.bootstrap, pipeline.topics, client_config=patience) as feeder:
         thread = threading.Thread(target=feed)
         thread.start()
         try:
@@ -338,17 +340,10 @@ def seed() -> int:
 
 
 def compact(pipeline: Pipeline) -> None:
-    """Let the broker compact changelog and output now, and wait until it has."""
-    admin = AdminClient({"bootstrap.servers": pipeline.bootstrap, "log_level": 2})
-    settings = {"segment.ms": "100", "min.cleanable.dirty.ratio": "0.001", "max.compaction.lag.ms": "100"}
-    topics = (pipeline.changelog, pipeline.output)
-    for topic in topics:
-        entries = [
-            ConfigEntry(name, value, incremental_operation=AlterConfigOpType.SET) for name, value in settings.items()
-        ]
-        resource = ConfigResource(ConfigResource.Type.TOPIC, topic, incremental_configs=entries)
-        for future in admin.incremental_alter_configs([resource]).values():
-            future.result()
+    """Let the broker compact changelog and output as soon as their segments roll, which news in them brings about."""
+    for topic in (pipeline.changelog, pipeline.output):
+        settings = {"segment_ms": 100, "min_cleanable_dirty_ratio": 0.001, "max_compaction_lag_ms": 100}
+        set_config(pipeline.bootstrap, topic, **settings)
 
 
 def delete_topics(bootstrap: str, prefix: str) -> None:

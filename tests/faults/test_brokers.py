@@ -2,13 +2,14 @@
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import pytest
-from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource
 from kafka_broker import KafkaBroker
 from odd_records import Sender
 from pipeline import Pipeline, feeding
+from topic_admin import delete_topic, set_config
 
 from stream.dataset import Dataset
 from stream.feed import Feeder
@@ -21,9 +22,32 @@ def grown(pipeline: Pipeline, what: str) -> int:
     return len(pipeline.read(pipeline.output))
 
 
-@pytest.mark.parametrize("fault", ["paused", "killed"])
-def test_a_broker_that_is_away_for_some_seconds(
-    fault: str, films: Dataset, kafka: KafkaBroker, make_pipeline: Callable[..., Pipeline]
+@contextmanager
+def paused(kafka: KafkaBroker, seconds: float) -> Iterator[None]:
+    kafka.pause()
+    time.sleep(seconds)
+    yield
+    kafka.resume()
+
+
+@contextmanager
+def killed(kafka: KafkaBroker, seconds: float) -> Iterator[None]:
+    kafka.kill()
+    time.sleep(seconds)
+    yield
+    kafka.restart()
+
+
+@pytest.mark.parametrize(
+    ("fault", "seconds"),
+    [(paused, 5), pytest.param(paused, 45, id="paused for longer than requests wait"), (killed, 1)],
+)
+def test_a_broker_that_is_away(
+    fault: Callable[[KafkaBroker, float], AbstractContextManager[None]],
+    seconds: float,
+    films: Dataset,
+    kafka: KafkaBroker,
+    make_pipeline: Callable[..., Pipeline],
 ) -> None:
     rows = films.events[:20_000]
     pipeline = make_pipeline()
@@ -31,38 +55,12 @@ def test_a_broker_that_is_away_for_some_seconds(
     pipeline.until_ready()
     with feeding(pipeline, rows, 2_000) as thread:
         grown(pipeline, "events flow")
-        if fault == "paused":
-            kafka.pause()
-            time.sleep(5)
+        with fault(kafka, seconds):
             assert thread.is_alive(), "all events were sent before the fault"
-            kafka.resume()
-        else:
-            kafka.kill()
-            time.sleep(1)
-            assert thread.is_alive(), "all events were sent before the fault"
-            kafka.restart()
         grown(pipeline, "events flow again")
     pipeline.until_committed(120)
     assert pipeline.process is not None
     assert pipeline.process.poll() is None
-    pipeline.check(len({row.user_id for row in rows}))
-    assert pipeline.stop() == 0
-
-
-def test_a_broker_that_is_away_for_longer_than_requests_wait(
-    films: Dataset, kafka: KafkaBroker, make_pipeline: Callable[..., Pipeline]
-) -> None:
-    rows = films.events[:10_000]
-    pipeline = make_pipeline(delivery_timeout_s=120)
-    pipeline.start()
-    pipeline.until_ready()
-    with Feeder(pipeline.bootstrap, pipeline.topics) as feeder:
-        feeder.send(rows)
-        grown(pipeline, "events flow")
-        kafka.pause()
-        time.sleep(45)
-        kafka.resume()
-    pipeline.until_committed(120)
     pipeline.check(len({row.user_id for row in rows}))
     assert pipeline.stop() == 0
 
@@ -112,15 +110,6 @@ def test_a_broker_that_pauses_across_a_commit_and_a_worker_that_then_loses_its_d
     assert pipeline.stop() == 0
 
 
-def set_limit(bootstrap: str, topic: str, limit: int) -> None:
-    """Set the size that a topic admits."""
-    admin = AdminClient({"bootstrap.servers": bootstrap, "log_level": 2})
-    entry = ConfigEntry("max.message.bytes", str(limit), incremental_operation=AlterConfigOpType.SET)
-    resource = ConfigResource(ConfigResource.Type.TOPIC, topic, incremental_configs=[entry])
-    for future in admin.incremental_alter_configs([resource]).values():
-        future.result()
-
-
 @pytest.mark.parametrize("refused", ["changelog", "output", "dlq"])
 def test_writes_that_a_topic_refuses_stop_the_worker_and_move_no_offset(
     refused: str, films: Dataset, make_pipeline: Callable[..., Pipeline]
@@ -133,7 +122,7 @@ def test_writes_that_a_topic_refuses_stop_the_worker_and_move_no_offset(
     with Feeder(pipeline.bootstrap, pipeline.topics) as feeder:
         feeder.send(first)
         pipeline.until_committed()
-        set_limit(pipeline.bootstrap, topic, 60)
+        set_config(pipeline.bootstrap, topic, max_message_bytes=60)
         if refused == "dlq":
             send_bad(pipeline)
         feeder.send(then)
@@ -146,12 +135,38 @@ def test_writes_that_a_topic_refuses_stop_the_worker_and_move_no_offset(
     pipeline.start()  # the check at start finds it too, before anything is read
     assert pipeline.wait() == 2
     assert "max.message.bytes" in pipeline.tail()
-    set_limit(pipeline.bootstrap, topic, 80_000_000)
+    set_config(pipeline.bootstrap, topic, max_message_bytes=80_000_000)
     pipeline.start()
     pipeline.until_ready()
     pipeline.until_committed()
     report = pipeline.check(len({row.user_id for row in films.events[:6_000]}))
     assert (report["rejected"], report["letterless"]) == (4 * (refused == "dlq"), 0)
+    assert pipeline.stop() == 0
+
+
+def test_dead_letters_whose_topic_is_gone_stop_the_worker(
+    films: Dataset, make_pipeline: Callable[..., Pipeline]
+) -> None:
+    first, then = films.events[:3_000], films.events[3_000:6_000]
+    pipeline = make_pipeline(delivery_timeout_s=4)
+    pipeline.start()
+    pipeline.until_ready()
+    with Feeder(pipeline.bootstrap, pipeline.topics) as feeder:
+        feeder.send(first)
+        pipeline.until_committed()
+        delete_topic(pipeline.bootstrap, pipeline.dlq)
+        send_bad(pipeline)
+        feeder.send(then)
+        assert pipeline.wait(60) == 1
+    said = [line for line in pipeline.log.read_text().splitlines() if line.startswith("uemb: ")]
+    assert len(said) == 1
+    assert pipeline.dlq in said[0]
+    assert "Traceback" not in pipeline.log.read_text()
+    assert pipeline.lag() >= pipeline.partitions, "a bad record was committed without its letter"
+    pipeline.start()  # which makes the topic anew
+    pipeline.until_committed()
+    report = pipeline.check(len({row.user_id for row in films.events[:6_000]}))
+    assert (report["rejected"], report["letterless"]) == (pipeline.partitions, 0)
     assert pipeline.stop() == 0
 
 

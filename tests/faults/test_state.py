@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from confluent_kafka import Consumer, KafkaException, TopicPartition
-from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, NewTopic
+from confluent_kafka import Consumer, TopicPartition
+from confluent_kafka.admin import AdminClient
 from pipeline import UEMB, Pipeline
+from topic_admin import recreate_topic, set_config
 
 from stream.dataset import Dataset
 from stream.feed import Feeder
@@ -156,37 +157,15 @@ def test_a_changelog_that_was_emptied_is_no_reason_to_hang(pipeline: Pipeline, f
     assert pipeline.stop() == 0
     admin = AdminClient({"bootstrap.servers": pipeline.bootstrap, "log_level": 2})
     ends = [TopicPartition(pipeline.changelog, p, -1) for p in range(pipeline.partitions)]
-    set_policy(admin, pipeline.changelog, "delete")
+    set_config(pipeline.bootstrap, pipeline.changelog, cleanup_policy="delete")
     for future in admin.delete_records(ends).values():
         future.result()
-    set_policy(admin, pipeline.changelog, "compact")
+    set_config(pipeline.bootstrap, pipeline.changelog, cleanup_policy="compact")
     # local state goes on, and what is published from here on is in the changelog again
     pipeline.start()
     pipeline.until_ready()
     assert pipeline.stop() == 0
     assert {len(pipeline.read(pipeline.changelog))} == {pipeline.partitions}
-
-
-def set_policy(admin: AdminClient, topic: str, policy: str) -> None:
-    entry = ConfigEntry("cleanup.policy", policy, incremental_operation=AlterConfigOpType.SET)
-    resource = ConfigResource(ConfigResource.Type.TOPIC, topic, incremental_configs=[entry])
-    for future in admin.incremental_alter_configs([resource]).values():
-        future.result()
-
-
-def recreate(pipeline: Pipeline, topic: str) -> None:
-    """Delete a topic and make it anew, empty."""
-    admin = AdminClient({"bootstrap.servers": pipeline.bootstrap, "log_level": 2})
-    admin.delete_topics([topic], operation_timeout=10)[topic].result()
-    deadline = time.monotonic() + 20
-    while True:
-        try:
-            admin.create_topics([NewTopic(topic, pipeline.partitions, 1)])[topic].result()
-        except KafkaException:  # the deletion takes a moment
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-        else:
-            return
 
 
 @pytest.mark.parametrize("fault", ["recreated", "cut"])
@@ -198,7 +177,7 @@ def test_committed_offsets_outside_of_their_topic_stop_the_worker(
     with Feeder(pipeline.bootstrap, pipeline.topics) as feeder:
         feeder.send(films.events[FIRST:ALL])
     if fault == "recreated":
-        recreate(pipeline, view)
+        recreate_topic(pipeline.bootstrap, view, pipeline.partitions)
     else:
         admin = AdminClient({"bootstrap.servers": pipeline.bootstrap, "log_level": 2})
         for future in admin.delete_records([TopicPartition(view, p, -1) for p in range(4)]).values():
@@ -224,7 +203,7 @@ def test_committed_offsets_outside_of_their_topic_stop_the_worker(
 
 def test_a_topic_that_is_made_anew_under_a_running_worker_stops_it(pipeline: Pipeline, films: Dataset) -> None:
     view = pipeline.topics["view"]
-    recreate(pipeline, view)
+    recreate_topic(pipeline.bootstrap, view, pipeline.partitions)
     with Feeder(pipeline.bootstrap, pipeline.topics) as feeder:
         feeder.send([row for row in films.events[FIRST:ALL] if row.type == "view"])
     assert pipeline.wait(90) != 0

@@ -5,9 +5,10 @@ import random
 from collections.abc import Callable
 
 from confluent_kafka import Consumer, TopicPartition
-from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, NewTopic
+from confluent_kafka.admin import AdminClient, NewTopic
 from odd_records import MARK, NOISE, NOW_MS, PARTITIONS, Sender
 from pipeline import Pipeline, event_json
+from topic_admin import set_config
 
 from stream.keys import partition_of
 
@@ -28,10 +29,7 @@ def test_large_values_are_kept_whole_and_those_the_topic_refuses_are_referred_to
     sender.flush()
     pipeline.until_committed(30)
     assert [letter.value() for letter in pipeline.read(pipeline.dlq)] == [long, NOISE]
-    limit = ConfigEntry("max.message.bytes", "9000", incremental_operation=AlterConfigOpType.SET)
-    change = ConfigResource(ConfigResource.Type.TOPIC, pipeline.dlq, incremental_configs=[limit])
-    for future in admin.incremental_alter_configs([change]).values():
-        future.result()
+    set_config(pipeline.bootstrap, pipeline.dlq, max_message_bytes=9_000)
     noise = random.Random(5).randbytes(20_000)
     sender.send(pipeline.topics["view"], b"1", noise)
     sender.flush()

@@ -3,15 +3,14 @@
 import json
 import random
 import subprocess
-import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from confluent_kafka import Consumer, Producer
-from confluent_kafka.admin import AdminClient
 from kafka_broker import KafkaBroker
 from pipeline import UEMB, Event, Pipeline, check_end_state, event_json, expected
+from topic_admin import delete_topic
 
 from stream import dlq_replay, topic_reader
 from stream.config import Settings, load_settings
@@ -226,16 +225,6 @@ def letters(make_pipeline: Callable[..., Pipeline], monkeypatch: pytest.MonkeyPa
     return pipeline, load_settings()
 
 
-def delete(pipeline: Pipeline, topic: str) -> None:
-    """Delete a topic, and wait until the broker knows it no more."""
-    admin = AdminClient({"bootstrap.servers": pipeline.bootstrap, "log_level": 2})
-    admin.delete_topics([topic], operation_timeout=10)[topic].result()
-    deadline = time.monotonic() + 10
-    while topic in admin.list_topics(timeout=10).topics:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
 def test_reading_starts_where_the_letters_may_be(letters: tuple[Pipeline, Settings]) -> None:
     told: list[tuple[int, int | None]] = []
     found = list(read_letters(letters[1], Filter(), lambda *at: told.append(at)))
@@ -259,7 +248,7 @@ def test_a_topic_that_ends_to_be_read_is_an_error(
     monkeypatch.setattr(topic_reader, "Consumer", lambda config: Consumer({**config, "queued.max.messages.kbytes": 1}))
     reading = read_letters(letters[1], Filter())
     next(reading)
-    delete(letters[0], letters[0].dlq)
+    delete_topic(letters[0].bootstrap, letters[0].dlq)
     with pytest.raises(DeliveryError, match="can't be read"):
         list(reading)
 
@@ -279,7 +268,7 @@ def test_a_reference_whose_topic_is_silent_is_no_reference_to_nothing(
                 replayer.replay([reference])
         finally:
             kafka.resume()
-    delete(letters[0], letters[0].topics["view"])
+    delete_topic(letters[0].bootstrap, letters[0].topics["view"])
     with Replayer(letters[1], dry_run=True) as replayer:
         assert replayer.replay([reference]).left == {"gone": 1}
 

@@ -1,0 +1,49 @@
+"""Topics as faults treat them: their settings changed under a worker, removed, made anew."""
+
+import time
+
+from confluent_kafka import KafkaException
+from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, NewTopic
+
+_PATIENCE_S = 20
+
+
+def _client(bootstrap: str) -> AdminClient:
+    return AdminClient({"bootstrap.servers": bootstrap, "log_level": 2})
+
+
+def set_config(bootstrap: str, topic: str, **settings: object) -> None:
+    """Change settings of a topic, with ``_`` for ``.`` in their names."""
+    entries = [
+        ConfigEntry(name.replace("_", "."), str(value), incremental_operation=AlterConfigOpType.SET)
+        for name, value in settings.items()
+    ]
+    resource = ConfigResource(ConfigResource.Type.TOPIC, topic, incremental_configs=entries)
+    client = _client(bootstrap)  # its answers end with it
+    for future in client.incremental_alter_configs([resource]).values():
+        future.result()
+
+
+def delete_topic(bootstrap: str, topic: str) -> None:
+    """Delete a topic, and wait until the broker knows it no more."""
+    client = _client(bootstrap)
+    client.delete_topics([topic], operation_timeout=10)[topic].result()
+    deadline = time.monotonic() + _PATIENCE_S
+    while topic in client.list_topics(timeout=10).topics:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def recreate_topic(bootstrap: str, topic: str, partitions: int) -> None:
+    """Delete a topic and make it anew, empty, as soon as the broker lets us."""
+    client = _client(bootstrap)
+    client.delete_topics([topic], operation_timeout=10)[topic].result()
+    deadline = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            client.create_topics([NewTopic(topic, partitions, 1)])[topic].result()
+        except KafkaException:  # the deletion takes a moment
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        else:
+            return
