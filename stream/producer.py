@@ -168,8 +168,8 @@ class Producer(driver.Producer):
         except TimeoutError as exc:
             if client.client.cluster.partitions_for_topic(topic) is None:
                 msg = (
-                    f"{topic}: the brokers have known no such topic for {timeout_s:g} s; restart the worker, which "
-                    "makes it anew if it was deleted"
+                    f"{topic}: no acknowledgement for {timeout_s:g} s; see whether the brokers are up and have this "
+                    "topic, then restart the worker, which makes one anew that was deleted"
                 )
                 raise DeliveryError(msg) from exc
             raise _unacknowledged(topic, timeout_s) from exc
