@@ -12,6 +12,7 @@ UembError
 │   └── RecordTooLarge     the topic's size limit refused a record
 └── StoreError             the key-value store can't be reached or answered wrongly; retriable
     ├── StoreLocked        another process holds the partition's database
+    ├── StorePartlyDown    some servers of a cluster can't be read; it has what the others gave
     └── StoreLost          the store was wiped or set back under its writer; claim the partition and rebuild it
 
 UnknownItemError(IndexError)   an item index outside the item space (public functions of `stream.embedding`)
@@ -79,6 +80,21 @@ class StoreLocked(StoreError):
     """Another process holds the partition's database open for writing, and did so for all of the store's patience."""
 
     retriable = False
+
+
+class StorePartlyDown(StoreError):
+    """Some servers of a cluster can't be read.
+
+    Args:
+        message: what happened to the first of them.
+        found: what the others gave, None for what was not read.
+        unread: places in `found` of what was not read.
+    """
+
+    def __init__(self, message: str, found: list[bytes | None], unread: frozenset[int]) -> None:
+        super().__init__(message)
+        self.found = found
+        self.unread = unread
 
 
 class StoreLost(StoreError):

@@ -8,7 +8,9 @@ INT64_MIN: Final = -(1 << 63)
 INT64_MAX: Final = (1 << 63) - 1
 
 #: First part of a key after ``uemb:`` that a version name must not take.
-RESERVED_WORDS: Final = frozenset({"app", "current", "fallback", "encoder", "epoch", "watermark", "meta", "rebuild"})
+RESERVED_WORDS: Final = frozenset(
+    {"app", "current", "fallback", "encoder", "epoch", "watermark", "meta", "rebuild", "sentinel"}
+)
 
 APP_KEY: Final = "uemb:app"
 CURRENT_KEY: Final = "uemb:current"
@@ -108,3 +110,8 @@ def watermark_key(partition: int) -> str:
 def rebuild_key(partition: int) -> str:
     """Key of the request that a partition's owner writes it anew."""
     return f"uemb:rebuild:{partition}"
+
+
+def sentinel_key(tag: str, partition: int) -> str:
+    """Key of a partition's sentinel in the slot of the hash tag `tag` of a cluster."""
+    return f"uemb:sentinel:{{{tag}}}:{partition}"

@@ -11,6 +11,7 @@ from typing import Final
 import pytest
 from hypothesis import settings
 from kafka_broker import KafkaBroker, why_unavailable
+from redis_cluster import RedisCluster
 from redis_server import RedisServer, why_no_redis
 
 pytest_plugins = ["pipeline_fixtures"]
@@ -48,6 +49,29 @@ def redis(make_redis: Callable[..., RedisServer]) -> RedisServer:
     return make_redis()
 
 
+@pytest.fixture
+def make_cluster(make_redis: Callable[..., RedisServer]) -> Iterator[Callable[..., RedisCluster]]:
+    """Starts clusters of the test's own, which it may break; arguments are those of `RedisCluster`."""
+    with ExitStack() as running:
+        yield lambda *args, **settings: running.enter_context(RedisCluster(*args, **settings))
+
+
+@pytest.fixture(scope="session")
+def shared_cluster() -> Iterator[RedisCluster]:
+    """Three servers, one with another; they need seconds to find each other."""
+    if reason := why_no_redis():
+        pytest.skip(reason)
+    with RedisCluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster(shared_cluster: RedisCluster) -> RedisCluster:
+    """An empty cluster of three servers, for tests that leave its servers and slots as they are."""
+    shared_cluster.empty()
+    return shared_cluster
+
+
 @pytest.fixture(autouse=True)
 def _broker_runs_again(request: pytest.FixtureRequest) -> Iterator[None]:
     broker: KafkaBroker | None = request.getfixturevalue("kafka") if "kafka" in request.fixturenames else None
@@ -71,7 +95,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "kafka" in getattr(item, "fixturenames", ()):
             item.add_marker("kafka")
-        if "make_redis" in getattr(item, "fixturenames", ()):
+        if {"make_redis", "shared_cluster"}.intersection(getattr(item, "fixturenames", ())):
             item.add_marker("redis")
         names = [name for name in ON_REQUEST if item.get_closest_marker(name)]
         if names and not asked.intersection(names):

@@ -13,7 +13,7 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Final, NamedTuple
 
-from stream.errors import StoreError
+from stream.errors import StoreError, StorePartlyDown
 from stream.keys import partition_of
 from stream.kv.base import KVReader
 from stream.kv.outages import Outages
@@ -37,7 +37,7 @@ class Trouble(NamedTuple):
 
 Lookup = tuple[bytes, bytes]
 Found = bytes | Trouble | None
-_Read = list[bytes | None] | Trouble
+_Read = Sequence[Found] | Trouble
 
 STORE_DOWN: Final = Trouble("store_down")
 TIMEOUT: Final = Trouble("timeout")
@@ -246,7 +246,9 @@ def _read_as_one(jobs: Sequence[_Job]) -> bool:
 
 def _found(store: KVReader, lookups: Sequence[Lookup]) -> _Read:
     try:
-        found = store.get(lookups)
+        found: Sequence[Found] = store.get(lookups)
+    except StorePartlyDown as exc:
+        return [STORE_DOWN if n in exc.unread else entry for n, entry in enumerate(exc.found)]
     except StoreError:
         return STORE_DOWN
     except Exception:

@@ -6,7 +6,6 @@ clients) and ``uemb:rebuild:{p}`` (there while somebody asks for a rebuild). No 
 """
 
 import json
-import logging
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -23,24 +22,22 @@ from stream.errors import ConfigError, StoreError, StoreLost
 from stream.keys import APP_KEY, CURRENT_KEY, META_KEY, epoch_key, rebuild_key, watermark_key
 from stream.kv.base import Meta, fenced
 from stream.kv.meta import decode_meta, encode_meta, serving_fields
-from stream.kv.redis_client import IN_CLUSTER, READ_ONLY, REPAIR, connection_arguments, translated
+from stream.kv.redis_client import IN_CLUSTER, READ_ONLY, REPAIR, connection_arguments, translated, warn_of_eviction
 from stream.kv.redis_scripts import FENCED, LOST, PUT, REMOVE, REMOVE_IF, REPLACE_META, Script
 from stream.kv.urls import RedisAddress
 from stream.records import PREFIX_BYTES, CorruptRecord, kv_entry
-
-log = logging.getLogger(__name__)
 
 #: Entries that one script call writes. The server does nothing else meanwhile, for about 3 ms; Lua's stack has room for
 #: some thousands.
 CHUNK: Final = 1000
 #: A heartbeat is written every second, by the worker's clock; the server's may differ by some seconds.
 OWNED_S: Final = 5.0
-_EPOCH_BYTES: Final = 8
+EPOCH_BYTES: Final = 8
 _META_ATTEMPTS: Final = 1000
 
 
 @dataclass(slots=True)
-class _Held:
+class Held:
     """A partition that is open here: what this writer knows to be stored, empty where it has written none."""
 
     claim: bytes = b""
@@ -70,7 +67,7 @@ class RedisKV:
         self._arguments = connection_arguments(address, timeout_s)
         self._open: Any = None
         self._checked = False
-        self._partitions: dict[int, _Held] = {}
+        self._partitions: dict[int, Held] = {}
 
     async def update_meta(self, change: Callable[[Meta], Meta]) -> Meta:
         """Read, change and replace the shared record as one step; an exception of `change` leaves it as it was.
@@ -84,22 +81,19 @@ class RedisKV:
         """
         await self._check_server()
         for _ in range(_META_ATTEMPTS):
-            with translated(self._address):
-                stored = await self._client.get(META_KEY)
+            stored = await self._command("GET", META_KEY)
             before = Meta() if stored is None else decode_meta(stored, f"{META_KEY} of {self._address}", REPAIR)
             after = change(before)
             if stored is not None and after == before:
                 return after
-            shown, gone = _shown(after), _shown(before)
-            keys = [META_KEY, *shown, *(key for key in gone if key not in shown)]
-            if await self._run(REPLACE_META, keys, [stored or b"", encode_meta(after), len(shown), *shown.values()]):
+            if await self._replace_meta(stored or b"", before, after):
                 return after
         msg = f"{META_KEY} of {self._address} is changed by others again and again; check what else uses the store"
         raise StoreError(msg)
 
     async def open_partition(self, partition: int) -> None:
         """Take the partition for writing; harmless when it is open. Nobody is locked out: a claim's epoch fences."""
-        self._partitions.setdefault(partition, _Held())
+        self._partitions.setdefault(partition, Held())
 
     async def close_partition(self, partition: int) -> None:
         """Give the partition up; harmless when it is not open."""
@@ -128,9 +122,7 @@ class RedisKV:
             ValueError: an entry is shorter than its prefix; nothing was written.
         """
         held = self._held(partition)
-        if any(len(entry) < PREFIX_BYTES for entry in entries.values()):
-            msg = f"a key-value entry needs a prefix of {PREFIX_BYTES} bytes"
-            raise ValueError(msg)
+        check_prefixes(entries)
         claim_key = epoch_key(partition).encode()
         items = sorted(entries.items(), key=lambda item: item[0] != claim_key)  # stable: the claim, then the rest
         refused = 0
@@ -142,17 +134,15 @@ class RedisKV:
         """Remove keys, but for entries of a higher epoch than `epoch`."""
         self._held(partition)
         for start in range(0, len(keys), CHUNK):
-            await self._run(REMOVE, keys[start : start + CHUNK], [epoch.to_bytes(_EPOCH_BYTES, "big")])
+            await self._run(REMOVE, keys[start : start + CHUNK], [epoch.to_bytes(EPOCH_BYTES, "big")])
 
     async def ask_rebuild(self, partition: int) -> None:
         """Ask the partition's owner, present or next, to write it anew from the histories."""
-        with translated(self._address):
-            await self._client.set(rebuild_key(partition), uuid.uuid4().bytes)
+        await self._command("SET", rebuild_key(partition), uuid.uuid4().bytes)
 
     async def rebuild_request(self, partition: int) -> bytes | None:
         """Mark of the newest request, None without one."""
-        with translated(self._address):
-            stored: bytes | None = await self._client.get(rebuild_key(partition))
+        stored: bytes | None = await self._command("GET", rebuild_key(partition))
         return stored
 
     async def rebuild_done(self, partition: int, request: bytes) -> None:
@@ -165,11 +155,7 @@ class RedisKV:
         The heartbeat is the worker's clock, "now" the server's; each may be off by up to 4 s. Beyond that, and for the
         first 5 s after a worker has ended, the answer is wrong, which costs its callers time and nothing else.
         """
-        with translated(self._address):
-            pipeline = self._client.pipeline(transaction=False)
-            pipeline.time()
-            pipeline.get(watermark_key(partition))
-            (seconds, micros), watermark = await pipeline.execute()
+        (seconds, micros), watermark = await self._time_and_get(watermark_key(partition))
         heartbeat_ms = None if watermark is None else _heartbeat_ms(watermark)
         return heartbeat_ms is not None and abs(seconds + micros / 1e6 - heartbeat_ms / 1e3) < OWNED_S
 
@@ -187,17 +173,17 @@ class RedisKV:
             self._open = Redis(**self._arguments, retry=Retry(NoBackoff(), 1, (Dropped,)))
         return self._open
 
-    def _held(self, partition: int) -> _Held:
+    def _held(self, partition: int) -> Held:
         held = self._partitions.get(partition)
         if held is None:
             msg = f"partition {partition} of the store at {self._address} is not open for writing"
             raise StoreError(msg)
         return held
 
-    async def _put_chunk(self, partition: int, held: _Held, chunk: Mapping[bytes, bytes]) -> int:
+    async def _put_chunk(self, partition: int, held: Held, chunk: Mapping[bytes, bytes]) -> int:
         claim_key, mark_key = epoch_key(partition).encode(), watermark_key(partition).encode()
         claim, watermark = chunk.get(claim_key), chunk.get(mark_key)
-        lowest = min(chunk.values())[:_EPOCH_BYTES]
+        lowest = min(chunk.values())[:EPOCH_BYTES]
         known = [held.claim, held.watermark] if claim is None else [b"", b""]
         answer = await self._run(PUT, [claim_key, mark_key, *chunk], [lowest, *known, *chunk.values()])
         if answer[0] == FENCED:
@@ -209,7 +195,7 @@ class RedisKV:
             )
             raise StoreLost(msg)
         if claim is not None:
-            held.claim, held.watermark = claim[:_EPOCH_BYTES], b""
+            held.claim, held.watermark = claim[:EPOCH_BYTES], b""
         if watermark is not None:
             held.watermark = max(held.watermark, watermark[:PREFIX_BYTES])
         return int(answer[1])
@@ -226,6 +212,26 @@ class RedisKV:
                 await self._client.connection_pool.disconnect(inuse_connections=False)
                 raise
 
+    async def _command(self, name: str, key: str, *args: bytes) -> Any:
+        """Run a command on one key."""
+        with translated(self._address):
+            return await self._client.execute_command(name, key, *args)
+
+    async def _time_and_get(self, key: str) -> tuple[tuple[int, int], bytes | None]:
+        """The server's clock, in seconds and microseconds, and what it has under a key."""
+        with translated(self._address):
+            pipeline = self._client.pipeline(transaction=False)
+            pipeline.time()
+            pipeline.get(key)
+            now, stored = await pipeline.execute()
+        return now, stored
+
+    async def _replace_meta(self, stored: bytes, before: Meta, after: Meta) -> bool:
+        """Put a shared record in the place of the one that was read, unless that is no longer there."""
+        shown, gone = shown_keys(after), shown_keys(before)
+        keys = [META_KEY, *shown, *(key for key in gone if key not in shown)]
+        return bool(await self._run(REPLACE_META, keys, [stored, encode_meta(after), len(shown), *shown.values()]))
+
     async def _check_server(self) -> None:
         if self._checked:
             return
@@ -240,23 +246,18 @@ class RedisKV:
         if info.get("redis_mode") == "cluster":
             msg = f"the store at {self._address} {IN_CLUSTER}"
             raise ConfigError(msg)
-        policy = info.get("maxmemory_policy")
-        if policy is None:
-            log.info(
-                "the store at %s doesn't tell its maxmemory-policy; make sure that it is noeviction", self._address
-            )
-        elif policy != "noeviction":
-            log.warning(
-                "the store at %s has maxmemory-policy %s and may drop vectors and claims when memory (maxmemory %s) is "
-                "short; set maxmemory-policy noeviction",
-                self._address,
-                policy,
-                info.get("maxmemory_human", "unknown"),
-            )
+        warn_of_eviction(info, f"the store at {self._address}")
         self._checked = True
 
 
-def _shown(meta: Meta) -> dict[str, str | bytes]:
+def check_prefixes(entries: Mapping[bytes, bytes]) -> None:
+    """Raise ``ValueError`` for a batch with an entry that is shorter than its prefix."""
+    if any(len(entry) < PREFIX_BYTES for entry in entries.values()):
+        msg = f"a key-value entry needs a prefix of {PREFIX_BYTES} bytes"
+        raise ValueError(msg)
+
+
+def shown_keys(meta: Meta) -> dict[str, str | bytes]:
     """The public keys that the shared record is written through to, with their values."""
     shown: dict[str, str | bytes] = {**meta.fallbacks, **meta.encoders}
     if meta.app is not None:

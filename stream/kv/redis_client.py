@@ -1,6 +1,7 @@
 """What the Redis writer and reader share: how to connect, and every error of the client as one of ours."""
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -9,6 +10,8 @@ from redis import exceptions
 from stream.errors import ConfigError, StateError, StoreError
 from stream.kv.urls import RedisAddress
 
+log = logging.getLogger(__name__)
+
 #: What to do about a damaged shared record.
 REPAIR: Final = "stop the workers, remove the keys uemb:* and start them again, they rebuild the store"
 CONNECT_TIMEOUT_S: Final = 1.0
@@ -16,7 +19,10 @@ CONNECT_TIMEOUT_S: Final = 1.0
 READ_ONLY: Final = "is a read-only replica: name its primary in UEMB_KV_URL"
 #: Access list of a user that may do all that workers and readers do.
 GRANTS: Final = "+@read +@write +@connection +eval +evalsha +info +time ~uemb:*"
-IN_CLUSTER: Final = "is part of a cluster, which this release can't use; name a server of its own"
+#: What the user of a cluster may do beside that.
+CLUSTER_GRANTS: Final = f"{GRANTS} +cluster|slots +ping"
+IN_CLUSTER: Final = "is part of a cluster: write redis+cluster://host:port in UEMB_KV_URL"
+NO_CLUSTER: Final = "is not part of a cluster: write redis://host:port/db in UEMB_KV_URL"
 
 #: What a server means by the first word of an error that passes by itself, or once somebody has acted.
 _AWAY: Final = {
@@ -27,6 +33,10 @@ _AWAY: Final = {
     "MASTERDOWN": "is a replica that has lost its primary",
     "MISCONF": "takes no writes because it can't save them to disk: see its log",
     "NOREPLICAS": "takes no writes while too few replicas follow it",
+    "CLUSTERDOWN": "has slots that no server serves: see CLUSTER INFO",
+    "MOVED": "is moving slots faster than they can be followed",
+    "ASK": "is moving slots faster than they can be followed",
+    "TRYAGAIN": "is moving slots faster than they can be followed",
 }
 _CLUSTER: Final = ("MOVED", "ASK", "CROSSSLOT", "CLUSTERDOWN")
 _LOGIN: Final = ("WRONGPASS", "NOAUTH")
@@ -62,6 +72,21 @@ def connection_arguments(address: RedisAddress, timeout_s: float) -> dict[str, A
     return arguments
 
 
+def warn_of_eviction(info: Mapping[str, Any], where: str) -> None:
+    """Warn of a server that may drop keys when memory is short; `info` is what it tells of itself."""
+    policy = info.get("maxmemory_policy")
+    if policy is None:
+        log.info("%s doesn't tell its maxmemory-policy; make sure that it is noeviction", where)
+    elif policy != "noeviction":
+        log.warning(
+            "%s has maxmemory-policy %s and may drop vectors and claims when memory (maxmemory %s) is short; set "
+            "maxmemory-policy noeviction",
+            where,
+            policy,
+            info.get("maxmemory_human", "unknown"),
+        )
+
+
 @contextmanager
 def translated(address: RedisAddress) -> Iterator[None]:
     """Turn what the client raises into our errors, without login and payload."""
@@ -86,8 +111,10 @@ def _ours(exc: exceptions.RedisError, address: RedisAddress) -> ConfigError | St
     ):
         return ConfigError(f"{where} refused the login; check user and password in UEMB_KV_URL")
     if "NOPERM" in words:
-        return ConfigError(f"{where} lets its user do too little; grant {GRANTS}")
-    if words.intersection(_CLUSTER):
+        return ConfigError(f"{where} lets its user do too little; grant {CLUSTER_GRANTS if address.seeds else GRANTS}")
+    if "cluster support disabled" in text:
+        return ConfigError(f"{where} {NO_CLUSTER}")
+    if not address.seeds and words.intersection(_CLUSTER):
         return ConfigError(f"{where} {IN_CLUSTER}")
     if "DB index is out of range" in text:
         return ConfigError(f"{where} has no database {address.db}; correct the number in UEMB_KV_URL")

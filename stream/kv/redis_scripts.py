@@ -61,6 +61,24 @@ if #writes > 0 then redis.call('MSET', unpack(writes)) end
 return {0, refused}
 """)
 
+#: KEYS: an entry's key; ARGV: the entry.
+#: Returns 0 when it was written, 1 when it was refused, the stored epoch (8 bytes) when that is higher.
+PUT_ONE: Final = _script("""\
+local old = redis.call('GETRANGE', KEYS[1], 0, 15)
+if #old == 16 then
+  for at = 1, 16 do
+    local x, y = string.byte(ARGV[1], at), string.byte(old, at)
+    if x > y then break end
+    if x < y then
+      if at <= 8 then return string.sub(old, 1, 8) end
+      return 1
+    end
+  end
+end
+redis.call('SET', KEYS[1], ARGV[1])
+return 0
+""")
+
 #: KEYS: the shared record, keys to set beside it, keys to remove.
 #: ARGV: the record as it was read (empty: none), the new one, how many keys are to be set, their values.
 #: Returns 1 when the new record stands; it may have done so before, if the answer to an earlier call was lost.

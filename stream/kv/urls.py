@@ -1,6 +1,6 @@
 """Key-value store URLs: where a store is, and opening it for writing or reading."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, NamedTuple
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
@@ -11,7 +11,8 @@ from stream.kv.base import KVReader, KVWriter
 REDIS_PORT: Final = 6379
 CA_PARAMETER: Final = "ssl_ca_certs"
 
-_USE: Final = "use rocksdb:///path or redis://host:port/db"
+_USE: Final = "use rocksdb:///path, redis://host:port/db or redis+cluster://host:port"
+_CLUSTER: Final = "+cluster"
 _MASK: Final = "**********"
 
 
@@ -34,6 +35,8 @@ class RedisAddress:
         username: None for the server's default user.
         password: None for a server without one; never shown.
         ca_file: CA certificates (PEM) to check the server against, None for the system's.
+        seeds: name and port of some servers of a cluster, which tell the others; empty for a server of its own. Host
+            and port above are then those of the first.
     """
 
     tls: bool
@@ -43,11 +46,14 @@ class RedisAddress:
     username: str | None = None
     password: str | None = field(default=None, repr=False)
     ca_file: Path | None = None
+    seeds: tuple[tuple[str, int], ...] = ()
 
     def __str__(self) -> str:
         """The URL without login, for errors and logs."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{'rediss' if self.tls else 'redis'}://{host}:{self.port}/{self.db}"
+        scheme = "rediss" if self.tls else "redis"
+        if self.seeds:
+            return f"{scheme}{_CLUSTER}://{','.join(_shown(host, port) for host, port in self.seeds)}"
+        return f"{scheme}://{_shown(self.host, self.port)}/{self.db}"
 
 
 KVAddress = RocksAddress | RedisAddress
@@ -68,6 +74,8 @@ def parse_kv_url(url: str) -> KVAddress:
         return _rocksdb(parts)
     if parts.scheme in ("redis", "rediss"):
         return _redis(parts)
+    if parts.scheme in (f"redis{_CLUSTER}", f"rediss{_CLUSTER}"):
+        return _cluster(parts)
     msg = f"KV url scheme {parts.scheme!r} is not supported by this release; {_USE}"
     raise ConfigError(msg)
 
@@ -93,6 +101,10 @@ def open_writer(url: str, *, lock_patience_s: float = 10.0) -> KVWriter:
     """
     address = parse_kv_url(url)
     # Imported here: a store's library loads when it is used.
+    if isinstance(address, RedisAddress) and address.seeds:
+        from stream.kv.redis_cluster import ClusterKV
+
+        return ClusterKV(address)
     if isinstance(address, RedisAddress):
         from stream.kv.redis import RedisKV
 
@@ -111,6 +123,10 @@ def open_reader(url: str) -> KVReader:
     """
     address = parse_kv_url(url)
     # Imported here: a store's library loads when it is used.
+    if isinstance(address, RedisAddress) and address.seeds:
+        from stream.kv.redis_cluster_reader import ClusterReader
+
+        return ClusterReader(address)
     if isinstance(address, RedisAddress):
         from stream.kv.redis_reader import RedisReader
 
@@ -158,6 +174,21 @@ def _redis(parts: SplitResult) -> RedisAddress:
         unquote(parts.password) if parts.password else None,
         _ca_file(parts.query, tls),
     )
+
+
+def _cluster(parts: SplitResult) -> RedisAddress:
+    """Each of the servers as in the URL of a single one; the login, and TLS, are the same for all."""
+    if parts.path not in ("", "/", "/0"):
+        msg = f"a cluster has no numbered databases: {parts.scheme}://[user:password@]host[:port][,host[:port]…]"
+        raise ConfigError(msg)
+    login, at, hosts = parts.netloc.rpartition("@")
+    scheme = parts.scheme.removesuffix(_CLUSTER)
+    found = [_redis(parts._replace(scheme=scheme, netloc=f"{login}{at}{host}", path="")) for host in hosts.split(",")]
+    return replace(found[0], seeds=tuple((address.host, address.port) for address in found))
+
+
+def _shown(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _ca_file(query: str, tls: bool) -> Path | None:

@@ -21,15 +21,23 @@ from stream.records import kv_entry, kv_prefix
 
 @dataclass
 class Store:
-    """One empty store, and as many holds on it as a test wants."""
+    """One empty store, and as many holds on it as a test wants.
+
+    Attributes:
+        whole: whether nothing of a batch is written when an entry of a higher epoch stands against one of it. A cluster
+            writes the others: no two of its keys can be seen in one step.
+    """
 
     writer: Callable[[], KVWriter]
     reader: Callable[[], KVReader]
+    whole: bool
 
 
-@pytest.fixture(params=["rocksdb", pytest.param("redis", marks=pytest.mark.redis)])
+@pytest.fixture(
+    params=["rocksdb", *(pytest.param(name, marks=pytest.mark.redis) for name in ("redis", "cluster"))],
+)
 async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Store]:
-    url = f"rocksdb://{tmp_path}/kv" if request.param == "rocksdb" else request.getfixturevalue("redis").url
+    url = f"rocksdb://{tmp_path}/kv" if request.param == "rocksdb" else request.getfixturevalue(request.param).url
     writers: list[KVWriter] = []
     readers: list[KVReader] = []
 
@@ -41,7 +49,7 @@ async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
         readers.append(open_reader(url))
         return readers[-1]
 
-    yield Store(writer, reader)
+    yield Store(writer, reader, request.param != "cluster")
     for each in readers:
         each.close()
     for kv in writers:
@@ -100,7 +108,15 @@ class TestContract:
         await kv.put(0, {b"b": entry(8, 1)})
         with pytest.raises(Fenced, match="epoch 8, ours is 7"):
             await kv.put(0, {b"a": entry(7, 1), b"b": entry(7, 99), b"c": entry(7, 1)})
-        assert await kv.get(0, [b"a", b"b", b"c"]) == [None, entry(8, 1), None]
+        others = [None, None] if store.whole else [entry(7, 1)] * 2
+        assert await kv.get(0, [b"a", b"c", b"b"]) == [*others, entry(8, 1)]
+
+    async def test_a_newer_claim_fences_the_whole_batch(self, store: Store) -> None:
+        kv = await opened(store, 0)
+        await kv.put(0, {epoch_key(0).encode(): kv_prefix(8, 0)})
+        with pytest.raises(Fenced, match="epoch 8, ours is 7"):
+            await kv.put(0, {b"a": entry(7, 1), b"b": entry(8, 99), watermark_key(0).encode(): entry(7, 1)})
+        assert await kv.get(0, [b"a", b"b", watermark_key(0).encode()]) == [None, None, None]
 
     async def test_a_deletion_is_kept_and_stands_against_older_writes(self, store: Store) -> None:
         kv = await opened(store, 0)
@@ -239,12 +255,13 @@ class TestContract:
                 for key in chance.sample(range(8), chance.randrange(1, 5))
             }
             entries = {key: entry(*order, b"%d" % number) for key, order in batch.items()}
+            accepted = {key: order for key, order in batch.items() if order >= model.get(key, (0, 0))}
             if any(key in model and model[key][0] > epoch for key, (epoch, _) in batch.items()):
                 with pytest.raises(Fenced):
                     await kv.put(0, entries)
                 outcomes["fenced"] += 1
+                model.update({} if store.whole else accepted)
             else:
-                accepted = {key: order for key, order in batch.items() if order >= model.get(key, (0, 0))}
                 assert await kv.put(0, entries) == len(batch) - len(accepted)
                 outcomes["refused"] += len(batch) - len(accepted)
                 model.update(accepted)

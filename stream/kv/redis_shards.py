@@ -1,0 +1,82 @@
+"""Whether part of a cluster lost what it held: sentinel keys in all slots, and who served them.
+
+A server that comes back empty, or set back to an older copy, lacks its sentinels. One that lacks only the last writes
+has them all: replication is asynchronous, so a replica that takes over may lack acknowledged writes, and so may a
+server that starts again from its own disk. Neither can be told from one that lacks nothing, so both count as a loss:
+rebuilding a partition costs its users' writes once more, beside the events, and nothing else. Slots that are moved take
+their keys along, and are none.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from stream.records import CorruptRecord, kv_entry
+
+
+class Server(NamedTuple):
+    """One run of a server that has slots.
+
+    Attributes:
+        node: its name in the cluster, the same for all runs.
+        run: of this run.
+        history: name of the data's history, which a replica has from its primary.
+        before: the history that it continues since it took over as a primary, zeros without one.
+    """
+
+    node: str
+    run: str
+    history: str
+    before: str
+
+    @classmethod
+    def of(cls, node: str, info: Mapping[str, Any]) -> "Server":
+        """From what the server tells of itself, its sections ``server`` and ``replication``."""
+        names = ("run_id", "master_replid", "master_replid2")
+        return cls(node, *(str(info.get(name, "")) for name in names))
+
+    def sentinel(self) -> bytes:
+        """Body of a sentinel that it holds."""
+        return json.dumps({"node": self.node, "run": self.run, "history": self.history}).encode()
+
+
+@dataclass(slots=True)
+class Known:
+    """The servers that hold what a partition's owner has written.
+
+    Attributes:
+        runs: newest run of each, by its node.
+        histories: those of all of them, present and past.
+    """
+
+    runs: dict[str, str] = field(default_factory=dict)
+    histories: set[str] = field(default_factory=set)
+
+    @classmethod
+    def by(cls, sentinels: Iterable[bytes]) -> "Known":
+        """Those that wrote sentinels, entries as stored; damaged ones tell nothing."""
+        known = cls()
+        for entry in sentinels:
+            try:
+                body = json.loads(kv_entry(entry)[2])
+                known.runs[str(body["node"])] = str(body["run"])
+                known.histories.add(str(body["history"]))
+            except (CorruptRecord, ValueError, KeyError, TypeError):
+                continue
+        return known
+
+    def adopt(self, present: Iterable[Server]) -> bool:
+        """Take over who has slots at present; return whether one of them may lack what was written.
+
+        That is one that was started anew, or took over from another. One that was not known before and took over from
+        nobody has got its slots with their keys.
+        """
+        servers = list(present)
+        lossy = any(
+            self.runs[server.node] != server.run if server.node in self.runs else server.before in self.histories
+            for server in servers
+        )
+        self.runs = {server.node: server.run for server in servers}
+        self.histories |= {server.history for server in servers}
+        return lossy

@@ -1,0 +1,142 @@
+"""A real Redis cluster for tests: some primaries, replicas if asked for, all on free ports of this machine."""
+
+import subprocess
+import time
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any, Final, Self
+
+from kafka_broker import free_ports
+from redis_server import START_TIMEOUT_S, RedisServer
+
+SLOTS: Final = 16_384
+NODE_TIMEOUT_MS: Final = 1500
+
+
+class RedisCluster:
+    """Running servers, the first `primaries` of which share the slots evenly; each may be killed and started again.
+
+    Attributes:
+        servers: all of them, primaries first; a replica follows the primary at its place modulo their number.
+    """
+
+    def __init__(self, primaries: int = 3, replicas: int = 0, **settings: str) -> None:
+        self._running = ExitStack()
+        self.servers: list[RedisServer] = []
+        self._bus: dict[int, str] = {}
+        try:
+            for number in range(primaries + replicas):
+                self.add(**settings)
+                if number < primaries:
+                    first, end = number * SLOTS // primaries, (number + 1) * SLOTS // primaries
+                    self.call(number, "CLUSTER ADDSLOTSRANGE", first, end - 1)
+                    self.call(number, "CLUSTER SET-CONFIG-EPOCH", number + 1)
+            self.meet(*range(1, len(self.servers)))
+            for number in range(primaries, len(self.servers)):
+                self.call(number, "CLUSTER REPLICATE", self.node(number % primaries))
+            self.until_ok()
+            for number in range(primaries, len(self.servers)):
+                self._until(lambda n=number: self._link(n) == "up", "the replicas are in step")  # type: ignore[misc]
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def url(self) -> str:
+        """Where a store is on it."""
+        return "redis+cluster://" + ",".join(f"127.0.0.1:{server.port}" for server in self.servers)
+
+    def add(self, **settings: str) -> int:
+        """Start another server, which knows nobody yet; return its number."""
+        (bus,) = free_ports(1)
+        server = RedisServer(
+            cluster_enabled="yes",
+            cluster_port=str(bus),
+            cluster_node_timeout=str(NODE_TIMEOUT_MS),
+            cluster_require_full_coverage="no",
+            **settings,
+        )
+        self.servers.append(self._running.enter_context(server))
+        self._bus[server.port] = str(bus)
+        return len(self.servers) - 1
+
+    def meet(self, *numbers: int) -> None:
+        """Make servers known to the first one, and wait until all know each other."""
+        for number in numbers:
+            port = self.servers[number].port
+            self.call(0, "CLUSTER MEET", "127.0.0.1", port, self._bus[port])
+        everyone = len(self.servers)
+        for number in range(everyone):
+            self._until(
+                lambda n=number: self._known_to(n) == everyone,  # type: ignore[misc]
+                "all servers know each other",
+            )
+
+    def call(self, number: int, *command: str | int) -> Any:
+        """Run a command on one server."""
+        with self.servers[number].client() as client:
+            return client.execute_command(*command)
+
+    def node(self, number: int) -> str:
+        """A server's name in the cluster."""
+        return str(self.call(number, "CLUSTER MYID").decode())
+
+    def everything(self) -> dict[bytes, bytes]:
+        """All keys and values, of the primaries that answer."""
+        found: dict[bytes, bytes] = {}
+        for server in self.servers:
+            with server.client() as client:
+                if client.info("replication")["role"] == "master" and (keys := client.keys("*")):
+                    values = client.pipeline(transaction=False)
+                    for key in keys:
+                        values.get(key)
+                    found |= zip(keys, values.execute(raise_on_error=False), strict=True)
+        return found
+
+    def empty(self) -> None:
+        """Remove all keys."""
+        for number in range(len(self.servers)):
+            self.call(number, "FLUSHALL")
+
+    def until_ok(self) -> None:
+        """Wait until every server that runs sees all slots served."""
+        for number in range(len(self.servers)):
+            self._until(lambda n=number: self._all_served(n), "all slots are served")  # type: ignore[misc]
+
+    def reshard(self, source: int, target: int, slots: int) -> None:
+        """Move slots with their keys from one primary to another, as an operator does."""
+        command = ["redis-cli", "--cluster", "reshard", f"127.0.0.1:{self.servers[0].port}", "--cluster-yes"]
+        command += ["--cluster-from", self.node(source), "--cluster-to", self.node(target)]
+        ended = subprocess.run(
+            [*command, "--cluster-slots", str(slots)], capture_output=True, text=True, timeout=120, check=False
+        )
+        assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-2000:]
+
+    def close(self) -> None:
+        """Kill all servers and remove their data; any number of times."""
+        self._running.close()
+
+    def _all_served(self, number: int) -> bool:
+        info = self.call(number, "CLUSTER INFO")
+        return bool(info["cluster_state"] == "ok" and int(info["cluster_slots_ok"]) == SLOTS)
+
+    def _known_to(self, number: int) -> int:
+        nodes = self.call(number, "CLUSTER NODES").values()
+        return sum("handshake" not in node["flags"] for node in nodes)
+
+    def _link(self, number: int) -> str:
+        with self.servers[number].client() as client:
+            return str(client.info("replication").get("master_link_status"))
+
+    @staticmethod
+    def _until(condition: Any, what: str) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not condition():
+            assert time.monotonic() < deadline, f"not within {START_TIMEOUT_S} s: {what}"
+            time.sleep(0.02)
