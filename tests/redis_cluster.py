@@ -34,7 +34,6 @@ class RedisCluster:
             self.meet(*range(1, len(self.servers)))
             for number in range(primaries, len(self.servers)):
                 self.call(number, "CLUSTER REPLICATE", self.node(number % primaries))
-            self.until_ok()
             for number in range(primaries, len(self.servers)):
                 self._until(lambda n=number: self._link(n) == "up", "the replicas are in step")  # type: ignore[misc]
         except BaseException:
@@ -77,6 +76,7 @@ class RedisCluster:
                 lambda n=number: self._known_to(n) == everyone,  # type: ignore[misc]
                 "all servers know each other",
             )
+        self.until_ok()
 
     def call(self, number: int, *command: str | int) -> Any:
         """Run a command on one server."""

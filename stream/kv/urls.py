@@ -11,7 +11,7 @@ from stream.kv.base import KVReader, KVWriter
 REDIS_PORT: Final = 6379
 CA_PARAMETER: Final = "ssl_ca_certs"
 
-_USE: Final = "use rocksdb:///path, redis://host:port/db or redis+cluster://host:port"
+_USE: Final = "use rocksdb:///path or redis://host:port/db, for a cluster redis+cluster://host:port"
 _CLUSTER: Final = "+cluster"
 _MASK: Final = "**********"
 

@@ -111,13 +111,6 @@ class TestContract:
         others = [None, None] if store.whole else [entry(7, 1)] * 2
         assert await kv.get(0, [b"a", b"c", b"b"]) == [*others, entry(8, 1)]
 
-    async def test_a_newer_claim_fences_the_whole_batch(self, store: Store) -> None:
-        kv = await opened(store, 0)
-        await kv.put(0, {epoch_key(0).encode(): kv_prefix(8, 0)})
-        with pytest.raises(Fenced, match="epoch 8, ours is 7"):
-            await kv.put(0, {b"a": entry(7, 1), b"b": entry(8, 99), watermark_key(0).encode(): entry(7, 1)})
-        assert await kv.get(0, [b"a", b"b", watermark_key(0).encode()]) == [None, None, None]
-
     async def test_a_deletion_is_kept_and_stands_against_older_writes(self, store: Store) -> None:
         kv = await opened(store, 0)
         await kv.put(0, {b"k": entry(1, 1)})

@@ -32,6 +32,11 @@ def test_absolute_paths(url: str, path: str) -> None:
         ("redis://:pass@host/2", RedisAddress(False, "host", 6379, 2, None, "pass")),
         ("redis://ali:p%40ss%2F%3A%23@host:1", RedisAddress(False, "host", 1, 0, "ali", "p@ss/:#")),
         ("redis://[::1]:7000/1", RedisAddress(False, "::1", 7000, 1)),
+        (
+            "redis+cluster://ali:p%40s@a:7000,b,[::1]:7002",
+            RedisAddress(False, "a", 7000, 0, "ali", "p@s", seeds=(("a", 7000), ("b", 6379), ("::1", 7002))),
+        ),
+        ("rediss+cluster://a/", RedisAddress(True, "a", seeds=(("a", 6379),))),
         ("rediss://h/0?ssl_ca_certs=/etc/a%20b.pem", RedisAddress(True, "h", 6379, 0, ca_file=Path("/etc/a b.pem"))),
     ],
 )
@@ -44,6 +49,13 @@ def test_an_address_shows_no_password() -> None:
     assert str(address) == "rediss://host:7000/3"
     assert str(RedisAddress(False, "::1")) == "redis://[::1]:6379/0"
     assert "secret" not in repr(address)
+    assert str(parse_kv_url("rediss+cluster://:secret@a,[::1]:7")) == "rediss+cluster://a:6379,[::1]:7"
+
+
+@pytest.mark.parametrize("url", ["redis+cluster://a,b/1", "redis+cluster://a,", "redis+cluster://a:0,b"])
+def test_a_cluster_without_a_host_or_with_a_database_is_refused(url: str) -> None:
+    with pytest.raises(ConfigError):
+        parse_kv_url(url)
 
 
 @pytest.mark.parametrize(
