@@ -1,4 +1,4 @@
-"""A cluster of which one server is away, comes back empty, fails over, or gives slots away: under load, on real Kafka."""
+"""A cluster under load, of which one server is away, comes back empty, fails over, or gives slots away."""
 
 import threading
 import time
@@ -50,12 +50,12 @@ class Prober:
                 self.reasons[answer.reason] += 1
                 if answer.reason in UNREAD:
                     continue
+                if answer.reason == "missing":
+                    self.gone[answer.user_id] += answer.user_id in last
+                    continue
                 order = (answer.epoch or 0, answer.revision or 0)
-                if answer.reason == "missing" and answer.user_id in last:
-                    self.gone[answer.user_id] += 1
-                elif order < last.get(answer.user_id, (0, 0)):
-                    self.back[answer.user_id] += 1
-                last[answer.user_id] = max(order, last.get(answer.user_id, (0, 0)))
+                self.back[answer.user_id] += order < last.get(answer.user_id, order)
+                last[answer.user_id] = order
 
 
 def away(cluster: RedisCluster) -> None:
@@ -78,7 +78,7 @@ def resharded(cluster: RedisCluster) -> None:
     cluster.reshard(0, 1, 800)
 
 
-@pytest.mark.parametrize("fault", [away, restarted_empty, failed_over, resharded])
+@pytest.mark.parametrize("fault", [away, restarted_empty, pytest.param(failed_over, marks=pytest.mark.slow), resharded])
 def test_a_cluster_with_a_fault(
     fault: Callable[[RedisCluster], None],
     films: Dataset,
@@ -94,23 +94,21 @@ def test_a_cluster_with_a_fault(
     with Prober(cluster, users) as prober:
         with feeding(pipeline, rows, RATE) as thread:
             pipeline.until(lambda: len(pipeline.read(pipeline.output)) > 1_000, "events flow")
-            fault(cluster)
             assert thread.is_alive(), "all events were sent before the fault"
+            fault(cluster)
         pipeline.until_committed(120)
         pipeline.until(lambda: all(pipeline.epochs()), "all partitions are whole")
     log = pipeline.log.read_text()
     assert "Traceback" not in log
     assert sum("claimed epoch" in line for line in log.splitlines()) == pipeline.partitions, "there was a rebalance"
     assert ("rebuilt" in log) == (fault in (restarted_empty, failed_over)), pipeline.tail()
-    if fault is not resharded:
+    if fault in (restarted_empty, failed_over):  # one that hangs for less than a write waits is only slow
         assert "nothing is committed meanwhile" in log, "the fault did not fire"
-        assert prober.reasons.keys() & UNREAD, "the reader did not notice"
-    else:
-        assert not prober.reasons.keys() & UNREAD
+    assert bool(prober.reasons.keys() & UNREAD) == (fault is not resharded), prober.reasons
     assert prober.calls > 20
     assert prober.reasons[""] > len(users)
     if fault in (away, resharded):
-        assert not prober.back
-        assert not prober.gone
+        assert not +prober.back
+        assert not +prober.gone
     pipeline.check(len(users))
     assert pipeline.stop() == 0
