@@ -35,7 +35,7 @@ class RedisCluster:
             for number in range(primaries, len(self.servers)):
                 self.call(number, "CLUSTER REPLICATE", self.node(number % primaries))
             for number in range(primaries, len(self.servers)):
-                self._until(lambda n=number: self._link(n) == "up", "the replicas are in step")  # type: ignore[misc]
+                self._until(lambda n=number: self._link(n) == "up", "the replicas are in step")
         except BaseException:
             self.close()
             raise
@@ -73,7 +73,7 @@ class RedisCluster:
         everyone = len(self.servers)
         for number in range(everyone):
             self._until(
-                lambda n=number: self._known_to(n) == everyone,  # type: ignore[misc]
+                lambda n=number: self._known_to(n) == everyone,
                 "all servers know each other",
             )
         self.until_ok()
@@ -107,7 +107,7 @@ class RedisCluster:
     def until_ok(self) -> None:
         """Wait until every server that runs sees all slots served."""
         for number in range(len(self.servers)):
-            self._until(lambda n=number: self._all_served(n), "all slots are served")  # type: ignore[misc]
+            self._until(lambda n=number: self._all_served(n), "all slots are served")
 
     def reshard(self, source: int, target: int, slots: int) -> None:
         """Move slots with their keys from one primary to another, as an operator does."""
