@@ -35,8 +35,8 @@ class HeldInCluster(Held):
 
     Attributes:
         judged: the claim under which this writer looked for losses from before it.
-        whole: whether all sentinels are written, or to be written, under the claim. While they are not, the next
-            watermark writes them, for it tells that the partition was rebuilt.
+        whole: whether the store holds all of the partition, as its sentinels then say (revision 1). While it may not,
+            they say that too (revision 0), until the next watermark: it tells that the partition was rebuilt.
         lost: whether the next write is refused with `StoreLost`.
         known: who held the partition's keys when all of them were there.
     """
@@ -71,7 +71,7 @@ class ClusterKV(RedisKV):
         self._gone: set[str] = set()
 
     async def update_meta(self, change: Callable[[Meta], Meta]) -> Meta:
-        """See `RedisKV`; the public keys follow the record one by one, and are repaired by each writer's first call."""
+        """See `RedisKV`; the public keys follow one by one; a first call, and one after a loss, writes all of them."""
         after = await super().update_meta(change)
         # Of writers that race, each writes what the record says after its own writes, so the last one is right.
         while (stored := await self._command("GET", META_KEY)) is not None and stored != self._shown_meta:
@@ -111,7 +111,7 @@ class ClusterKV(RedisKV):
             refused += await self._write(partition, rest[start : start + CHUNK])
         if watermark is not None:  # after the vectors that it tells of (law 10)
             if held.claim and not held.whole:
-                await self._write_sentinels(partition, held)
+                await self._write_sentinels(partition, held, whole=True)
             refused += await self._write(partition, [(mark_key, watermark)])
             held.watermark = max(held.watermark, watermark[:PREFIX_BYTES])
         return refused
@@ -137,8 +137,7 @@ class ClusterKV(RedisKV):
             held.whole = False
         held.claim, held.watermark = b"", b""
         refused = await self._write(partition, [(key.encode(), claim)])
-        if held.whole:
-            await self._write_sentinels(partition, held)
+        await self._write_sentinels(partition, held, whole=held.whole)
         held.claim = epoch
         return refused
 
@@ -150,7 +149,7 @@ class ClusterKV(RedisKV):
         there = [entry for entry in sentinels if entry is not None]
         held.known = Known.by(there)
         replaced = held.known.adopt(servers.values())
-        before = (stored or b"")[:EPOCH_BYTES]
+        before = _sentinel_prefix((stored or b"")[:EPOCH_BYTES], whole=True)
         held.whole = stored is not None and all(entry is not None and entry >= before for entry in sentinels)
         held.whole &= not replaced
         # With neither claim nor sentinels there was no owner before, or the watermark is gone with them, which tells.
@@ -168,20 +167,21 @@ class ClusterKV(RedisKV):
         if time.monotonic() - self._looked_at > _LOOK_S:
             await self._look()
         held.lost |= held.known.adopt(self._servers.values())
-        picked = _one_of_each(await self._slot_map()) if held.whole else []
+        picked = _one_of_each(await self._slot_map())
         calls = [
             Call("GETRANGE", claim_key, (0, EPOCH_BYTES - 1)),
             Call("GETRANGE", mark_key, (0, PREFIX_BYTES - 1)),
-            *(Call("GETRANGE", sentinel_key(tag, partition), (0, EPOCH_BYTES - 1)) for tag in picked),
+            *(Call("GETRANGE", sentinel_key(tag, partition), (0, PREFIX_BYTES - 1)) for tag in picked),
         ]
         claim, watermark, *sentinels = await self._all(calls)
         if len(claim) == EPOCH_BYTES and lowest < claim:
             raise fenced(partition, claim, lowest)
         held.lost |= claim < held.claim or watermark < held.watermark
-        held.lost |= any(sentinel < held.claim for sentinel in sentinels)
+        held.lost |= any(sentinel < _sentinel_prefix(held.claim, whole=held.whole) for sentinel in sentinels)
         if held.lost:
             held.lost = False  # said once: the claim that follows has the partition rebuilt
             held.whole = False
+            self._shown_meta = None  # the public keys may be gone with the rest
             msg = (
                 f"the store at {self._address} lost, or may have lost, what was written to partition {partition} (a "
                 "server of it was wiped, set back to an older copy, started anew, or failed over)"
@@ -195,17 +195,17 @@ class ClusterKV(RedisKV):
                 raise fenced(partition, answer, entry[:EPOCH_BYTES])
         return sum(answers)
 
-    async def _write_sentinels(self, partition: int, held: HeldInCluster) -> None:
+    async def _write_sentinels(self, partition: int, held: HeldInCluster, *, whole: bool) -> None:
         """Write all sentinels of a partition under its claim, each with who holds it."""
-        slot_map, epoch = await self._slot_map(), int.from_bytes(held.judged, "big")
+        slot_map, prefix = await self._slot_map(), _sentinel_prefix(held.judged, whole=whole)
         entries = []
         for slot, tag in sentinel_tags():
             owner = slot_map.primary(slot)
             server = self._servers.get(owner.node) if owner is not None else None
             body = b"" if server is None else server.sentinel()
-            entries.append((sentinel_key(tag, partition).encode(), kv_prefix(epoch, 0) + body))
+            entries.append((sentinel_key(tag, partition).encode(), prefix + body))
         await self._write(partition, entries)
-        held.whole = True
+        held.whole = whole
 
     async def _look(self) -> Mapping[str, Server]:
         """See who has slots at present."""
@@ -256,6 +256,11 @@ class ClusterKV(RedisKV):
         held = self._held(partition)
         assert isinstance(held, HeldInCluster)  # noqa: S101 - no other is made here
         return held
+
+
+def _sentinel_prefix(claim: bytes, *, whole: bool) -> bytes:
+    """Prefix of a sentinel; `claim` is an epoch in its 8 bytes, or empty."""
+    return kv_prefix(int.from_bytes(claim, "big"), int(whole))
 
 
 def _one_of_each(slot_map: SlotMap) -> list[str]:

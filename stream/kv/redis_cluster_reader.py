@@ -5,6 +5,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Sequence
+from concurrent.futures import CancelledError
 from contextlib import suppress
 from typing import Final
 
@@ -119,7 +120,7 @@ class ClusterReader:
             raise _closed(seen) from exc
         try:
             found: list[bytes | Exception | None] = asked.result()
-        except asyncio.CancelledError as exc:
+        except CancelledError as exc:  # closed while it was under way
             raise _closed(seen) from exc
         except ConfigError as exc:  # a password that was changed meanwhile: a store that is down, to our callers
             raise StoreError(str(exc)) from exc

@@ -113,6 +113,19 @@ class TestWriting:
         await kv.update_meta(lambda meta: meta)
         assert cluster.everything()[b"uemb:app"] == b"app"
 
+    async def test_public_keys_that_were_lost_come_back_with_the_next_claim(
+        self, cluster: RedisCluster, make_kv: Callable[..., ClusterKV]
+    ) -> None:
+        kv = await claimed(make_kv(cluster), 5)
+        for number in range(3):  # as an operator would, by mistake; one of them has the shared record, another the key
+            cluster.call(number, "FLUSHALL")
+            with pytest.raises(StoreLost):
+                await put(kv, 5, 2)
+            await kv.update_meta(lambda _: Meta("app", 1))
+            await kv.put(0, {CLAIM: kv_prefix(5, 0)})
+            await put(kv, 5, 2)
+            assert cluster.everything()[b"uemb:app"] == b"app"
+
     async def test_a_server_of_its_own_is_refused(self, redis: RedisServer) -> None:
         kv = ClusterKV(replace(parse_kv_url(redis.url), seeds=(("127.0.0.1", redis.port),)))  # type: ignore[arg-type]
         with pytest.raises(ConfigError, match="not part of a cluster: write redis://"):
@@ -142,6 +155,21 @@ class TestLosses:
             await kv.put(0, {key: entry(5, 2) for key in KEYS})
             await put(kv, 5, 2)
             await put(kv, 5, 2)
+
+    @pytest.mark.parametrize("number", range(3))
+    async def test_a_loss_while_the_partition_is_rebuilt_is_noticed_too(
+        self, cluster: RedisCluster, make_kv: Callable[..., ClusterKV], number: int
+    ) -> None:
+        kv = await claimed(make_kv(cluster), 5)
+        for lost in ((number + 1) % 3, number):
+            cluster.call(lost, "FLUSHALL")
+            with pytest.raises(StoreLost):
+                await kv.put(0, {key: entry(5, 2) for key in KEYS[150:]})
+            await kv.put(0, {CLAIM: kv_prefix(5, 0)})
+            await kv.put(0, {key: entry(5, 2) for key in KEYS[:150]})
+        await put(kv, 5, 2)
+        await kv.close()
+        await claimed(make_kv(cluster), 6)
 
     @pytest.mark.parametrize("number", range(3))
     async def test_a_loss_while_no_worker_ran_is_noticed_at_the_next_claim(
@@ -241,3 +269,17 @@ class TestReading:
 
         eventually(well)
         reader.close()
+
+    async def test_a_lookup_that_is_under_way_when_the_reader_closes_is_told_so(
+        self, make_cluster: Callable[..., RedisCluster], make_kv: Callable[..., ClusterKV]
+    ) -> None:
+        cluster = make_cluster()
+        await claimed(make_kv(cluster), 5, whole=False)
+        reader = ClusterReader(at(cluster))
+        cluster.servers[1].pause()
+        lookup = asyncio.create_task(asyncio.to_thread(reader.get, [(b"u", key) for key in KEYS]))
+        await asyncio.sleep(0.05)
+        await asyncio.to_thread(reader.close)
+        with pytest.raises(StoreError, match="is closed"):
+            await lookup
+        cluster.servers[1].resume()
