@@ -1,7 +1,10 @@
 """Settings: every ``UEMB_*`` environment variable, typed, checked and masked in one class."""
 
+import difflib
+import logging
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -13,9 +16,13 @@ from stream.errors import ConfigError
 from stream.events import FIELDS, EventRules
 from stream.kv.urls import masked_kv_url, parse_kv_url
 
+log = logging.getLogger(__name__)
+
 _TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
 ENV_PREFIX: Final = "UEMB_"
 MAX_TYPE_CODE: Final = 16_383
+#: From here on two names are alike; others with our prefix may be somebody's own, as those of a compose file are.
+_ALIKE: Final = 0.8
 _DATA: Final = Path("~/.local/share/user-embedding-stream")
 
 Topics = Annotated[tuple[str, ...], NoDecode]
@@ -299,14 +306,24 @@ class Settings(BaseSettings):
 
 
 def load_settings(**overrides: object) -> Settings:
-    """Read the environment; `overrides` that are not None win.
+    """Read the environment; `overrides` that are not None win. Warns of variables that look misspelt.
 
     Raises:
         ConfigError: in one line, which variable is wrong and why.
     """
+    for name, meant in misspelt(os.environ).items():
+        log.warning("%s is not a setting and has no effect; is %s meant?", name, meant)
     try:
         return Settings(**{name: value for name, value in overrides.items() if value is not None})  # type: ignore[arg-type]
     except ValidationError as exc:
         first = exc.errors(include_url=False, include_input=False)[0]
         where = f"{ENV_PREFIX}{str(first['loc'][0]).upper()}: " if first["loc"] else ""
         raise ConfigError(where + first["msg"].removeprefix("Value error, ")) from None
+
+
+def misspelt(names: Iterable[str]) -> dict[str, str]:
+    """Of environment variables, those that are no setting but nearly one, each with the setting it resembles."""
+    known = [name.upper() for name in Settings.model_fields]
+    given = {name: name.upper().removeprefix(ENV_PREFIX) for name in names if name.upper().startswith(ENV_PREFIX)}
+    found = {name: difflib.get_close_matches(rest, known, 1, _ALIKE) for name, rest in given.items()}
+    return {name: ENV_PREFIX + near[0] for name, near in found.items() if near and near[0] != given[name]}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from stream.config import ENV_PREFIX, Settings, load_settings
+from stream.config import ENV_PREFIX, Settings, load_settings, misspelt
 from stream.errors import ConfigError
 
 
@@ -295,3 +295,15 @@ def test_what_decides_no_vector_does_not(
     before = load(**same_as).versioned_encoder
     after = load(**variables).versioned_encoder
     assert (after.version, after.hash) == (before.version, before.hash)
+
+
+def test_a_misspelt_variable_is_warned_of_by_name(load: Loader, caplog: pytest.LogCaptureFixture) -> None:
+    load(HISTORY_LIMT="20")
+    assert [record.getMessage() for record in caplog.records] == [
+        "UEMB_HISTORY_LIMT is not a setting and has no effect; is UEMB_HISTORY_LIMIT meant?"
+    ]
+
+
+def test_settings_and_variables_of_others_are_not() -> None:
+    settings = {ENV_PREFIX + name.upper() for name in Settings.model_fields}
+    assert misspelt({*settings, "uemb_items", "UEMB_ITEMS_DIR", "UEMB_COMPOSE_KV_URL", "HISTORY_LIMT"}) == {}
