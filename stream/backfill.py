@@ -14,13 +14,13 @@ from stream.keys import user_cache_key
 log = logging.getLogger(__name__)
 
 #: Users of one step while events flow, which wait for no more than one step; and while none do.
-FEW_USERS: Final = 25
+FEW_USERS: Final = 50
 MANY_USERS: Final = 200
-#: Steps on their way to durability at once, so that a round trip is not waited for with idle hands.
+#: Steps on their way to durability at once while no events flow, so that no round trip is waited for with idle hands.
 IN_FLIGHT: Final = 2
-#: Pause after each step while events flow, in units of the time that it took. Events then find the worker busy with a
-#: step a seventh of the time at most.
-PAUSE: Final = 6.0
+#: Pause after each step while events flow, in units of the time until it was durable: events find their lane busy with
+#: a step one time in six at most, and the more they load the worker, the longer a step takes, and its pause.
+PAUSE: Final = 5.0
 #: Events flow if there were some in the last so many seconds.
 FLOWING_S: Final = 1.0
 REPORT_S: Final = 1.0
@@ -90,12 +90,12 @@ class Backfill:
         while users := list(islice(everyone, FEW_USERS if flowing else MANY_USERS)):
             at = clock()
             result, durable = await step(users)
-            took_s = clock() - at
             count(result)
             on_their_way.append(durable)
             done += len(users)
-            if len(on_their_way) >= IN_FLIGHT:
+            while len(on_their_way) >= (1 if flowing else IN_FLIGHT):
                 await on_their_way.pop(0)
+            took_s = clock() - at
             if clock() - reported_at >= REPORT_S:
                 reported_at, reported = clock(), done
                 await report(progress())

@@ -3,7 +3,8 @@
     python tests/bench/bench_rollout.py [--users 200000] [--rate 3000] [--dim 64] [--hot-users 10000] [--json]
 
 One worker with users of 100 interactions each. A version is published while events flow, paced; the latency of events
-(open loop, read by another process) is measured before and meanwhile. Then another is published with no events.
+(open loop, read by another process) is measured before, meanwhile, and afterwards, when events are embedded in both
+versions. Then another is published with no events.
 """
 
 import argparse
@@ -45,6 +46,13 @@ def done(control: ItemControl, version: str) -> int:
 def measure(stage: Stage, rate: float, dim: int, hot_users: int) -> dict[str, Any]:
     name = "rollout"
     system, _ = stage.worker(name, hot_users=str(hot_users))
+
+    def events(seconds: float) -> dict[str, Any]:
+        at = system.mark()
+        found = measure_latency(stage, stage.kv_url(name), rate, seconds)
+        now = system.mark()
+        return {**found, "worker_cores": round((now.cpu_s - at.cpu_s) / (now.at_s - at.at_s), 2)}
+
     with system:
         system.until_claimed(stage.partitions)
         settings = load_settings(
@@ -54,15 +62,16 @@ def measure(stage: Stage, rate: float, dim: int, hot_users: int) -> dict[str, An
         )
         user_version = settings.versioned_encoder.version
         control = ItemControl(settings)
-        measure_latency(stage, stage.kv_url(name), rate, 5)  # warm
-        before = measure_latency(stage, stage.kv_url(name), rate, 20)
+        events(5)  # warm
+        before = events(20)
         control.say(control.record_of(save(stage, "second", dim), "prepare"))
         at = time.perf_counter()
-        meanwhile = measure_latency(stage, stage.kv_url(name), rate, 20)
+        meanwhile = events(20)
         whole = not covered(control, user_version, "second", stage.partitions)
         paced = done(control, "second") / (time.perf_counter() - at)
         while not covered(control, user_version, "second", stage.partitions):
             time.sleep(0.1)
+        after = events(20)
         control.say(control.record_of(save(stage, "third", dim), "prepare"))
         at, cpu = time.perf_counter(), system.mark().cpu_s
         while not covered(control, user_version, "third", stage.partitions):
@@ -74,6 +83,8 @@ def measure(stage: Stage, rate: float, dim: int, hot_users: int) -> dict[str, An
     return {
         "latency_before": before,
         "latency_meanwhile": meanwhile,
+        "latency_with_both_versions_live": after,
+        "p99_ratio": round(meanwhile["p99_ms"] / before["p99_ms"], 2),
         "backfill_lasted_all_the_while": whole,
         "users_per_s_beside_events": round(paced),
         "users_per_s_idle": round(users / took_s),
