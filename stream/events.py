@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, Self
 
 import msgspec
 
@@ -35,6 +35,7 @@ class Reason(StrEnum):
     UNKNOWN_TYPE = "unknown_type"
     FUTURE_TIMESTAMP = "future_timestamp"
     IMPLAUSIBLE_TIMESTAMP = "implausible_timestamp"
+    EXPANDS_BEYOND_LIMIT = "expands_beyond_limit"
 
 
 class Reject(NamedTuple):
@@ -42,6 +43,18 @@ class Reject(NamedTuple):
 
     reason: Reason
     detail: str
+
+
+class Unread(bytes):
+    """In place of the value of a record without key: it was not read, because of `detail`."""
+
+    detail: str
+
+    def __new__(cls, detail: str) -> Self:
+        """See the class; as bytes it is empty."""
+        unread = super().__new__(cls)
+        unread.detail = detail
+        return unread
 
 
 class UserEvent(msgspec.Struct, gc=False):
@@ -130,6 +143,12 @@ def check_user(user_id: int | str, key: bytes) -> Reject | None:
     return None
 
 
+def _keyless(value: bytes | None) -> Reject:
+    if isinstance(value, Unread):
+        return Reject(Reason.EXPANDS_BEYOND_LIMIT, value.detail)
+    return Reject(Reason.NULL_KEY, "a record's key must be the canonical user id")
+
+
 class EventDecoder:
     """Turns one record of an event topic into the sort key of its interaction."""
 
@@ -145,7 +164,7 @@ class EventDecoder:
     def decode(self, topic: str, key: bytes | None, value: bytes | None, record_ts_ms: int) -> bytes | Reject | None:
         """Return the interaction's sort key, a reject, or None for an ignored type."""
         if key is None:
-            return Reject(Reason.NULL_KEY, "a record's key must be the canonical user id")
+            return _keyless(value)
         if value is None:
             return Reject(Reason.NULL_VALUE, "an event must have a value")
         try:
@@ -260,7 +279,7 @@ class DeletionDecoder:
     def decode(self, key: bytes | None, value: bytes | None, record_ts_ms: int) -> int | Reject | None:
         """Return erased_at in epoch ms, a reject, or None for a withdrawn record (null value)."""
         if key is None:
-            return Reject(Reason.NULL_KEY, "a record's key must be the canonical user id")
+            return _keyless(value)
         if value is None:
             return None
         try:

@@ -16,7 +16,7 @@ from typing import Any, Final, Protocol
 
 from stream.batch import StepResult
 from stream.errors import RecordTooLarge, StoreLost
-from stream.events import Reject
+from stream.events import Reject, Unread
 from stream.keys import watermark_key
 from stream.kv.base import KVWriter
 from stream.producer import OutRecord, acknowledged
@@ -259,7 +259,7 @@ class Lane:
 def dead_letter(batch: RecordBatch, index: int, reject: Reject, max_bytes: int) -> OutRecord:
     """A rejected record as it goes to the dead-letter topic: bytes untouched, the reason in headers.
 
-    A value above `max_bytes` is left out and described by its hash and size.
+    A value above `max_bytes` is left out and described by its hash and size; of one that was not read nothing is known.
     """
     record = batch.records[index]
     headers = [
@@ -271,7 +271,7 @@ def dead_letter(batch: RecordBatch, index: int, reject: Reject, max_bytes: int) 
         ("dlq.timestamp", str(record.timestamp).encode()),
         ("dlq.detail", reject.detail.encode()),
     ]
-    value = record.value
+    value = None if isinstance(record.value, Unread) else record.value
     if value is not None and len(value) > max_bytes:
         headers += [
             ("dlq.value_sha256", hashlib.sha256(value).hexdigest().encode()),

@@ -21,6 +21,8 @@ _LASTING: Final = (
 )
 _NOT_THERE: Final = (KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION, KafkaError.UNKNOWN_TOPIC_OR_PART)
 Progress = Callable[[int, int | None], None]
+#: Called with topic, partition and offset.
+Unreadable = Callable[[str, int, int], None]
 
 
 class Span(NamedTuple):
@@ -63,7 +65,11 @@ def whole(consumer: Consumer, topic: str, partition: int) -> Span | None:
 
 
 def read(
-    consumer: Consumer, spans: Iterable[Span], on_progress: Progress | None = None, stall_s: float = STALL_S
+    consumer: Consumer,
+    spans: Iterable[Span],
+    on_progress: Progress | None = None,
+    stall_s: float = STALL_S,
+    on_unreadable: Unreadable | None = None,
 ) -> Iterator[Message]:
     """The records of `spans`, each in its order; offsets that hold none (compacted, aborted) are passed over.
 
@@ -71,6 +77,8 @@ def read(
         consumer: its assignment is replaced.
         spans: at most one of a partition.
         on_progress: called with offsets done and their total.
+        on_unreadable: called for each offset of a batch that expands beyond what the client bears (100 MB of zstd),
+            which is then passed over; without it that is an error.
         stall_s: seconds without progress that are an error.
 
     Raises:
@@ -82,7 +90,7 @@ def read(
     consumer.assign([TopicPartition(*place, offset) for place, offset in at.items()])
     moved_at, problem = time.monotonic(), "no answer"
     while left:
-        before = sum(at.values())
+        before, unreadable_at = sum(at.values()), set[tuple[str, int]]()
         for message in consumer.consume(_BATCH, _POLL_S):
             place = message.topic(), message.partition()
             if place not in left:
@@ -94,8 +102,14 @@ def read(
                     yield message
             elif error.code() == KafkaError._PARTITION_EOF:  # beyond markers that end a transaction
                 at[place] = min(max(at[place], message.offset()), left[place].end)
+            elif error.code() == KafkaError._BAD_COMPRESSION and on_unreadable is not None:
+                unreadable_at.add(place)
             else:
                 problem = _checked(error, message.topic())
+        for place in unreadable_at:  # the client says the same of each offset of such a batch, but not where it ends
+            on_unreadable(*place, at[place])  # type: ignore[misc]
+            at[place] += 1
+            consumer.seek(TopicPartition(*place, at[place]))
         for seen in consumer.position([TopicPartition(*place) for place in left]):
             place = seen.topic, seen.partition
             if seen.offset != OFFSET_INVALID:

@@ -15,6 +15,7 @@ from faust.transport.drivers import aiokafka as driver
 from faust.types import TP
 from mode import Service
 
+from stream.bounded_records import bound_fetches
 from stream.errors import ConfigError, OwnershipError
 from stream.producer import FAUST_LOG, Producer
 
@@ -72,6 +73,7 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
         app = self.app
         conf = app.conf
         self._assignor = app.assignor
+        bound_fetches()
         return aiokafka.AIOKafkaConsumer(
             **app.kafka_client,
             client_id=conf.broker_client_id,

@@ -149,6 +149,8 @@ class Verifier:
             committed = self._committed(group, partition)
             spans = self._spans(consumer, partition)
             whole_input &= all(span.start == 0 for span in spans if span.topic in self._settings.event_topics)
+            letters = [span for span in spans if span.topic == self._settings.dlq_topic]
+            self._fold(fold, consumer, letters, at)  # first: they tell which records were not read at all
             self._fold(fold, consumer, spans, at, on_progress)
             if fold.claim is not None:
                 check_claim(Claim.decode(fold.claim), self._settings, self.partitions)
@@ -181,7 +183,7 @@ class Verifier:
     ) -> None:
         """Add the records of `spans` that were not read yet; `at` says how far each was."""
         rest = [span._replace(start=max(span.start, at.get(span[:2], 0))) for span in spans]
-        for messages in _chunks(read(consumer, rest, on_progress)):
+        for messages in _chunks(read(consumer, rest, on_progress, on_unreadable=fold.unreadable)):
             fold.add(messages)
         at.update({span[:2]: max(span.end, at.get(span[:2], 0)) for span in spans})
 

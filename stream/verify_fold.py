@@ -18,8 +18,9 @@ from stream.scratch import Scratch
 from stream.table import CLAIM_KEY
 from stream.verify_rules import Found, Logged, Published, order_of, output_document
 
-# First byte of a key: what the input adds up to, what the changelog does, the output's last record, rejects, letters.
-_INPUT, _LOG, _OUTPUT, _REJECT, _LETTER = b"f", b"c", b"o", b"r", b"d"
+# First byte of a key: what the input adds up to, what the changelog does, the output's last record, rejects, letters,
+# records that by their letters no worker has read.
+_INPUT, _LOG, _OUTPUT, _REJECT, _LETTER, _UNREAD = b"f", b"c", b"o", b"r", b"d", b"u"
 _OFFSET_BYTES: Final = 8
 _ORDER_BYTES: Final = 16
 Place = tuple[str, int]
@@ -50,6 +51,7 @@ class PartitionFold:
         self._deletions = DeletionDecoder()
         self._codec = HistoryCodec(settings.event_types)
         self._key_prefix = user_cache_key("", space.version, settings.versioned_encoder.version).encode()
+        self._any_unread = False
         self.claim: bytes | None = None
         self.other_versions = 0
 
@@ -72,15 +74,21 @@ class PartitionFold:
             else:
                 self._add_input(topic, some)
 
+    def unreadable(self, topic: str, partition: int, offset: int) -> None:
+        """Take note of a record in a batch that expands too far to be looked at."""
+        place = _REJECT + _place(self._inputs.index(topic), offset)
+        self._scratch.put({place: Reason.EXPANDS_BEYOND_LIMIT.encode()})
+
     # -- records in -----------------------------------------------------------------------------------------------
 
     def _add_input(self, topic: str, messages: Sequence[Message]) -> None:
         index = self._inputs.index(topic)
         entries: dict[bytes, bytes] = {}
         users: dict[bytes, tuple[int, list[bytes | int]]] = {}  # next offset, what to do
+        unread = self._unread(index, messages)
         for message in messages:
             key = message.key()
-            what = self._decode(topic, message)
+            what = unread.get(message.offset()) or self._decode(topic, message)
             if isinstance(what, Reject):
                 entries[_REJECT + _place(index, message.offset())] = what.reason.encode()
             elif what is not None:
@@ -101,6 +109,15 @@ class PartitionFold:
             offsets[index * _OFFSET_BYTES : (index + 1) * _OFFSET_BYTES] = offset.to_bytes(_OFFSET_BYTES, "big")
             entries[key] = bytes(offsets) + history.encode(0)
         self._scratch.put(entries)
+
+    def _unread(self, index: int, messages: Sequence[Message]) -> dict[int, Reject]:
+        """Records that their letters say were not read, whatever is in them; by offset."""
+        if not self._any_unread:
+            return {}
+        offsets = [message.offset() for message in messages]
+        found = self._scratch.get([_UNREAD + _place(index, offset) for offset in offsets])
+        reject = Reject(Reason.EXPANDS_BEYOND_LIMIT, "its letter says so")
+        return {offset: reject for offset, letter in zip(offsets, found, strict=True) if letter is not None}
 
     def _decode(self, topic: str, message: Message) -> bytes | int | Reject | None:
         key, value, ts = message.key(), message.value(), message.timestamp()[1]
@@ -161,7 +178,11 @@ class PartitionFold:
             topic = (headers.get("dlq.topic") or b"").decode(errors="replace")
             partition, offset = headers.get("dlq.partition") or b"", headers.get("dlq.offset") or b""
             if topic in self._inputs and partition == str(self._partition).encode() and offset.isdigit():
-                entries[_LETTER + _place(self._inputs.index(topic), int(offset))] = b""
+                place = _place(self._inputs.index(topic), int(offset))
+                entries[_LETTER + place] = b""
+                if headers.get("dlq.reason") == Reason.EXPANDS_BEYOND_LIMIT.encode():
+                    entries[_UNREAD + place] = b""
+                    self._any_unread = True
         self._scratch.put(entries)
 
     # -- what they add up to --------------------------------------------------------------------------------------

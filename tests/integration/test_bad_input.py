@@ -3,14 +3,16 @@
 import hashlib
 import random
 from collections.abc import Callable
+from pathlib import Path
 
-from confluent_kafka import Consumer, TopicPartition
+from confluent_kafka import Consumer, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 from odd_records import MARK, NOISE, NOW_MS, PARTITIONS, Sender
 from pipeline import Pipeline, event_json
 from topic_admin import set_config
 
 from stream.keys import partition_of
+from stream.retrieval import EmbeddingReader
 
 
 def test_large_values_are_kept_whole_and_those_the_topic_refuses_are_referred_to(
@@ -40,6 +42,55 @@ def test_large_values_are_kept_whole_and_those_the_topic_refuses_are_referred_to
     assert headers["dlq.reason"] == b"not_json"
     assert headers["dlq.value_sha256"] == hashlib.sha256(noise).hexdigest().encode()
     assert headers["dlq.value_size"] == b"20000"
+    assert pipeline.stop() == 0
+
+
+def test_batches_that_expand_too_far_are_referred_to_and_cost_no_memory(make_pipeline: Callable[..., Pipeline]) -> None:
+    """Some kilobytes that stand for 900 MB of zeros, and valid events after which come 200 MB of blanks."""
+    pipeline = make_pipeline()
+    view = pipeline.topics["view"]
+    there = partition_of(b"1", PARTITIONS)
+
+    def send(topic: str, value: bytes, codec: str) -> None:
+        producer = Producer(
+            {
+                "bootstrap.servers": pipeline.bootstrap,
+                "partitioner": "murmur2_random",
+                "compression.type": codec,
+                "message.max.bytes": 1_000_000_000,
+                "queue.buffering.max.kbytes": 1_000_000,
+                "log_level": 2,
+            }
+        )
+        producer.produce(topic, value, b"1", timestamp=NOW_MS)
+        assert producer.flush(60) == 0
+
+    pipeline.start()
+    pipeline.until_ready()
+    for item, codec in enumerate(("zstd", "gzip", "lz4")):
+        send(view, event_json(1, item, "view", NOW_MS), codec)
+        event = event_json(1, 100 + item, "view", NOW_MS)
+        send(view, bytes(900 << 20) if codec == "zstd" else event + b" " * (200 << 20), codec)
+    send(pipeline.deletions, bytes(900 << 20), "zstd")
+    send(view, event_json(1, 3, "view", NOW_MS), "zstd")
+    pipeline.until_committed(60)
+    letters = [
+        dict(letter.headers()) | {"key": letter.key(), "value": letter.value()}
+        for letter in pipeline.read(pipeline.dlq)
+    ]
+    assert {letter["dlq.reason"] for letter in letters} == {b"expands_beyond_limit"}
+    assert {(letter["key"], letter["value"], letter["dlq.partition"]) for letter in letters} == {
+        (None, None, b"%d" % there)
+    }
+    places = sorted((letter["dlq.topic"].decode(), int(letter["dlq.offset"])) for letter in letters)
+    assert places == sorted([(view, 1), (view, 3), (view, 5), (pipeline.deletions, 0)])
+    assert pipeline.process is not None
+    status = Path(f"/proc/{pipeline.process.pid}/status").read_text()
+    assert int(status.split("VmHWM:")[1].split()[0]) < 600 << 10, "expanded after all"
+    report = pipeline.check(1)
+    assert (report["rejected"], report["letterless"]) == (4, 0)
+    with EmbeddingReader.open(pipeline.kv_url, timeout_s=1.0) as reader:
+        assert reader.get("1").history_len == 4
     assert pipeline.stop() == 0
 
 
