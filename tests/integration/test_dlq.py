@@ -243,7 +243,7 @@ def test_reading_starts_where_the_letters_may_be(letters: tuple[Pipeline, Settin
 def test_a_topic_that_ends_to_be_read_is_an_error(
     letters: tuple[Pipeline, Settings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(topic_reader.read, "__defaults__", (None, 3))
+    monkeypatch.setattr(topic_reader.read, "__defaults__", (None, 3, None))
     monkeypatch.setattr(topic_reader, "_BATCH", 1)  # and no more than a fetch is read ahead
     monkeypatch.setattr(topic_reader, "Consumer", lambda config: Consumer({**config, "queued.max.messages.kbytes": 1}))
     reading = read_letters(letters[1], Filter())

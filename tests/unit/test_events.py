@@ -17,6 +17,7 @@ from stream.events import (
     EventRules,
     Reason,
     Reject,
+    Unread,
 )
 from stream.history_codec import MAX_TS_MS, sort_key
 from stream.keys import INT64_MAX, INT64_MIN, MAX_ID_BYTES
@@ -232,8 +233,14 @@ def test_numbers_of_any_length_have_a_reason(name, digits):
 
 def test_every_value_reason_is_reached_here():
     reached = {reason for _, reason in BAD} | {Reason.NULL_KEY, Reason.NULL_VALUE}
-    assert reached | {Reason.WRONG_PARTITION} == set(Reason)
+    assert reached | {Reason.WRONG_PARTITION, Reason.EXPANDS_BEYOND_LIMIT} == set(Reason)
     assert len(BAD) >= 30
+
+
+def test_what_was_not_read_is_told_from_a_record_without_key():
+    unread = Unread("a batch of 9 bytes")
+    for reject in (EventDecoder(RULES).decode(TOPIC, None, unread, T0), DeletionDecoder().decode(None, unread, T0)):
+        assert reject == Reject(Reason.EXPANDS_BEYOND_LIMIT, "a batch of 9 bytes")
 
 
 def test_neighbours_of_a_bad_event_are_admitted():
