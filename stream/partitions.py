@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +23,7 @@ from stream.rebuild import covered_offsets, lost_writes, rebuild
 from stream.records import kv_prefix
 from stream.rollout import Rollout
 from stream.standby import Standbys
+from stream.standing import Standing
 from stream.table import HistoryStore
 from stream.topics import Prepared
 from stream.transport import Consumer, RecordBatch
@@ -226,22 +226,10 @@ class Partitions:
             mark_durable=lambda topic, offset: parts.processor.probation.durable(topic, partition, offset),
             changelog_at=owned.changelog_at,
             reclaim=lambda: self._reclaim(owned),
-            lag_ms=lambda progress: self._lag_ms(partition, progress),
-            now_ms=_now_ms,
+            standing=Standing(parts.consumer, [TP(topic, partition) for topic in self._input_topics]),
             on_stage=parts.on_stage,
         )
-
-    def _lag_ms(self, partition: int, progress: Progress) -> int:
-        """0 when all that the brokers hold is durable, else the age of the newest durable record."""
-        ends = {topic: self._parts.consumer.highwater(TP(topic, partition)) for topic in self._input_topics}
-        if all(end is None or progress.offsets.get(topic, 0) >= end for topic, end in ends.items()):
-            return 0
-        return max(0, _now_ms() - (progress.kafka_time_ms or 0)) if progress.kafka_time_ms else 0
 
     async def _send_one(self, topic: str, partition: int, key: bytes, value: bytes) -> int:
         futures = await self._parts.producer.send_records(topic, partition, [(key, value, [])])
         return await acknowledged(futures, self._parts.settings.delivery_timeout_s, topic)
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000

@@ -21,6 +21,7 @@ from stream.keys import watermark_key
 from stream.kv.base import KVWriter
 from stream.producer import OutRecord, acknowledged
 from stream.records import kv_prefix
+from stream.standing import Standing
 from stream.transport import RecordBatch
 
 log = logging.getLogger(__name__)
@@ -82,14 +83,14 @@ class Progress:
     sequence: int = 0
     whole: bool = True
 
-    def entry(self, lag_ms: int, heartbeat_ms: int) -> bytes:
+    def entry(self, standing: Standing) -> bytes:
         """Next key-value entry of the watermark."""
         self.sequence += 1
         body = {
             "offsets": self.offsets,
             "kafka_time_ms": self.kafka_time_ms,
-            "lag_ms": lag_ms,
-            "heartbeat_ms": heartbeat_ms,
+            "lag_ms": standing.lag_ms(self.offsets, self.kafka_time_ms),
+            "heartbeat_ms": standing.known_ms(self.offsets),
         }
         return kv_prefix(self.epoch, self.sequence) + json.dumps(body).encode()
 
@@ -118,8 +119,7 @@ class Lane:
         mark_durable: called with topic and next offset once all before it is durable.
         changelog_at: called with the changelog offset below which local state is complete.
         reclaim: claims the partition in a store that was wiped, and has it rebuilt.
-        lag_ms: how far the partition is behind, for the watermark.
-        now_ms: wall clock.
+        standing: how far the partition is behind, for the watermark.
         on_stage: see `Stage`.
     """
 
@@ -134,8 +134,7 @@ class Lane:
         mark_durable: Callable[[str, int], None],
         changelog_at: Callable[[int], None],
         reclaim: Callable[[], Awaitable[None]],
-        lag_ms: Callable[[Progress], int],
-        now_ms: Callable[[], int],
+        standing: Standing,
         on_stage: Stage,
     ) -> None:
         self.partition = partition
@@ -146,8 +145,7 @@ class Lane:
         self._mark_durable = mark_durable
         self._changelog_at = changelog_at
         self._reclaim = reclaim
-        self._lag_ms = lag_ms
-        self._now_ms = now_ms
+        self._standing = standing
         self._on_stage = on_stage
         self._queue: asyncio.Queue[Work] = asyncio.Queue(LANE_DEPTH)
         self._watermark_key = watermark_key(partition).encode()
@@ -188,6 +186,7 @@ class Lane:
         sent = await self._producer.send_records(to.changelog, self.partition, changelog)
         offset = await acknowledged(sent, to.timeout_s, to.changelog)
         if offset >= 0:
+            self._standing.acknowledged()
             self._changelog_at(offset + 1)
         self._passed("changelog", works)
         output: list[OutRecord] = [(key, value, []) for work in works for key, value in work.result.output]
@@ -218,7 +217,7 @@ class Lane:
     def _watermark(self) -> dict[bytes, bytes]:
         if not self.progress.whole:
             return {}
-        return {self._watermark_key: self.progress.entry(self._lag_ms(self.progress), self._now_ms())}
+        return {self._watermark_key: self.progress.entry(self._standing)}
 
     async def _store(self, entries: Mapping[bytes, bytes]) -> None:
         """Write entries and the watermark; into a store that has lost what it held, once it is claimed anew."""

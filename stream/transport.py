@@ -115,6 +115,7 @@ class Consumer(driver.Consumer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._durable: dict[TP, int] = {}
         self._numbers: dict[TP, int] = {}
+        self._delivered: dict[TP, int] = {}
         self._seeks = 0
         super().__init__(*args, **kwargs)
 
@@ -152,7 +153,9 @@ class Consumer(driver.Consumer):
     def _number(self, tp: TP, records: Sequence[ConsumerRecord]) -> RecordBatch:
         number = self._numbers.get(tp, 0)
         self._numbers[tp] = number + 1
-        return RecordBatch(tp.topic, tp.partition, records, self._seeks, number)
+        batch = RecordBatch(tp.topic, tp.partition, records, self._seeks, number)
+        self._delivered[tp] = batch.next_offset
+        return batch
 
     def _batch_message(self, tp: TP, batch: RecordBatch) -> Any:
         message = self._to_message(tp, batch.records[-1])
@@ -163,6 +166,7 @@ class Consumer(driver.Consumer):
         """Go back to the committed offsets and number batches anew."""
         self._seeks += 1
         self._numbers.clear()
+        self._delivered.clear()
         await super().perform_seek()
         # The client leaves a partition without a committed offset where it is, which may be past what was dropped.
         never = [tp for tp in self.assignment() if self._read_offset[tp] is None and not self._is_changelog_tp(tp)]
@@ -189,6 +193,27 @@ class Consumer(driver.Consumer):
     def highwater(self, tp: TP) -> int | None:
         """End of a partition's log as of the last fetch; None when it is not assigned or not known yet."""
         return super().highwater(tp) if tp in self.assignment() else None
+
+    def due(self, tp: TP) -> int | None:
+        """Offset below which all must be durable for nothing to be left to do; None when not known yet.
+
+        That is the end of the log, but for what comes after the last record that counts: markers of transactions, and
+        what was aborted, of which no batch ever tells.
+        """
+        end = self.highwater(tp)
+        if end is None:
+            return None
+        consumer = self._thread._ensure_consumer()
+        state = consumer._subscription.subscription.assignment.state_value(TopicPartition(tp.topic, tp.partition))
+        read_to_the_end = state.has_valid_position and state.position >= end
+        return self._delivered.get(tp, 0) if read_to_the_end else int(end)
+
+    def fetched_ms(self, tp: TP) -> int | None:
+        """When the last fetch of a partition was answered, in epoch ms; None when not assigned, or not known yet."""
+        if tp not in self.assignment():
+            return None
+        at: int | None = self._thread._ensure_consumer().last_poll_timestamp(TopicPartition(tp.topic, tp.partition))
+        return at
 
     # -- commits --------------------------------------------------------------------------------------------------
 

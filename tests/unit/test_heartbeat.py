@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from faust.types import TP
 
 from stream.app import EmbeddingApp
 from stream.batch import StepResult
@@ -15,6 +16,7 @@ from stream.keys import watermark_key
 from stream.partitions import Partitions
 from stream.publish import Destinations, Lane, Lanes, Progress, Work
 from stream.records import kv_entry
+from stream.standing import Standing
 from stream.transport import RecordBatch
 
 
@@ -53,6 +55,16 @@ class Producer:
     send_dead_letters = send_records
 
 
+class Fetches:
+    """Logs that are all read to their ends."""
+
+    def due(self, tp: TP) -> int | None:
+        return None
+
+    def fetched_ms(self, tp: TP) -> int | None:
+        return 0
+
+
 async def never() -> None:
     raise AssertionError("the store lost nothing")
 
@@ -67,8 +79,7 @@ def lane(partition: int, kv: SlowKV, progress: Progress | None = None) -> Lane:
         mark_durable=lambda topic, offset: None,
         changelog_at=lambda offset: None,
         reclaim=never,
-        lag_ms=lambda progress: 0,
-        now_ms=lambda: 0,
+        standing=Standing(Fetches(), [TP("events", partition)], lambda: 0),
         on_stage=lambda stage, batch, result: None,
     )
 

@@ -22,6 +22,7 @@ class Flow(Consumer):
     def __init__(self) -> None:
         self._seeks = 0
         self._numbers = {}
+        self._delivered = {}
         self._durable = {}
         self._read_offset, self._committed_offset = {}, {}
         self._thread = SimpleNamespace(seek_to_beginning=self.seek_to_beginning)
