@@ -14,7 +14,7 @@ from kafka_broker import KafkaBroker, why_unavailable
 from redis_cluster import RedisCluster
 from redis_server import RedisServer, why_no_redis
 
-pytest_plugins = ["pipeline_fixtures"]
+pytest_plugins = ["cluster_writers", "pipeline_fixtures"]
 
 #: Markers of tests that run only where `-m` names them.
 ON_REQUEST: Final = ("slow", "bench")

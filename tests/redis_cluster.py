@@ -104,9 +104,9 @@ class RedisCluster:
         for number in range(len(self.servers)):
             self.call(number, "FLUSHALL")
 
-    def until_ok(self) -> None:
-        """Wait until every server that runs sees all slots served."""
-        for number in range(len(self.servers)):
+    def until_ok(self, *numbers: int) -> None:
+        """Wait until these servers, all of them without any, see all slots served."""
+        for number in numbers or range(len(self.servers)):
             self._until(lambda n=number: self._all_served(n), "all slots are served")
 
     def reshard(self, source: int, target: int, slots: int) -> None:
