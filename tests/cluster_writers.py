@@ -16,22 +16,22 @@ from stream.records import kv_prefix
 
 CLAIM = epoch_key(0).encode()
 WATERMARK = watermark_key(0).encode()
-KEYS = [b"k%d" % n for n in range(300)]  # on every server, by far
+KEYS = [b"uemb:u:i:%d" % n for n in range(300)]  # on every server, by far
 
 
-def at(cluster: RedisCluster) -> RedisAddress:
-    address = parse_kv_url(cluster.url)
+def at(cluster: RedisCluster, login: str = "", query: str = "") -> RedisAddress:
+    address = parse_kv_url(cluster.url.replace("://", f"://{login}") + query)
     assert isinstance(address, RedisAddress)
     return address
 
 
 @pytest.fixture
-async def make_cluster_kv() -> AsyncIterator[Callable[[RedisCluster], ClusterKV]]:
-    """Makes writers, which are closed after the test."""
+async def make_cluster_kv() -> AsyncIterator[Callable[..., ClusterKV]]:
+    """Makes writers, which are closed after the test; arguments are those of `at`."""
     made: list[ClusterKV] = []
 
-    def make(cluster: RedisCluster) -> ClusterKV:
-        made.append(ClusterKV(at(cluster), timeout_s=1.0))
+    def make(cluster: RedisCluster, login: str = "", query: str = "") -> ClusterKV:
+        made.append(ClusterKV(at(cluster, login, query), timeout_s=1.0))
         return made[-1]
 
     yield make

@@ -7,6 +7,7 @@ they come here, where the broker takes none from an owner of before, so the new 
 have a higher epoch, which none of a lower one replaces (law 7).
 """
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,10 @@ from stream.records import PREFIX_BYTES, kv_prefix
 
 #: Between two looks at who has slots: as often as a heartbeat.
 _LOOK_S: Final = 1.0
+#: Sections of INFO from which `Server` is made.
+_RUN: Final = ("server", "replication")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -233,7 +238,7 @@ class ClusterKV(RedisKV):
         with translated(self._address):
             servers = {}
             for primary in await self._router.primaries():
-                answers = await self._router.ask(primary.place, ("INFO", "server"), ("INFO", "replication"))
+                answers = await self._router.ask(primary.place, *(("INFO", part) for part in _RUN))
                 servers[primary.node] = Server.of(primary.node, {**answers[0], **answers[1]})
         self._servers, self._looked_at = servers, time.monotonic()
         return servers
@@ -271,9 +276,16 @@ class ClusterKV(RedisKV):
             return
         with translated(self._address):
             for primary in await self._router.primaries():
-                (info,) = await self._router.ask(primary.place, ("INFO", "memory"))
+                memory, *others = await self._router.ask(primary.place, *(("INFO", part) for part in ("memory", *_RUN)))
                 host, port = primary.place
-                warn_of_eviction(info, f"the server {host}:{port} of the store at {self._address}")
+                where = f"the server {host}:{port} of the store at {self._address}"
+                warn_of_eviction(memory, where)
+                if not Server.of(primary.node, {**others[0], **others[1]}).known:
+                    log.warning(
+                        "%s doesn't tell run_id and master_replid in INFO: when it is started anew or fails over, and "
+                        "lacks its last writes only, nobody notices; run `uemb kv rebuild` then",
+                        where,
+                    )
         self._checked = True
 
     def _held_in_cluster(self, partition: int) -> HeldInCluster:

@@ -10,6 +10,7 @@ from kv_entries import entry
 from redis_cluster import RedisCluster
 
 from stream.errors import StoreLost
+from stream.kv.redis_client import CLUSTER_GRANTS
 from stream.kv.redis_cluster import ClusterKV
 from stream.kv.redis_slots import slot_of
 from stream.records import kv_prefix
@@ -95,7 +96,9 @@ class TestLosses:
         self, make_cluster: Callable[..., RedisCluster], make_cluster_kv: Callable[..., ClusterKV]
     ) -> None:
         cluster = make_cluster()
-        kv = await claimed(make_cluster_kv(cluster), 5)
+        for number in range(3):  # so that what a redirection needs is granted too
+            cluster.call(number, "ACL", "SETUSER", "ali", "on", ">p", *CLUSTER_GRANTS.split())
+        kv = await claimed(make_cluster_kv(cluster, "ali:p@"), 5)
         slots = {slot_of(key): key for key in KEYS}
         slot = next(slot for slot in slots if slot < 5000)
         here = [key for key in KEYS if slot_of(key) == slot]
