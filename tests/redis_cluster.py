@@ -65,6 +65,7 @@ class RedisCluster:
             cluster_port=str(bus),
             cluster_node_timeout=str(NODE_TIMEOUT_MS),
             cluster_require_full_coverage="no",
+            repl_diskless_sync_delay="0",
             **settings,
         )
         self.servers.append(self._running.enter_context(server))
