@@ -149,7 +149,7 @@ class Lane:
         self._on_stage = on_stage
         self._queue: asyncio.Queue[Work] = asyncio.Queue(LANE_DEPTH)
         self._watermark_key = watermark_key(partition).encode()
-        self._storing = False
+        self._storing = asyncio.Lock()
 
     async def put(self, work: Work) -> None:
         """Queue a step; waits while the lane is full."""
@@ -221,9 +221,9 @@ class Lane:
 
     async def _store(self, entries: Mapping[bytes, bytes]) -> None:
         """Write entries and the watermark; into a store that has lost what it held, once it is claimed anew."""
-        # While a networked store takes its time, no heartbeat may tell of offsets whose vectors it does not have yet.
-        self._storing = True
-        try:
+        # One at a time: while a networked store takes its time, no heartbeat may tell of offsets whose vectors it does
+        # not have yet, and a loss is mended once.
+        async with self._storing:
             while True:
                 try:
                     await self._kv.put(self.partition, {**entries, **self._watermark()})
@@ -232,12 +232,10 @@ class Lane:
                     await self._reclaim()
                 else:
                     return
-        finally:
-            self._storing = False
 
     async def heartbeat(self) -> None:
         """Write the watermark of an idle partition."""
-        if self._queue.empty() and not self._storing and self.progress.whole:
+        if self._queue.empty() and not self._storing.locked() and self.progress.whole:
             await self._store({})
 
     async def _dead_letters(self, work: Work) -> None:

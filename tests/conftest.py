@@ -2,10 +2,13 @@
 
 import os
 import re
+import shutil
+import subprocess
 import uuid
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Final
 
 import pytest
@@ -14,7 +17,7 @@ from kafka_broker import KafkaBroker, why_unavailable
 from redis_cluster import RedisCluster
 from redis_server import RedisServer, why_no_redis
 
-pytest_plugins = ["pipeline_fixtures"]
+pytest_plugins = ["cluster_writers", "pipeline_fixtures"]
 
 #: Markers of tests that run only where `-m` names them.
 ON_REQUEST: Final = ("slow", "bench")
@@ -70,6 +73,20 @@ def cluster(shared_cluster: RedisCluster) -> RedisCluster:
     """An empty cluster of three servers, for tests that leave its servers and slots as they are."""
     shared_cluster.empty()
     return shared_cluster
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Path:
+    """A certificate of 127.0.0.1, signed by itself; its key lies beside it as ``key.pem``."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("no certificate: install openssl")
+    file = tmp_path / "server.pem"
+    words = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
+    names = ["-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1"]
+    command = [openssl, "req", "-x509", *words, *names, "-keyout", str(tmp_path / "key.pem"), "-out", str(file)]
+    subprocess.run(command, check=True, capture_output=True, timeout=30)
+    return file
 
 
 @pytest.fixture(autouse=True)

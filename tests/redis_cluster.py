@@ -24,6 +24,7 @@ class RedisCluster:
         self._running = ExitStack()
         self.servers: list[RedisServer] = []
         self._bus: dict[int, str] = {}
+        self._tls_ports: list[int] = []
         try:
             for number in range(primaries + replicas):
                 self.add(**settings)
@@ -49,16 +50,22 @@ class RedisCluster:
     @property
     def url(self) -> str:
         """Where a store is on it."""
-        return "redis+cluster://" + ",".join(f"127.0.0.1:{server.port}" for server in self.servers)
+        scheme = "rediss" if self._tls_ports else "redis"
+        ports = self._tls_ports or [server.port for server in self.servers]
+        return f"{scheme}+cluster://" + ",".join(f"127.0.0.1:{port}" for port in ports)
 
     def add(self, **settings: str) -> int:
-        """Start another server, which knows nobody yet; return its number."""
-        (bus,) = free_ports(1)
+        """Start another server, which knows nobody yet; return its number. With `tls_cluster` it also talks TLS."""
+        bus, tls_port = free_ports(2)
+        if "tls_cluster" in settings:
+            settings |= {"tls_port": str(tls_port)}
+            self._tls_ports.append(tls_port)
         server = RedisServer(
             cluster_enabled="yes",
             cluster_port=str(bus),
             cluster_node_timeout=str(NODE_TIMEOUT_MS),
             cluster_require_full_coverage="no",
+            repl_diskless_sync_delay="0",
             **settings,
         )
         self.servers.append(self._running.enter_context(server))
@@ -104,9 +111,9 @@ class RedisCluster:
         for number in range(len(self.servers)):
             self.call(number, "FLUSHALL")
 
-    def until_ok(self) -> None:
-        """Wait until every server that runs sees all slots served."""
-        for number in range(len(self.servers)):
+    def until_ok(self, *numbers: int) -> None:
+        """Wait until these servers, all of them without any, see all slots served."""
+        for number in numbers or range(len(self.servers)):
             self._until(lambda n=number: self._all_served(n), "all slots are served")
 
     def reshard(self, source: int, target: int, slots: int) -> None:

@@ -122,7 +122,8 @@ class KVReader(Protocol):
         """Entries for pairs of (canonical user id in UTF-8, key), in their order; may wait for the store.
 
         Raises:
-            StorePartlyDown: some of the entries can't be read, of whatever partitions; the error has the others.
+            StorePartlyDown: some of the entries, or all, can't be read, of whatever partitions, which says nothing of
+                further ones; the error has the others.
             StoreError: the store, or the partition of one of the users, can't be read. Who wants the users of the other
                 partitions nevertheless asks for them apart.
         """

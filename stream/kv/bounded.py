@@ -214,8 +214,8 @@ class BoundedLookups:
                     one.wake()
                 except RuntimeError:
                     log.debug("the event loop was closed while a lookup was under way")
-                if one.abandoned and one.found is not STORE_DOWN and took_s < _OUTAGE * self._timeout_s:
-                    self._outages.answered(_WHOLE_STORE)  # it came, if late: busy, not down
+                if one.abandoned and _not_down(one.found, soon=took_s < _OUTAGE * self._timeout_s):
+                    self._outages.answered(_WHOLE_STORE)
 
     def _waiting_beside(self, job: _Job) -> list[_Job]:
         """Take more that wait for the same store: the busier the readers, the fewer round trips for each."""
@@ -255,6 +255,13 @@ def _found(store: KVReader, lookups: Sequence[Lookup]) -> _Read:
         log.exception("a lookup failed in an unexpected way")
         return STORE_DOWN
     return found if len(found) == len(lookups) else STORE_DOWN
+
+
+def _not_down(found: _Read, *, soon: bool) -> bool:
+    """Whether a read that came too late shows that its store is well, but for what it names itself."""
+    if isinstance(found, Trouble):
+        return False
+    return soon or STORE_DOWN in found  # busy; or of several servers one hung, which is left out from now on
 
 
 def _resolve(waiter: "asyncio.Future[None]") -> None:

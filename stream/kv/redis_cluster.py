@@ -7,6 +7,7 @@ they come here, where the broker takes none from an owner of before, so the new 
 have a higher epoch, which none of a lower one replaces (law 7).
 """
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,14 +20,18 @@ from stream.kv.meta import decode_meta, encode_meta
 from stream.kv.redis import CHUNK, EPOCH_BYTES, Held, RedisKV, check_prefixes, shown_keys
 from stream.kv.redis_client import REPAIR, translated, warn_of_eviction
 from stream.kv.redis_router import Call, Router, checked
-from stream.kv.redis_scripts import PUT_ONE, REMOVE, REPLACE_META, Script
+from stream.kv.redis_scripts import ABSENT, PUT_ONE, REMOVE, REPLACE_META, REPLACE_ONE, Script
 from stream.kv.redis_shards import Known, Server
-from stream.kv.redis_slots import SlotMap, sentinel_tags
+from stream.kv.redis_slots import sentinel_tags
 from stream.kv.urls import RedisAddress
 from stream.records import PREFIX_BYTES, kv_prefix
 
 #: Between two looks at who has slots: as often as a heartbeat.
 _LOOK_S: Final = 1.0
+#: Sections of INFO from which `Server` is made.
+_RUN: Final = ("server", "replication")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -37,22 +42,28 @@ class HeldInCluster(Held):
         judged: the claim under which this writer looked for losses from before it.
         whole: whether the store holds all of the partition, as its sentinels then say (revision 1). While it may not,
             they say that too (revision 0), until the next watermark: it tells that the partition was rebuilt.
-        lost: whether the next write is refused with `StoreLost`.
+        lost: whether the store lacks what was written, or may: no write but a claim is taken any more.
+        told: whether somebody was told so, with `StoreLost`, and the next claim is to have the partition rebuilt.
         known: who held the partition's keys when all of them were there.
+        owners: who had the slots of its sentinels when those were last seen there, None for nobody.
+        signed: run of each server that the sentinels name, by its node.
     """
 
     judged: bytes = b""
     whole: bool = False
     lost: bool = False
+    told: bool = False
     known: Known = field(default_factory=Known)
+    owners: tuple[str | None, ...] = ()
+    signed: Mapping[str, str] = field(default_factory=dict)
 
 
 class ClusterKV(RedisKV):
     """A worker's hold on a cluster; see `RedisKV` for what is the same.
 
     A batch is written in this order: its claim, entries, its watermark. Of one that is `Fenced` by the partition's
-    claim, or `StoreLost`, nothing was written; of one that an entry of a higher epoch stands against, all but that one
-    in its chunk may have been.
+    claim nothing was written; of one that is `StoreLost` its watermark was not, nor anything else unless the loss came
+    meanwhile; of one that an entry of a higher epoch stands against, all but that one in its chunk may have been.
 
     Args:
         address: the cluster.
@@ -110,8 +121,10 @@ class ClusterKV(RedisKV):
         for start in range(0, len(rest), CHUNK):
             refused += await self._write(partition, rest[start : start + CHUNK])
         if watermark is not None:  # after the vectors that it tells of (law 10)
-            if held.claim and not held.whole:
+            # Also when servers have joined: who restarts one of those is to be noticed by the next owner as well.
+            if held.claim and not (held.whole and held.signed == held.known.runs):
                 await self._write_sentinels(partition, held, whole=True)
+                self._refuse_lost(partition, held)
             refused += await self._write(partition, [(mark_key, watermark)])
             held.watermark = max(held.watermark, watermark[:PREFIX_BYTES])
         return refused
@@ -133,8 +146,8 @@ class ClusterKV(RedisKV):
         epoch, key = claim[:EPOCH_BYTES], epoch_key(partition)
         if held.judged != epoch:  # else a repetition, or anew after a loss: what earlier owners left is judged already
             await self._judge(partition, held, epoch)
-        elif held.claim:  # after a loss: sentinels tell of a whole partition, which it is once it was rebuilt
-            held.whole = False
+        elif held.told:
+            held.lost = held.told = False
         held.claim, held.watermark = b"", b""
         refused = await self._write(partition, [(key.encode(), claim)])
         await self._write_sentinels(partition, held, whole=held.whole)
@@ -143,6 +156,7 @@ class ClusterKV(RedisKV):
 
     async def _judge(self, partition: int, held: HeldInCluster, epoch: bytes) -> None:
         """See whether what earlier owners wrote is all there, before this one's claim takes the place of theirs."""
+        owners = await self._owners()
         keys = [sentinel_key(tag, partition) for _, tag in sentinel_tags()]
         stored, *sentinels = await self._all([Call("GET", key) for key in (epoch_key(partition), *keys)])
         servers = await self._look()
@@ -154,7 +168,7 @@ class ClusterKV(RedisKV):
         held.whole &= not replaced
         # With neither claim nor sentinels there was no owner before, or the watermark is gone with them, which tells.
         held.lost = not held.whole and (stored is not None or bool(there))
-        held.judged = epoch
+        held.judged, held.told, held.owners = epoch, False, owners
 
     async def _check(self, partition: int, held: HeldInCluster, lowest: bytes) -> None:
         """See whether claim, newest watermark, and a sentinel of each server are as this writer left them."""
@@ -167,7 +181,8 @@ class ClusterKV(RedisKV):
         if time.monotonic() - self._looked_at > _LOOK_S:
             await self._look()
         held.lost |= held.known.adopt(self._servers.values())
-        picked = _one_of_each(await self._slot_map())
+        owners = await self._owners()
+        picked = _picked(owners, held.owners)
         calls = [
             Call("GETRANGE", claim_key, (0, EPOCH_BYTES - 1)),
             Call("GETRANGE", mark_key, (0, PREFIX_BYTES - 1)),
@@ -178,15 +193,19 @@ class ClusterKV(RedisKV):
             raise fenced(partition, claim, lowest)
         held.lost |= claim < held.claim or watermark < held.watermark
         held.lost |= any(sentinel < _sentinel_prefix(held.claim, whole=held.whole) for sentinel in sentinels)
-        if held.lost:
-            held.lost = False  # said once: the claim that follows has the partition rebuilt
-            held.whole = False
-            self._shown_meta = None  # the public keys may be gone with the rest
-            msg = (
-                f"the store at {self._address} lost, or may have lost, what was written to partition {partition} (a "
-                "server of it was wiped, set back to an older copy, started anew, or failed over)"
-            )
-            raise StoreLost(msg)
+        self._refuse_lost(partition, held)
+        held.owners = owners
+
+    def _refuse_lost(self, partition: int, held: HeldInCluster) -> None:
+        if not held.lost:
+            return
+        held.told, held.whole = True, False
+        self._shown_meta = None  # the public keys may be gone with the rest
+        msg = (
+            f"the store at {self._address} lost, or may have lost, what was written to partition {partition} (a server "
+            "of it was wiped, set back to an older copy, started anew, or failed over)"
+        )
+        raise StoreLost(msg)
 
     async def _write(self, partition: int, entries: Sequence[tuple[bytes, bytes]]) -> int:
         answers = await self._all([Call("", key, (entry,), PUT_ONE) for key, entry in entries])
@@ -196,30 +215,40 @@ class ClusterKV(RedisKV):
         return sum(answers)
 
     async def _write_sentinels(self, partition: int, held: HeldInCluster, *, whole: bool) -> None:
-        """Write all sentinels of a partition under its claim, each with who holds it."""
-        slot_map, prefix = await self._slot_map(), _sentinel_prefix(held.judged, whole=whole)
-        entries = []
-        for slot, tag in sentinel_tags():
-            owner = slot_map.primary(slot)
-            server = self._servers.get(owner.node) if owner is not None else None
-            body = b"" if server is None else server.sentinel()
-            entries.append((sentinel_key(tag, partition).encode(), prefix + body))
-        await self._write(partition, entries)
-        held.whole = whole
+        """Write all sentinels of a partition under its claim, each with who holds it.
+
+        That it is whole is written over a sentinel that is there, and nowhere else: one that is gone by now went with
+        all that its server held, which no look would tell any more.
+        """
+        owners, servers, prefix = await self._owners(), self._servers, _sentinel_prefix(held.judged, whole=whole)
+        calls = []
+        for (_, tag), node in zip(sentinel_tags(), owners, strict=True):
+            body = servers[node].sentinel() if node in servers else b""
+            calls.append(Call("", sentinel_key(tag, partition), (prefix + body,), REPLACE_ONE if whole else PUT_ONE))
+        answers = await self._all(calls)
+        for answer in answers:
+            if isinstance(answer, bytes):
+                raise fenced(partition, answer, held.judged)
+        held.signed = {node: server.run for node, server in servers.items()}
+        held.lost |= ABSENT in answers
+        held.whole = whole and not held.lost
 
     async def _look(self) -> Mapping[str, Server]:
         """See who has slots at present."""
         with translated(self._address):
             servers = {}
             for primary in await self._router.primaries():
-                answers = await self._router.ask(primary.place, ("INFO", "server"), ("INFO", "replication"))
+                answers = await self._router.ask(primary.place, *(("INFO", part) for part in _RUN))
                 servers[primary.node] = Server.of(primary.node, {**answers[0], **answers[1]})
         self._servers, self._looked_at = servers, time.monotonic()
         return servers
 
-    async def _slot_map(self) -> SlotMap:
+    async def _owners(self) -> tuple[str | None, ...]:
+        """Node that has the slot of each sentinel, None where nobody has it."""
         with translated(self._address):
-            return await self._router.slots()
+            slot_map = await self._router.slots()
+        owners = (slot_map.primary(slot) for slot, _ in sentinel_tags())
+        return tuple(None if owner is None else owner.node for owner in owners)
 
     async def _all(self, calls: Sequence[Call]) -> list[Any]:
         with translated(self._address):
@@ -247,9 +276,16 @@ class ClusterKV(RedisKV):
             return
         with translated(self._address):
             for primary in await self._router.primaries():
-                (info,) = await self._router.ask(primary.place, ("INFO", "memory"))
+                memory, *others = await self._router.ask(primary.place, *(("INFO", part) for part in ("memory", *_RUN)))
                 host, port = primary.place
-                warn_of_eviction(info, f"the server {host}:{port} of the store at {self._address}")
+                where = f"the server {host}:{port} of the store at {self._address}"
+                warn_of_eviction(memory, where)
+                if not Server.of(primary.node, {**others[0], **others[1]}).known:
+                    log.warning(
+                        "%s doesn't tell run_id and master_replid in INFO: when it is started anew or fails over, and "
+                        "lacks its last writes only, nobody notices; run `uemb kv rebuild` then",
+                        where,
+                    )
         self._checked = True
 
     def _held_in_cluster(self, partition: int) -> HeldInCluster:
@@ -263,10 +299,13 @@ def _sentinel_prefix(claim: bytes, *, whole: bool) -> bytes:
     return kv_prefix(int.from_bytes(claim, "big"), int(whole))
 
 
-def _one_of_each(slot_map: SlotMap) -> list[str]:
-    """Tag of one sentinel on each server that has one."""
-    tags: dict[str, str] = {}
-    for slot, tag in sentinel_tags():
-        if (owner := slot_map.primary(slot)) is not None:
-            tags.setdefault(owner.node, tag)
-    return list(tags.values())
+def _picked(owners: Sequence[str | None], before: Sequence[str | None]) -> list[str]:
+    """Tag of one sentinel on each server, and of all whose slots changed hands: those may have come without keys."""
+    one_of_each: dict[str | None, str] = {}
+    changed = []
+    for n, (_, tag) in enumerate(sentinel_tags()):
+        if before and owners[n] != before[n]:
+            changed.append(tag)
+        elif owners[n] is not None:
+            one_of_each.setdefault(owners[n], tag)
+    return [*one_of_each.values(), *changed]

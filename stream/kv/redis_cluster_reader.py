@@ -24,6 +24,8 @@ from stream.kv.urls import RedisAddress
 _REFRESH_S: Final = 0.4
 #: Shorter than with a single server: until it is over nobody knows that one of several hangs.
 _READ_TIMEOUT_S: Final = 0.3
+#: Far longer than any lookup takes: what has no answer by then was asked of a thread that had ended.
+_ANSWER_S: Final = 10.0
 _CLOSE_S: Final = 5.0
 
 log = logging.getLogger(__name__)
@@ -51,25 +53,24 @@ class _Seen:
         Raises:
             ConfigError: the login is refused.
             StateError: the shared record is damaged; the last one seen stays.
-            StoreError: none of it can be read; what can't be stays as it was last seen.
+            StoreError: the shared record can't be read; what can't be stays as it was last seen.
         """
         with translated(self.address):
-            for primary in await router.primaries():
-                await _ping(router, primary.place)
+            await asyncio.gather(*(_ping(router, primary.place) for primary in await router.primaries()))
             keys = [META_KEY, *map(watermark_key, range(self.meta.partitions or 0))]
-            raw, *watermarks = await router.run([Call("GET", key) for key in keys])
-            if isinstance(raw, Exception):
-                raise raw
-            if raw is not None and raw != self.raw:  # removed, the last one stays: its vectors may still be served
+            raw, *watermarks = await router.run([Call("GET", key) for key in keys], hasty=True)
+            if isinstance(raw, bytes) and raw != self.raw:  # removed, the last one stays: its vectors may be served yet
                 self.meta = decode_meta(raw, f"{META_KEY} of {self.address}", REPAIR)
                 self.raw = raw
                 if (self.meta.partitions or 0) != len(watermarks):
                     calls = [Call("GET", watermark_key(n)) for n in range(self.meta.partitions or 0)]
-                    watermarks = await router.run(calls)
-        before = self.watermarks + (None,) * len(watermarks)
-        self.watermarks = tuple(
-            before[n] if isinstance(watermark, Exception) else watermark for n, watermark in enumerate(watermarks)
-        )
+                    watermarks = await router.run(calls, hasty=True)
+            before = self.watermarks + (None,) * len(watermarks)
+            self.watermarks = tuple(
+                before[n] if isinstance(watermark, Exception) else watermark for n, watermark in enumerate(watermarks)
+            )
+            if isinstance(raw, Exception):
+                raise raw
 
 
 class ClusterReader:
@@ -105,8 +106,9 @@ class ClusterReader:
         A server that failed is left alone until the background has found it well again.
 
         Raises:
-            StorePartlyDown: some of the servers can't be read; it has what the others gave.
-            StoreError: the cluster can't be read.
+            StorePartlyDown: servers can't be read, of some or all of the entries; it has what the others gave. Servers
+                are no partitions: that none of these entries was read says nothing about others.
+            StoreError: the reader is closed, or its login is not good any more.
         """
         seen, loop, router = self._seen, self._seen.loop, self._seen.router
         if seen.closed.is_set() or loop is None or router is None:
@@ -119,8 +121,8 @@ class ClusterReader:
         except RuntimeError as exc:  # closed meanwhile
             raise _closed(seen) from exc
         try:
-            found: list[bytes | Exception | None] = asked.result()
-        except CancelledError as exc:  # closed while it was under way
+            found: list[bytes | Exception | None] = asked.result(_ANSWER_S)
+        except (CancelledError, TimeoutError) as exc:  # closed while it was under way, or just before
             raise _closed(seen) from exc
         except ConfigError as exc:  # a password that was changed meanwhile: a store that is down, to our callers
             raise StoreError(str(exc)) from exc
@@ -132,9 +134,7 @@ class ClusterReader:
             with translated(seen.address):
                 raise next(iter(unread.values()))
         except UembError as exc:
-            if len(unread) < len(entries):
-                raise StorePartlyDown(str(exc), entries, frozenset(unread)) from exc
-            raise StoreError(str(exc)) from exc
+            raise StorePartlyDown(str(exc), entries, frozenset(unread)) from exc
 
     def watermark(self, user_id: bytes) -> bytes | None:
         """Progress record of the partition that owns `user_id`, as last seen; cheap."""
@@ -149,7 +149,7 @@ class ClusterReader:
 
 async def _found(router: Router, calls: Sequence[Call], address: RedisAddress) -> list[bytes | Exception | None]:
     with translated(address):
-        return await router.run(calls, avoid_down=True)
+        return await router.run(calls, hasty=True)
 
 
 async def _ping(router: Router, place: Place) -> None:

@@ -78,12 +78,13 @@ class Router:
         self._refreshing = asyncio.Lock()
         self.down: set[Place] = set()
 
-    async def run(self, calls: Sequence[Call], *, avoid_down: bool = False) -> list[Any]:
+    async def run(self, calls: Sequence[Call], *, hasty: bool = False) -> list[Any]:
         """Run commands, in no particular order; return what each was answered, an exception for one that failed.
 
         Args:
             calls: the commands.
-            avoid_down: whether those for servers in `down` fail at once.
+            hasty: whether those for servers in `down` fail at once, and the owners of slots as once known are good
+                enough. Somebody else then calls `primaries` now and then, and `ask` of those in `down`.
 
         Raises:
             RedisError: no server tells where slots are.
@@ -94,8 +95,8 @@ class Router:
         asks: dict[int, Place] = {}
         whole: set[int] = set()  # scripts whose text must be sent
         todo: Sequence[int] = range(len(calls))
+        slot_map = self._map if hasty and self._map is not None else await self.slots()
         for turn in range(_TURNS):
-            slot_map = await self._slots()
             trips: dict[Place, list[int]] = {}
             for n in todo:
                 place = asks.get(n) or slot_map.place(slots[n])
@@ -105,7 +106,7 @@ class Router:
                 else:
                     trips.setdefault(place, []).append(n)
             await asyncio.gather(
-                *(self._trip(place, ns, calls, replies, asks, whole, avoid_down) for place, ns in trips.items())
+                *(self._trip(place, ns, calls, replies, asks, whole, hasty) for place, ns in trips.items())
             )
             asked, asks = asks, {}
             again = []
@@ -150,15 +151,20 @@ class Router:
     async def primaries(self) -> list[Primary]:
         """Every server that has slots, asked for anew."""
         self._outdated = True
-        return (await self._slots()).primaries
+        return (await self.slots()).primaries
 
     async def slots(self) -> SlotMap:
-        """Owners of the slots as known."""
-        return await self._slots()
+        """Owners of the slots, asked for anew if a command has met another one, or none, since."""
+        async with self._refreshing:
+            if self._outdated or self._map is None:
+                self._map = await self._fetched()
+                self._outdated = False
+            return self._map
 
     async def close(self) -> None:
-        """Disconnect; the next use connects again."""
+        """Disconnect; the next use connects again, if need be in another event loop."""
         clients, self._clients, self._map, self._outdated = list(self._clients.values()), {}, None, True
+        self._refreshing = asyncio.Lock()  # one that was ever waited for belongs to its event loop
         for client in clients:
             with suppress(RedisError, OSError):  # of a connection that is broken nothing is left to close
                 await client.aclose()
@@ -171,10 +177,10 @@ class Router:
         replies: list[Any],
         asks: Mapping[int, Place],
         whole: set[int],
-        avoid_down: bool,
+        hasty: bool,
     ) -> None:
         """One round trip to one server; leaves an answer or an exception for each of its commands."""
-        if avoid_down and place in self.down:
+        if hasty and place in self.down:
             answers: list[Any] = [Dropped("failed when it was last asked")] * len(numbers)
         else:
             try:
@@ -194,13 +200,6 @@ class Router:
                     await self._client(place).connection_pool.disconnect(inuse_connections=False)
         for n, answer in zip(numbers, answers, strict=True):
             replies[n] = answer
-
-    async def _slots(self) -> SlotMap:
-        async with self._refreshing:
-            if self._outdated or self._map is None:
-                self._map = await self._fetched()
-                self._outdated = False
-            return self._map
 
     async def _fetched(self) -> SlotMap:
         known = [] if self._map is None else [primary.place for primary in self._map.primaries]

@@ -79,6 +79,12 @@ redis.call('SET', KEYS[1], ARGV[1])
 return 0
 """)
 
+#: What `REPLACE_ONE` returns where there is no entry.
+ABSENT: Final = 2
+
+#: The same, but an entry that is not there stays away: returns 2.
+REPLACE_ONE: Final = _script(f"if redis.call('EXISTS', KEYS[1]) == 0 then return {ABSENT} end\n{PUT_ONE.text}")
+
 #: KEYS: the shared record, keys to set beside it, keys to remove.
 #: ARGV: the record as it was read (empty: none), the new one, how many keys are to be set, their values.
 #: Returns 1 when the new record stands; it may have done so before, if the answer to an earlier call was lost.

@@ -36,6 +36,11 @@ class Server(NamedTuple):
         names = ("run_id", "master_replid", "master_replid2")
         return cls(node, *(str(info.get(name, "")) for name in names))
 
+    @property
+    def known(self) -> bool:
+        """Whether it tells what another run of it, or a replica in its place, would tell otherwise."""
+        return bool(self.run and self.history)
+
     def sentinel(self) -> bytes:
         """Body of a sentinel that it holds."""
         return json.dumps({"node": self.node, "run": self.run, "history": self.history}).encode()

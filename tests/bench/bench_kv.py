@@ -1,10 +1,11 @@
-"""What the key-value stores cost: `put` and a reader's `get`, both stores in one run.
+"""What the key-value stores cost: `put` and a reader's `get`, all stores in one run.
 
     python tests/bench/bench_kv.py [--json] [--seconds 2]
 
 Entries of 300 bytes in batches of 1, 100 and 1,000; microseconds of wall time and of this process's CPU per entry, best
 of many runs. Every put replaces what is stored, with a watermark beside, as a worker's does; every answer is checked
-before timing. Redis is on this machine, so a real one adds the network's round trip to each batch.
+before timing. Redis, and the three servers of the cluster, are on this machine, so real ones add the network's round
+trip to each batch: one to a server of its own, three to a cluster.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from kv_entries import entry, eventually
+from redis_cluster import RedisCluster
 from redis_server import RedisServer, why_no_redis
 
 from stream.keys import epoch_key, watermark_key
@@ -81,8 +83,8 @@ async def bench(kv: KVWriter, connect: Callable[[], KVReader], seconds: float) -
 
 def run(seconds: float) -> dict[str, Any]:
     """All figures, by store."""
-    with tempfile.TemporaryDirectory() as folder, RedisServer() as server:
-        urls = {"rocksdb": f"rocksdb://{folder}/kv", "redis": server.url}
+    with tempfile.TemporaryDirectory() as folder, RedisServer() as server, RedisCluster() as cluster:
+        urls = {"rocksdb": f"rocksdb://{folder}/kv", "redis": server.url, "cluster": cluster.url}
         with server.client() as client:
             server_version = client.info("server")["redis_version"]
         figures = {

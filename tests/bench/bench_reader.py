@@ -1,6 +1,6 @@
-"""What retrieval pays: the reader's two faces on both stores, and the longest waits while a store fails.
+"""What retrieval pays: the reader's two faces on all stores, and the longest waits while a store fails.
 
-    python tests/bench/bench_reader.py [--json] [--users 1000] [--dim 48] [--seconds 2] [--faults]
+    python tests/bench/bench_reader.py [--json] [--users 1000] [--dim 48] [--seconds 2] [--faults [cluster]]
 
 Every figure is the best of many runs, CPU and wall time apart; answers are checked before timing. One peer, `fastavro`,
 decodes the same entries in the same run and does nothing else; the other, `redis.asyncio`, only fetches the bytes. So
@@ -29,7 +29,8 @@ import redis.asyncio
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from reader_faults import FAULTS, measure_fault
+from reader_faults import FAULTS, ITEM_VERSION, USER_VERSION, measure_fault
+from redis_cluster import RedisCluster
 from redis_server import RedisServer, why_no_redis
 
 from stream.keys import encoder_key, fallback_key, partition_of, user_cache_key, watermark_key
@@ -39,7 +40,6 @@ from stream.records import EmbeddingRecord, decode, encode, kv_prefix
 from stream.retrieval import AsyncEmbeddingReader, EmbeddingReader
 
 SEED = 20
-USER_VERSION, ITEM_VERSION = "mix-0123abcd", "items_v1"
 PARTITIONS = 4
 HEADER_BYTES = 10
 TOGETHER = 100
@@ -205,6 +205,9 @@ def run(users: int, dim: int, seconds: float) -> dict[str, Any]:
             asyncio.run(fill(server.url, records))
             figures |= {f"redis {name}": figure for name, figure in faces(server.url, records, seconds).items()}
             figures |= asyncio.run(plain_redis(server.url, records, seconds))
+        with RedisCluster() as cluster:
+            asyncio.run(fill(cluster.url, records))
+            figures |= {f"cluster {name}": figure for name, figure in faces(cluster.url, records, seconds).items()}
     peer_us = figures["fastavro"]["wall_us"]
     return {
         "workload": {"users": users, "dim": dim, "partitions": PARTITIONS, "seed": SEED},
@@ -214,12 +217,13 @@ def run(users: int, dim: int, seconds: float) -> dict[str, Any]:
     }
 
 
-def run_faults(dim: int) -> dict[str, Any]:
-    """How long answers take under each fault, in milliseconds."""
+def run_faults(dim: int, only: str) -> dict[str, Any]:
+    """How long answers take under each fault with `only` in its name, in milliseconds."""
     records = make_records(100, dim)
     faults = {
         f"{name}, {face}": measure_fault(fault, face, lambda url: asyncio.run(fill(url, records)))
         for name, fault in FAULTS.items()
+        if only in name
         for face in ("blocking", "asyncio")
     }
     return {"faults": faults, **about()}
@@ -240,9 +244,11 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=1000, help="records in the store and in a batch")
     parser.add_argument("--dim", type=int, default=48, help="dimension of the vectors")
     parser.add_argument("--seconds", type=float, default=2.0, help="time for each figure")
-    parser.add_argument("--faults", action="store_true", help="measure waits while a store fails")
+    parser.add_argument(
+        "--faults", metavar="NAME", nargs="?", const="", help="measure waits while a store fails: all, or those of NAME"
+    )
     args = parser.parse_args()
-    report = run_faults(args.dim) if args.faults else run(args.users, args.dim, args.seconds)
+    report = run_faults(args.dim, args.faults) if args.faults is not None else run(args.users, args.dim, args.seconds)
     if args.json:
         print(json.dumps(report, indent=1))
         return
@@ -250,7 +256,7 @@ def main() -> None:
         ratio = report["ratio_to_fastavro"][name]
         print(f"{name:34} {figure['wall_us']:7.2f} us a record ({figure['cpu_us']:.2f} us CPU), {ratio:.2f} x fastavro")
     for name, figure in report.get("faults", {}).items():
-        reasons = ", ".join(f"{count} {reason or 'ok'}" for reason, count in figure["reasons"].items())
+        reasons = ", ".join(f"{count} {reason}" for reason, count in figure["reasons"].items())
         print(
             f"{name:34} p50 {figure['p50_ms']:.3f} ms, p99 {figure['p99_ms']:.2f} ms, "
             f"max {figure['max_ms']:.2f} ms of {figure['answers']} answers: {reasons}"

@@ -1,4 +1,7 @@
-"""How long a reader's answers take while its store fails: a probe asks without a pause and times each answer."""
+"""How long a reader's answers take while its store fails: a probe asks without a pause and times each answer.
+
+On a cluster one of three servers fails. Reasons are counted apart for users whose vectors it has, and for the others.
+"""
 
 import asyncio
 import json
@@ -10,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -18,11 +22,17 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from half_open import HalfOpenProxy
+from redis_cluster import SLOTS, RedisCluster
 from redis_server import RedisServer
 
+from stream.keys import user_cache_key
+from stream.kv.redis_slots import slot_of
 from stream.retrieval import AsyncEmbeddingReader, EmbeddingReader, UserEmbedding
 
-USER = "100000"
+USERS = [str(100_000 + n) for n in range(100)]
+USER_VERSION, ITEM_VERSION = "mix-0123abcd", "items_v1"
+#: Of the cluster's servers, the one that fails.
+HIT = 1
 BEFORE_S, DURING_S, AFTER_S = 0.5, 3.5, 2.0
 PAUSE_S = 0.0005
 
@@ -99,11 +109,58 @@ def replaced_rocksdb(fill: Fill) -> Iterator[Store]:
         yield store
 
 
+@contextmanager
+def paused_in_cluster(fill: Fill) -> Iterator[Store]:
+    """SIGSTOP of one of three."""
+    with RedisCluster() as cluster:
+        fill(cluster.url)
+        yield Store(cluster.url, cluster.servers[HIT].pause, cluster.servers[HIT].resume)
+
+
+@contextmanager
+def killed_in_cluster(fill: Fill) -> Iterator[Store]:
+    """SIGKILL of one of three; later it comes back, empty, and is filled."""
+    with RedisCluster() as cluster:
+        fill(cluster.url)
+        yield Store(cluster.url, cluster.servers[HIT].kill, lambda: _begin_anew(cluster, fill))
+
+
+@contextmanager
+def emptied_in_cluster(fill: Fill) -> Iterator[Store]:
+    """One of three is started anew, empty; later it is filled."""
+    with RedisCluster() as cluster:
+        fill(cluster.url)
+
+        def restart() -> None:
+            cluster.servers[HIT].kill()
+            cluster.servers[HIT].start()
+
+        yield Store(cluster.url, restart, lambda: fill(cluster.url))
+
+
+@contextmanager
+def resharded_cluster(fill: Fill) -> Iterator[Store]:
+    """Slots move with their keys from another server to one of three."""
+    with RedisCluster() as cluster:
+        fill(cluster.url)
+        yield Store(cluster.url, lambda: cluster.reshard(0, HIT, 600), lambda: None)
+
+
+def _begin_anew(cluster: RedisCluster, fill: Fill) -> None:
+    cluster.servers[HIT].start()
+    cluster.until_ok()
+    fill(cluster.url)
+
+
 Fault = Callable[[Fill], Any]
 FAULTS: dict[str, Fault] = {
     "Redis paused": paused_redis,
     "Redis killed": killed_redis,
     "Redis connections half-open": cut_off_redis,
+    "one of a cluster paused": paused_in_cluster,
+    "one of a cluster killed": killed_in_cluster,
+    "one of a cluster empty": emptied_in_cluster,
+    "cluster resharded": resharded_cluster,
     "RocksDB removed": removed_rocksdb,
     "RocksDB replaced": replaced_rocksdb,
 }
@@ -129,17 +186,28 @@ def _probe(face: str, url: str) -> Iterator[IO[str]]:
         yield process.stdout
 
 
-async def _ask(get: Callable[[], Awaitable[UserEmbedding]]) -> tuple[list[int], Counter[str]]:
+def _place(user: str, *, cluster: bool) -> str:
+    """What a reason is counted under: where the user's vector was when all was well."""
+    if not cluster:
+        return ""
+    there = slot_of(user_cache_key(user, ITEM_VERSION, USER_VERSION)) * 3 // SLOTS == HIT
+    return " there" if there else " elsewhere"
+
+
+async def _ask(get: Callable[[str], Awaitable[UserEmbedding]], *, cluster: bool) -> tuple[list[int], Counter[str]]:
     """Nanoseconds of each answer, and the reasons."""
     times_ns, reasons = [], Counter[str]()
-    assert (await get()).status == "ok"
+    places = {user: _place(user, cluster=cluster) for user in USERS}
+    assert [(await get(user)).status for user in USERS] == ["ok"] * len(USERS)
     print("ready", flush=True)
     end = time.monotonic() + BEFORE_S + DURING_S + AFTER_S
-    while time.monotonic() < end:
+    for user in cycle(USERS):
+        if time.monotonic() > end:
+            break
         began = time.perf_counter_ns()
-        answer = await get()
+        answer = await get(user)
         times_ns.append(time.perf_counter_ns() - began)
-        reasons[answer.reason] += 1
+        reasons[(answer.reason or "ok") + places[user]] += 1
         await asyncio.sleep(PAUSE_S)
     return times_ns, reasons
 
@@ -147,15 +215,15 @@ async def _ask(get: Callable[[], Awaitable[UserEmbedding]]) -> tuple[list[int], 
 async def _blocking(url: str) -> tuple[list[int], Counter[str]]:
     with EmbeddingReader.open(url) as reader:
 
-        async def get() -> UserEmbedding:
-            return reader.get(USER)
+        async def get(user: str) -> UserEmbedding:
+            return reader.get(user)
 
-        return await _ask(get)
+        return await _ask(get, cluster="cluster" in url)
 
 
 async def _in_loop(url: str) -> tuple[list[int], Counter[str]]:
     async with await AsyncEmbeddingReader.open(url) as reader:
-        return await _ask(lambda: reader.get(USER))
+        return await _ask(reader.get, cluster="cluster" in url)
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +11,7 @@ from faust.types import TP
 
 from stream.app import EmbeddingApp
 from stream.batch import StepResult
-from stream.errors import StoreError
+from stream.errors import StoreError, StoreLost
 from stream.keys import watermark_key
 from stream.partitions import Partitions
 from stream.publish import Destinations, Lane, Lanes, Progress, Work
@@ -27,13 +27,17 @@ class SlowKV:
         self.open = set(partitions)
         self.written: list[tuple[int, dict[bytes, bytes]]] = []
         self.calls = 0
+        self.lost = False
         self.called, self.go = asyncio.Event(), asyncio.Event()
 
     async def put(self, partition: int, entries: Mapping[bytes, bytes]) -> int:
         if partition not in self.open:
             msg = f"partition {partition} is not open for writing"
             raise StoreError(msg)
+        lost = self.lost
         await self._wait()
+        if lost:
+            raise StoreLost("told so")
         self.written.append((partition, dict(entries)))
         return 0
 
@@ -69,7 +73,12 @@ async def never() -> None:
     raise AssertionError("the store lost nothing")
 
 
-def lane(partition: int, kv: SlowKV, progress: Progress | None = None) -> Lane:
+def lane(
+    partition: int,
+    kv: SlowKV,
+    progress: Progress | None = None,
+    reclaim: Callable[[], Awaitable[None]] = never,
+) -> Lane:
     return Lane(
         partition,
         progress or Progress(1),
@@ -78,7 +87,7 @@ def lane(partition: int, kv: SlowKV, progress: Progress | None = None) -> Lane:
         kv,  # type: ignore[arg-type]
         mark_durable=lambda topic, offset: None,
         changelog_at=lambda offset: None,
-        reclaim=never,
+        reclaim=reclaim,
         standing=Standing(Fetches(), [TP("events", partition)], lambda: 0),
         on_stage=lambda stage, batch, result: None,
     )
@@ -138,6 +147,31 @@ async def test_no_heartbeat_tells_of_offsets_whose_vectors_are_not_stored_yet(la
     assert list(first) == [b"user", watermark_key(0).encode()]
     for entries in (first, second):
         assert json.loads(kv_entry(entries[watermark_key(0).encode()])[2])["offsets"] == {"events": 6}
+
+
+async def test_a_loss_that_a_heartbeat_and_a_batch_meet_at_once_is_mended_once(lanes: Lanes) -> None:
+    kv, reclaimed = SlowKV(0), 0
+    kv.lost = True
+
+    async def reclaim() -> None:
+        nonlocal reclaimed
+        reclaimed += 1
+        kv.lost = False
+
+    one = lane(0, kv, reclaim=reclaim)
+    lanes.start(one)
+    beating = asyncio.create_task(lanes.heartbeat())
+    await kv.called.wait()
+    batch = RecordBatch("events", 0, [SimpleNamespace(offset=5, timestamp=1)], 0, 0)  # type: ignore[list-item]
+    await one.put(Work(batch, (), StepResult(entries={b"user": bytes(16)})))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    kv.go.set()
+    await beating
+    await one.empty()
+    await lanes.stop()
+    assert reclaimed == 1
+    assert b"user" in kv.written[-1][1]
 
 
 async def test_no_rebuild_begins_on_a_partition_that_was_given_up_meanwhile(lanes: Lanes) -> None:

@@ -4,8 +4,6 @@ import asyncio
 import gc
 import json
 import logging
-import shutil
-import subprocess
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
@@ -573,19 +571,6 @@ class TestLogin:
 
 class TestTls:
     """rediss://"""
-
-    @pytest.fixture
-    def certificate(self, tmp_path: Path) -> Path:
-        """A certificate of 127.0.0.1, signed by itself; its key lies beside it."""
-        openssl = shutil.which("openssl")
-        if openssl is None:
-            pytest.skip("no certificate: install openssl")
-        file = tmp_path / "server.pem"
-        words = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
-        names = ["-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1"]
-        command = [openssl, "req", "-x509", *words, *names, "-keyout", str(tmp_path / "key.pem"), "-out", str(file)]
-        subprocess.run(command, check=True, capture_output=True, timeout=30)
-        return file
 
     async def test_a_server_is_talked_to_only_with_a_certificate_of_a_known_ca(
         self, make_redis: Callable[..., RedisServer], certificate: Path

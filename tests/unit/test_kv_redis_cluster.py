@@ -1,75 +1,30 @@
-"""The networked store on a real cluster: what holds beside the contract of every store, and what counts as a loss."""
+"""The networked store on a real cluster: what holds beside the contract of every store."""
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+import logging
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
+from cluster_writers import CLAIM, KEYS, WATERMARK, at, claimed, put
 from kv_entries import entry, eventually
 from redis_cluster import RedisCluster
 from redis_server import RedisServer
 
 from stream.errors import ConfigError, Fenced, StoreError, StoreLost, StorePartlyDown
-from stream.keys import epoch_key, watermark_key
+from stream.keys import META_KEY, watermark_key
 from stream.kv.base import Meta, Serving
+from stream.kv.bounded import STORE_DOWN, BoundedLookups
+from stream.kv.redis_client import CLUSTER_GRANTS
 from stream.kv.redis_cluster import ClusterKV
 from stream.kv.redis_cluster_reader import ClusterReader
-from stream.kv.redis_slots import SENTINELS, sentinel_tags, slot_of
-from stream.kv.urls import RedisAddress, parse_kv_url
+from stream.kv.redis_slots import SENTINELS, SLOTS, Place, sentinel_tags, slot_of
+from stream.kv.urls import parse_kv_url
 from stream.records import kv_prefix
-
-CLAIM = epoch_key(0).encode()
-WATERMARK = watermark_key(0).encode()
-KEYS = [b"k%d" % n for n in range(300)]  # on every server, by far
-
-
-def at(cluster: RedisCluster) -> RedisAddress:
-    address = parse_kv_url(cluster.url)
-    assert isinstance(address, RedisAddress)
-    return address
-
-
-@pytest.fixture
-async def make_kv() -> AsyncIterator[Callable[[RedisCluster], ClusterKV]]:
-    """Makes writers, which are closed after the test."""
-    made: list[ClusterKV] = []
-
-    def make(cluster: RedisCluster) -> ClusterKV:
-        made.append(ClusterKV(at(cluster), timeout_s=1.0))
-        return made[-1]
-
-    yield make
-    for kv in made:
-        await kv.close()
-
-
-async def claimed(kv: ClusterKV, epoch: int, *, whole: bool = True) -> ClusterKV:
-    """A claim, and with `whole` what follows it: a watermark and all keys."""
-    await kv.update_meta(lambda _: Meta("app", 1))
-    await kv.open_partition(0)
-    await kv.put(0, {CLAIM: kv_prefix(epoch, 0)})
-    if whole:
-        await put(kv, epoch, 1)
-    return kv
-
-
-async def put(kv: ClusterKV, epoch: int, revision: int) -> int:
-    return await kv.put(0, {**{key: entry(epoch, revision) for key in KEYS}, WATERMARK: entry(epoch, revision)})
-
-
-async def insist(kv: ClusterKV, epoch: int, revision: int) -> None:
-    """Write as a worker does, which waits for a store that is away."""
-    for _ in range(200):
-        try:
-            await put(kv, epoch, revision)
-        except StoreLost:
-            raise
-        except StoreError:
-            await asyncio.sleep(0.05)
-        else:
-            return
-    raise AssertionError("the store stayed away")
 
 
 def test_sentinels_lie_one_in_each_band_of_slots() -> None:
@@ -82,41 +37,41 @@ class TestWriting:
     """What a worker writes to a cluster, and what it is told."""
 
     async def test_a_newer_claim_fences_the_whole_batch(
-        self, cluster: RedisCluster, make_kv: Callable[..., ClusterKV]
+        self, cluster: RedisCluster, make_cluster_kv: Callable[..., ClusterKV]
     ) -> None:
-        old, new = await claimed(make_kv(cluster), 7), await claimed(make_kv(cluster), 8, whole=False)
+        old, new = await claimed(make_cluster_kv(cluster), 7), await claimed(make_cluster_kv(cluster), 8, whole=False)
         with pytest.raises(Fenced, match="epoch 8, ours is 7"):
             await put(old, 7, 2)
         assert await new.get(0, [*KEYS, WATERMARK]) == [entry(7, 1)] * (len(KEYS) + 1)
 
     async def test_scripts_that_every_server_forgot_are_sent_again(
-        self, cluster: RedisCluster, make_kv: Callable[..., ClusterKV]
+        self, cluster: RedisCluster, make_cluster_kv: Callable[..., ClusterKV]
     ) -> None:
-        kv = await claimed(make_kv(cluster), 5)
+        kv = await claimed(make_cluster_kv(cluster), 5)
         for number in range(3):
             cluster.call(number, "SCRIPT", "FLUSH")
         assert await put(kv, 5, 2) == 0
         assert await kv.get(0, KEYS) == [entry(5, 2)] * len(KEYS)
 
     async def test_public_keys_follow_the_shared_record_and_are_repaired(
-        self, cluster: RedisCluster, make_kv: Callable[..., ClusterKV]
+        self, cluster: RedisCluster, make_cluster_kv: Callable[..., ClusterKV]
     ) -> None:
         full = Meta("app", 1, Serving("u", "i", 3), {"uemb:fallback:u:i": b"f"}, {"uemb:encoder:u": "ab"})
-        await make_kv(cluster).update_meta(lambda _: full)
+        await make_cluster_kv(cluster).update_meta(lambda _: full)
         shown = {key: value for key, value in cluster.everything().items() if key != b"uemb:meta"}
         assert json.loads(shown.pop(b"uemb:current")) == {"user_version": "u", "item_version": "i", "offset": 3}
         assert shown == {b"uemb:app": b"app", b"uemb:fallback:u:i": b"f", b"uemb:encoder:u": b"ab"}
-        await make_kv(cluster).update_meta(lambda meta: replace(meta, fallbacks={}))
+        await make_cluster_kv(cluster).update_meta(lambda meta: replace(meta, fallbacks={}))
         assert b"uemb:fallback:u:i" not in cluster.everything()
-        kv = make_kv(cluster)
+        kv = make_cluster_kv(cluster)
         await kv._command("DEL", "uemb:app")
         await kv.update_meta(lambda meta: meta)
         assert cluster.everything()[b"uemb:app"] == b"app"
 
     async def test_public_keys_that_were_lost_come_back_with_the_next_claim(
-        self, cluster: RedisCluster, make_kv: Callable[..., ClusterKV]
+        self, cluster: RedisCluster, make_cluster_kv: Callable[..., ClusterKV]
     ) -> None:
-        kv = await claimed(make_kv(cluster), 5)
+        kv = await claimed(make_cluster_kv(cluster), 5)
         for number in range(3):  # as an operator would, by mistake; one of them has the shared record, another the key
             cluster.call(number, "FLUSHALL")
             with pytest.raises(StoreLost):
@@ -126,127 +81,133 @@ class TestWriting:
             await put(kv, 5, 2)
             assert cluster.everything()[b"uemb:app"] == b"app"
 
+    def test_a_writer_may_go_on_in_another_event_loop(self, cluster: RedisCluster) -> None:
+        kv = ClusterKV(at(cluster))
+
+        async def use() -> None:
+            await asyncio.gather(*(kv.rebuild_request(n) for n in range(4)))
+            await kv.close()
+
+        asyncio.run(use())
+        asyncio.run(use())
+
     async def test_a_server_of_its_own_is_refused(self, redis: RedisServer) -> None:
         kv = ClusterKV(replace(parse_kv_url(redis.url), seeds=(("127.0.0.1", redis.port),)))  # type: ignore[arg-type]
         with pytest.raises(ConfigError, match="not part of a cluster: write redis://"):
             await kv.update_meta(lambda meta: meta)
         await kv.close()
 
-    async def test_no_key_expires(self, cluster: RedisCluster, make_kv: Callable[..., ClusterKV]) -> None:
-        await claimed(make_kv(cluster), 5)
+    async def test_no_key_expires(self, cluster: RedisCluster, make_cluster_kv: Callable[..., ClusterKV]) -> None:
+        await claimed(make_cluster_kv(cluster), 5)
         assert len(cluster.everything()) > SENTINELS + len(KEYS)
         for server in cluster.servers:
             with server.client() as client:
                 assert {client.pttl(key) for key in client.keys("*")} == {-1}
 
 
-class TestLosses:
-    """What makes a partition's owner rebuild it, once, and what does not."""
+class TestAccess:
+    """Logins, rights, TLS."""
 
-    async def test_a_server_that_lost_its_data_is_noticed_once_and_whole_again_with_the_next_watermark(
-        self, cluster: RedisCluster, make_kv: Callable[..., ClusterKV]
-    ) -> None:
-        kv = await claimed(make_kv(cluster), 5)
+    @pytest.fixture
+    def grant(self, cluster: RedisCluster) -> Iterator[Callable[[str], None]]:
+        """Lets the user ``ali``, password ``p%w``, do something on every server."""
+
+        def grant(rights: str) -> None:
+            for number in range(3):
+                cluster.call(number, "ACL", "SETUSER", "ali", "reset", "on", ">p%w", *rights.split())
+
+        yield grant
         for number in range(3):
-            cluster.call(number, "FLUSHALL")
-            with pytest.raises(StoreLost, match="partition 0"):
-                await put(kv, 5, 2)
-            await kv.put(0, {CLAIM: kv_prefix(5, 0)})
-            await kv.put(0, {key: entry(5, 2) for key in KEYS})
-            await put(kv, 5, 2)
-            await put(kv, 5, 2)
+            cluster.call(number, "ACL", "DELUSER", "ali")
 
-    @pytest.mark.parametrize("number", range(3))
-    async def test_a_loss_while_the_partition_is_rebuilt_is_noticed_too(
-        self, cluster: RedisCluster, make_kv: Callable[..., ClusterKV], number: int
+    async def test_no_more_rights_are_needed_than_are_asked_for(
+        self,
+        cluster: RedisCluster,
+        grant: Callable[[str], None],
+        make_cluster_kv: Callable[..., ClusterKV],
+        caplog: pytest.LogCaptureFixture,
     ) -> None:
-        kv = await claimed(make_kv(cluster), 5)
-        for lost in ((number + 1) % 3, number):
-            cluster.call(lost, "FLUSHALL")
-            with pytest.raises(StoreLost):
-                await kv.put(0, {key: entry(5, 2) for key in KEYS[150:]})
-            await kv.put(0, {CLAIM: kv_prefix(5, 0)})
-            await kv.put(0, {key: entry(5, 2) for key in KEYS[:150]})
+        caplog.set_level(logging.INFO)
+        grant(CLUSTER_GRANTS)
+        kv = await claimed(make_cluster_kv(cluster, "ali:p%25w@"), 5)
+        await kv.remove(0, KEYS[:10], 5)
+        assert not await kv.is_owned(0)
+        await kv.ask_rebuild(0)
+        await kv.rebuild_done(0, await kv.rebuild_request(0) or b"")
+        reader = ClusterReader(at(cluster, "ali:p%25w@"), refresh_s=0.05)
+        assert reader.get([(b"u", key) for key in KEYS]) == [None] * 10 + [entry(5, 1)] * 290
         await put(kv, 5, 2)
-        await kv.close()
-        await claimed(make_kv(cluster), 6)
+        eventually(lambda: reader.watermark(b"u") == entry(5, 2))
+        reader.close()
+        assert not [record for record in caplog.records if record.name.startswith("stream")], "something was refused"
 
-    @pytest.mark.parametrize("number", range(3))
-    async def test_a_loss_while_no_worker_ran_is_noticed_at_the_next_claim(
-        self, cluster: RedisCluster, make_kv: Callable[..., ClusterKV], number: int
+    @pytest.mark.parametrize("right", ["info", "cluster|slots"])
+    async def test_a_right_that_is_missing_is_said_at_the_start(
+        self, cluster: RedisCluster, grant: Callable[[str], None], make_cluster_kv: Callable[..., ClusterKV], right: str
     ) -> None:
-        await (await claimed(make_kv(cluster), 5)).close()
-        cluster.call(number, "FLUSHALL")
-        other = await claimed(make_kv(cluster), 6, whole=False)
+        grant(CLUSTER_GRANTS.replace(f"+{right}", ""))
+        with pytest.raises(ConfigError, match=rf"lets its user do too little; grant .*{re.escape(f'+{right}')}"):
+            await claimed(make_cluster_kv(cluster, "ali:p%25w@"), 5)
+
+    async def test_a_wrong_password_is_refused(
+        self, cluster: RedisCluster, grant: Callable[[str], None], make_cluster_kv: Callable[..., ClusterKV]
+    ) -> None:
+        grant(CLUSTER_GRANTS)
+        with pytest.raises(ConfigError, match="refused the login"):
+            await claimed(make_cluster_kv(cluster, "ali:no@"), 5)
+        with pytest.raises(ConfigError, match="refused the login"):
+            ClusterReader(at(cluster, "ali:no@"))
+
+    async def test_servers_that_do_not_tell_who_they_are_are_warned_of(
+        self,
+        cluster: RedisCluster,
+        make_cluster_kv: Callable[..., ClusterKV],
+        caplog: pytest.LogCaptureFixture,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        kv = make_cluster_kv(cluster)
+        ask = kv._router.ask
+
+        async def discreet(place: Place, *commands: tuple[str, ...]) -> list[Any]:
+            answers = await ask(place, *commands)
+            return [each if command[0] != "INFO" else {} for command, each in zip(commands, answers, strict=True)]
+
+        monkeypatch.setattr(kv._router, "ask", discreet)
+        await claimed(kv, 5)
+        warnings = [record.getMessage() for record in caplog.records if "run_id" in record.getMessage()]
+        assert len(warnings) == 3
+        assert "uemb kv rebuild" in warnings[0]
+        cluster.call(1, "FLUSHALL")
         with pytest.raises(StoreLost):
-            await put(other, 6, 1)
-        await other.close()  # before it rebuilt anything: the next one must know as well
-        third = await claimed(make_kv(cluster), 7, whole=False)
-        with pytest.raises(StoreLost):
-            await put(third, 7, 1)
-        await third.put(0, {CLAIM: kv_prefix(7, 0)})
-        await put(third, 7, 1)
-        await third.close()
-        await claimed(make_kv(cluster), 8)
+            await put(kv, 5, 2)
 
-    async def test_slots_that_move_are_no_loss_and_no_key_is_missed_on_the_way(
-        self, make_cluster: Callable[..., RedisCluster], make_kv: Callable[..., ClusterKV]
+    async def test_servers_are_talked_to_only_with_a_certificate_of_a_known_ca(
+        self, make_cluster: Callable[..., RedisCluster], make_cluster_kv: Callable[..., ClusterKV], certificate: Path
     ) -> None:
-        cluster = make_cluster()
-        new = cluster.add()
-        cluster.meet(new)
-        kv = await claimed(make_kv(cluster), 5)
-        moving = asyncio.create_task(asyncio.to_thread(cluster.reshard, 0, new, 600))
-        revision = 1
-        while not moving.done():
-            revision += 1
-            assert await put(kv, 5, revision) == 0
-            assert await kv.get(0, KEYS) == [entry(5, revision)] * len(KEYS)
-        await moving
-        assert revision > 10
-        await asyncio.to_thread(cluster.reshard, new, 1, 600)  # the new one has none again
-        await put(kv, 5, revision + 1)
-        await asyncio.sleep(1.1)
-        await put(kv, 5, revision + 2)
-        await claimed(make_kv(cluster), 6)
-
-    async def test_a_slot_that_stays_halfway_is_served_by_both(
-        self, make_cluster: Callable[..., RedisCluster], make_kv: Callable[..., ClusterKV]
-    ) -> None:
-        cluster = make_cluster()
-        kv = await claimed(make_kv(cluster), 5)
-        slots = {slot_of(key): key for key in KEYS}
-        slot = next(slot for slot in slots if slot < 5000)
-        here = [key for key in KEYS if slot_of(key) == slot]
-        cluster.call(1, "CLUSTER", "SETSLOT", slot, "IMPORTING", cluster.node(0))
-        cluster.call(0, "CLUSTER", "SETSLOT", slot, "MIGRATING", cluster.node(1))
-        cluster.call(0, "MIGRATE", "127.0.0.1", cluster.servers[1].port, here[0].decode(), 0, 1000)
-        # Several at once, so that more than one connection to either server is there to be mistaken.
-        await asyncio.gather(*(put(kv, 5, 2) for _ in range(8)))
-        assert await kv.get(0, KEYS) == [entry(5, 2)] * len(KEYS)
-
-    async def test_a_replica_that_takes_over_counts_as_a_loss_once(
-        self, make_cluster: Callable[..., RedisCluster], make_kv: Callable[..., ClusterKV]
-    ) -> None:
-        cluster = make_cluster(3, 1)
-        kv = await claimed(make_kv(cluster), 5)
-        cluster.servers[0].kill()
-        with pytest.raises(StoreLost):
-            await insist(kv, 5, 2)
-        await kv.put(0, {CLAIM: kv_prefix(5, 0)})
+        files = {"tls_cert_file": certificate, "tls_ca_cert_file": certificate}
+        files["tls_key_file"] = certificate.with_name("key.pem")
+        settings = {name: str(file) for name, file in files.items()}
+        cluster = make_cluster(tls_cluster="yes", tls_auth_clients="no", **settings)
+        ca = f"?ssl_ca_certs={certificate}"
+        kv = await claimed(make_cluster_kv(cluster, query=ca), 5)
+        reader = ClusterReader(at(cluster, query=ca))
+        assert reader.get([(b"u", key) for key in KEYS]) == [entry(5, 1)] * len(KEYS)
+        reader.close()
         await put(kv, 5, 2)
-        await asyncio.sleep(1.1)
-        await put(kv, 5, 3)
+        with pytest.raises(StoreError, match=r"can't be reached: .*CERTIFICATE_VERIFY_FAILED"):
+            await claimed(make_cluster_kv(cluster), 6)
+        with pytest.raises(StoreError, match=r"can't be reached: .*CERTIFICATE_VERIFY_FAILED"):
+            ClusterReader(at(cluster))
 
 
 class TestReading:
     """What retrieval reads of a cluster."""
 
     async def test_users_of_servers_that_live_keep_their_vectors(
-        self, make_cluster: Callable[..., RedisCluster], make_kv: Callable[..., ClusterKV]
+        self, make_cluster: Callable[..., RedisCluster], make_cluster_kv: Callable[..., ClusterKV]
     ) -> None:
         cluster = make_cluster()
-        await claimed(make_kv(cluster), 5)
+        await claimed(make_cluster_kv(cluster), 5)
         reader = ClusterReader(at(cluster), refresh_s=0.1)
         lookups = [(b"u", key) for key in KEYS]
         assert reader.get(lookups) == [entry(5, 1)] * len(KEYS)
@@ -257,8 +218,12 @@ class TestReading:
         assert caught.value.unread == {n for n, third in enumerate(share) if third == 1}
         assert caught.value.found == [None if third == 1 else entry(5, 1) for third in share]
         only = next(key for key, third in zip(KEYS, share, strict=True) if third == 1)
-        with pytest.raises(StoreError):
-            reader.get([(b"u", only)])
+        living = next(key for key, third in zip(KEYS, share, strict=True) if third != 1)
+        lookups_in_time = BoundedLookups(5.0)
+        for _ in range(2):  # a server is no partition: of this one some users are well
+            assert lookups_in_time.find(reader, [(b"u", only)], 1) == [STORE_DOWN]
+            assert lookups_in_time.find(reader, [(b"u", living)], 1) == [entry(5, 1)]
+        lookups_in_time.close()
         cluster.servers[1].start()
 
         def well() -> bool:
@@ -270,11 +235,28 @@ class TestReading:
         eventually(well)
         reader.close()
 
+    async def test_progress_is_followed_on_the_servers_that_answer(
+        self, cluster: RedisCluster, make_cluster_kv: Callable[..., ClusterKV]
+    ) -> None:
+        kv = make_cluster_kv(cluster)
+        await kv.update_meta(lambda _: Meta("app", 4))
+        await kv.open_partition(3)
+        reader = ClusterReader(at(cluster), refresh_s=0.05)
+        assert (slot_of(META_KEY) * 3 // SLOTS, slot_of(watermark_key(3)) * 3 // SLOTS) == (2, 0)
+        cluster.servers[2].pause()
+        try:
+            with cluster.servers[0].client() as client:
+                client.set(watermark_key(3), entry(5, 1))
+            eventually(lambda: entry(5, 1) in reader._seen.watermarks)
+        finally:
+            cluster.servers[2].resume()
+        reader.close()
+
     async def test_a_lookup_that_is_under_way_when_the_reader_closes_is_told_so(
-        self, make_cluster: Callable[..., RedisCluster], make_kv: Callable[..., ClusterKV]
+        self, make_cluster: Callable[..., RedisCluster], make_cluster_kv: Callable[..., ClusterKV]
     ) -> None:
         cluster = make_cluster()
-        await claimed(make_kv(cluster), 5, whole=False)
+        await claimed(make_cluster_kv(cluster), 5, whole=False)
         reader = ClusterReader(at(cluster))
         cluster.servers[1].pause()
         lookup = asyncio.create_task(asyncio.to_thread(reader.get, [(b"u", key) for key in KEYS]))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from reader_store import PARTITIONS, FakeStore, check_fallback, eventually, key, record, stored
 
-from stream.errors import StoreError
+from stream.errors import StoreError, StorePartlyDown
 from stream.keys import partition_of
 from stream.kv import outages
 from stream.kv.bounded import STORE_DOWN, TIMEOUT, BoundedLookups
@@ -167,6 +167,23 @@ def test_an_error_that_comes_soon_after_the_deadline_is_no_answer() -> None:
         time.sleep(0.2)
         check_fallback(reader.get(7), "store_down")
         assert fake.calls == 1, "answered at once"
+
+
+def test_of_a_store_of_which_a_server_hung_the_others_are_asked_again_once_it_is_known() -> None:
+    fake, lookups = FakeStore(), BoundedLookups(0.05)
+    fake.entries[key("7")] = stored(record("7"))
+
+    def hang() -> None:
+        fake.before = lambda: None
+        time.sleep(0.4)  # longer than what counts as soon after
+        raise StorePartlyDown("told so", [None], frozenset({0}))
+
+    fake.before = hang
+    assert lookups.find(fake, LOOKUP, PARTITIONS) == [TIMEOUT]
+    assert lookups.find(fake, LOOKUP, PARTITIONS) == [STORE_DOWN]
+    eventually(lambda: not lookups._outages, 0.8)
+    assert lookups.find(fake, LOOKUP, PARTITIONS) == [stored(record("7"))]
+    lookups.close()
 
 
 def test_a_partition_that_comes_back_is_tried_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
