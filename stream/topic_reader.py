@@ -13,6 +13,8 @@ TIMEOUT_S: Final = 10.0
 STALL_S: Final = 30.0
 _POLL_S: Final = 0.05  # the client waits so long for a batch to fill
 _BATCH: Final = 500
+#: A connection answers in order: other questions wait behind a fetch for records that are not there (500 ms as given).
+_FETCH_WAIT_MS: Final = 20
 #: Errors that waiting does not mend; a client goes on by itself after any other.
 _LASTING: Final = (
     KafkaError.TOPIC_AUTHORIZATION_FAILED,
@@ -44,6 +46,7 @@ def open_consumer(settings: Settings, purpose: str) -> Consumer:
             "enable.partition.eof": True,
             "auto.offset.reset": "earliest",
             "isolation.level": "read_committed",
+            "fetch.wait.max.ms": _FETCH_WAIT_MS,
             "log_level": 2,
         }
     )
