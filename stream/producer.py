@@ -96,18 +96,13 @@ class Producer(driver.Producer):
         self._owned[partition] = client
         try:
             await client.start()
-            fence = client._txn_manager
-            fence.begin_transaction()
-            for topic in topics:
-                fence.maybe_add_partition_to_txn(TopicPartition(topic, partition))
-            await client.commit_transaction()
+            await fence(client, partition, topics)
         except KafkaError as exc:
             msg = (
                 f"the broker refuses to fence partition {partition} ({type(exc).__name__}); allow this worker the "
                 f"transactional ids {self.app.conf.id}-*"
             )
             raise DeliveryError(msg) from exc
-        fence.transactional_id = None  # plain idempotent batches from here on, under the id and epoch of the fence
 
     async def give_up_all(self) -> None:
         """Stop the clients of all partitions."""
@@ -173,6 +168,23 @@ class Producer(driver.Producer):
                 )
                 raise DeliveryError(msg) from exc
             raise _unacknowledged(topic, timeout_s) from exc
+
+
+async def fence(client: aiokafka.AIOKafkaProducer, partition: int, topics: Iterable[str]) -> None:
+    """Have the brokers refuse whatever earlier clients of the same transactional id still send to these places.
+
+    One empty transaction takes the client's epoch there; from then on its batches are plain idempotent ones, under that
+    epoch.
+
+    Raises:
+        KafkaError: the broker refuses.
+    """
+    manager = client._txn_manager
+    manager.begin_transaction()
+    for topic in topics:
+        manager.maybe_add_partition_to_txn(TopicPartition(topic, partition))
+    await client.commit_transaction()
+    manager.transactional_id = None
 
 
 async def acknowledged(futures: Iterable[asyncio.Future[Any]], timeout_s: float, what: str) -> int:
