@@ -86,6 +86,15 @@ class ControlTopics:
             msg = f"{self._control.topic} and {self._status.topic} can't be read to their ends; see the brokers' logs"
             raise StateError(msg) from exc
 
+    @property
+    def topic(self) -> str:
+        """Name of the control topic."""
+        return str(self._control.topic)
+
+    async def end(self) -> int:
+        """Offset of the next record on the control topic."""
+        return int((await self._consumer.end_offsets([self._control]))[self._control])
+
     async def _follow(self) -> None:
         try:
             while True:

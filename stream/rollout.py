@@ -256,13 +256,25 @@ class Rollout:
         if not forced and not self._control.coverage.covered(*pair, self.partitions):
             return
 
+        end = await self._control.end()
+        outlived = False  # what the store says rests on a control topic that is no more
+
         def change(meta: Meta) -> Meta:
+            nonlocal outlived
             current = meta.current
-            if current is not None and current.offset > target.offset:
+            outlived = current is not None and current.offset >= end
+            if current is not None and current.offset > target.offset and not (outlived and active is not None):
                 return meta
             return replace(meta, current=target)
 
         after = await self._kv.update_meta(change)
+        if outlived and after.current is not None:
+            log.warning(
+                "%s was made anew since the store's item version was activated; %s is served until another is "
+                "(uemb items publish, uemb items activate)",
+                self._control.topic,
+                after.current.item_version,
+            )
         if after.current == target:
             log.info("serving item version %s, user version %s", target.item_version, target.user_version)
         self._served = target

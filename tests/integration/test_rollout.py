@@ -1,8 +1,10 @@
 """Another item version without downtime: published, covered, served, rolled back, retired; on the real Kafka."""
 
+import asyncio
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from stream.dataset import Dataset
 from stream.feed import Feeder
 from stream.itembuild import build_space
 from stream.items import ItemSpace
+from stream.kv.base import Meta
+from stream.kv.urls import open_writer
 from stream.retrieval import EmbeddingReader
 
 pytestmark = pytest.mark.kafka
@@ -203,3 +207,37 @@ def test_another_encoder_or_folder_covers_the_users_who_are_silent_before_it_is_
             send(pipeline, films, 2_000, 2_500)
             users = sorted(users_of(films, 2_500))
         assert pipeline.stop() == 0
+
+
+def test_an_activation_counts_after_the_control_topic_was_made_anew(
+    films: Dataset, second_folder: Path, redis: RedisServer, make_pipeline: Callable[..., Pipeline]
+) -> None:
+    """Its offsets begin again below the one that the store remembers."""
+    pipeline = make_pipeline(kv_url=redis.url)
+    pipeline.start()
+    pipeline.until_ready()
+    send(pipeline, films, 0, 1_000)
+    assert pipeline.stop() == 0
+    asyncio.run(activated_at(1_000_000, pipeline.kv_url))
+    pipeline.start()
+    pipeline.until(lambda: "was made anew" in pipeline.log.read_text(), "it is warned of")
+    pipeline.until_ready()
+    with EmbeddingReader.open(pipeline.kv_url, timeout_s=1.0) as reader:
+        user = films.events[0].user_id
+        assert reader.get(user).item_embedding_version == "films_v1"
+        pipeline.uemb("items", "publish", str(second_folder), "--wait")
+        pipeline.uemb("items", "activate", "films_v2")
+        pipeline.until(lambda: reader.get(user).item_embedding_version == "films_v2", "what was activated is served")
+    assert pipeline.stop() == 0
+
+
+async def activated_at(offset: int, kv_url: str) -> None:
+    """Have the store's present version stem from a control record far down a topic."""
+    store = open_writer(kv_url)
+
+    def change(meta: Meta) -> Meta:
+        assert meta.current is not None
+        return replace(meta, current=replace(meta.current, offset=offset))
+
+    await store.update_meta(change)
+    await store.close()
