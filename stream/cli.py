@@ -183,6 +183,7 @@ def main() -> None:
         click.echo(f"uemb: {' '.join(exc.format_message().split())}", err=True)
         sys.exit(USAGE_ERROR)
     except (KeyboardInterrupt, click.Abort):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # one that comes while Python ends would kill it, in its own way
         sys.exit(INTERRUPTED)
     except BrokenPipeError:  # the reader of our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -137,14 +137,15 @@ class Stop:
 
 @contextmanager
 def interruptible() -> Iterator[Stop]:
-    """Let Ctrl-C and SIGTERM set the yielded `Stop` for as long as the block runs."""
+    """Let Ctrl-C and SIGTERM set the yielded `Stop` for as long as the block runs; once set, for good."""
     stop = Stop()
     before = {number: signal.signal(number, stop.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        if not stop.event.is_set():  # else a second Ctrl-C that comes now still ends with the exit code of one
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def _one_user_per_partition() -> list[bytes]:
