@@ -10,6 +10,7 @@ from stream.batch import Batch, Op, StepResult
 from stream.engine import Engine
 from stream.errors import OwnershipError, TopicMismatch
 from stream.events import Reason
+from stream.history_codec import marker_erased_at
 from stream.publish import Lanes, Progress, Stage, Work
 from stream.table import PartitionDB
 from stream.transport import DeliveryChain, RecordBatch
@@ -175,6 +176,29 @@ class BatchProcessor:
         result = StepResult(output=[(key, None) for key in keys], removals=list(keys))
         async with owned.turn:
             return result, await self._queue(owned, result)
+
+    async def end_markers(
+        self, owned: Owned, users: Sequence[bytes], erased_before_ms: int, left_behind: Sequence[bytes] = ()
+    ) -> int:
+        """Take the markers of those of `users` that were erased before a time out of every place; return how many.
+
+        What the users have under keys with a prefix of `left_behind`, which nothing is published under, goes as well.
+        Events of the partition wait until that is durable. Local state comes last: a crash before leaves a marker
+        there, or in the changelog that it is restored from, and the next owner repeats what is left to be done.
+        """
+        async with owned.turn:
+            found = zip(users, owned.db.get(users), strict=True)
+            stored = {user: state for user, state in found if state is not None}
+            markers = {
+                user: state
+                for user, state in stored.items()
+                if (erased_at := marker_erased_at(state)) is not None and erased_at < erased_before_ms
+            }
+            if markers:
+                await (await self._queue(owned, owned.engine.end_markers(markers, left_behind)))
+                owned.db.put(dict.fromkeys(markers), owned.changelog_offset)
+                self._count("erasure markers ended", len(markers))
+        return len(markers)
 
     async def _queue(self, owned: Owned, result: StepResult) -> asyncio.Future[None]:
         durable: asyncio.Future[None] = asyncio.get_running_loop().create_future()

@@ -50,6 +50,7 @@ class StepResult:
         output: key and value of each record for the output topic, in order; a None value is a tombstone.
         entries: last entry of each key for the key-value store, prefix included.
         removals: keys to take out of the key-value store.
+        forgotten: users to take out of the changelog, once their keys are out of the store.
         counts: counters by name.
     """
 
@@ -57,6 +58,7 @@ class StepResult:
     output: list[tuple[bytes, bytes | None]] = field(default_factory=list)
     entries: dict[bytes, bytes] = field(default_factory=dict)
     removals: list[bytes] = field(default_factory=list)
+    forgotten: list[bytes] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
 
 

@@ -23,6 +23,8 @@ ENV_PREFIX: Final = "UEMB_"
 MAX_TYPE_CODE: Final = 16_383
 #: From here on two names are alike; others with our prefix may be somebody's own, as those of a compose file are.
 _ALIKE: Final = 0.8
+_DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)([smhd]?)")
+_SECONDS: Final = {"": 1, "s": 1, "m": 60, "h": 3_600, "d": 86_400}
 _DATA: Final = Path("~/.local/share/user-embedding-stream")
 
 Topics = Annotated[tuple[str, ...], NoDecode]
@@ -45,6 +47,15 @@ def _pairs(value: object, separator: str) -> object:
             raise ValueError(msg)
         out[name.strip()] = rest.strip()
     return out
+
+
+def _seconds(text: str) -> float:
+    """Seconds that a text like ``30d``, ``36h`` or ``90`` stands for."""
+    found = _DURATION.fullmatch(text.strip())
+    if found is None:
+        msg = "write seconds, or a number with s, m, h or d, like 30d"
+        raise ValueError(msg)
+    return float(found[1]) * _SECONDS[found[2]]
 
 
 class Settings(BaseSettings):
@@ -84,6 +95,13 @@ class Settings(BaseSettings):
     event_type_by_topic: Mapped = Field({}, description="topic=type,… for topics whose events have no type field")
     event_types: Codes = Field({"view": 1, "like": 2}, description="admitted types with permanent codes, view:1,like:2")
     ignored_types: Topics = Field((), description="types that are valid but never admitted to a history")
+
+    erasure_marker_retention: float | None = Field(
+        None,
+        gt=0,
+        le=100 * 366 * 86_400,
+        description="keep the marker of an erased user for so long, in seconds or like 30d; empty: for ever",
+    )
 
     # vectors
     history_limit: int = Field(100, ge=2, le=10_000, description="interactions retained per user (L)")
@@ -126,6 +144,13 @@ class Settings(BaseSettings):
     @classmethod
     def _empty_is_unset(cls, value: object) -> object:
         return None if value == "" else value
+
+    @field_validator("erasure_marker_retention", mode="before")
+    @classmethod
+    def _duration(cls, value: object) -> object:
+        if isinstance(value, str):
+            return _seconds(value) if value.strip() else None
+        return value
 
     @field_validator("cache_dir", "state_dir", "items", mode="after")
     @classmethod
@@ -237,6 +262,11 @@ class Settings(BaseSettings):
             ts_unit=self.event_ts_unit,
             type_by_topic=self.event_type_by_topic,
         )
+
+    @property
+    def erasure_marker_retention_ms(self) -> int | None:
+        """How long the marker of an erased user is kept, None for ever."""
+        return None if self.erasure_marker_retention is None else int(self.erasure_marker_retention * 1000)
 
     def topic_of(self, kind: str) -> str:
         """The event topic for interactions of a type.

@@ -13,7 +13,7 @@ from stream.batch import Batch, BatchDecoder, Record, StepResult
 from stream.encoders import VersionedEncoder
 from stream.events import EventDecoder, EventRules
 from stream.history import History, Outcome
-from stream.history_codec import HistoryCodec, key_ts_ms
+from stream.history_codec import NEVER, HistoryCodec, key_ts_ms, stored_order
 from stream.items import ItemSpace
 from stream.publisher import MAX_ROUNDS, Publisher, Step, Touch, User
 
@@ -60,6 +60,7 @@ class Engine:
         self.publish_latest = publish_latest
         self.json_output = json_output
         self._users: dict[bytes, User] = {}  # least recently used first
+        self._first_revision = 0
         self._decoder = BatchDecoder(decoder or EventDecoder(rules), partition, partitions, self._users)
         self._loaded: list[
             tuple[int, list[bytes]]
@@ -145,6 +146,23 @@ class Engine:
         publisher.publish_cold(users, self.codec, epoch, result)
         return result
 
+    def end_markers(self, markers: Mapping[bytes, bytes], left_behind: Sequence[bytes] = ()) -> StepResult:
+        """What takes the markers of erased users out of every place.
+
+        Whoever comes back begins anew, and stores and readers compare revisions within an epoch: so new histories count
+        on from the highest revision that was forgotten in this one.
+
+        Args:
+            markers: stored state of each user, which must be a marker.
+            left_behind: prefixes of keys that nothing is published under any more, and that were not removed yet.
+        """
+        revisions = [stored_order(state)[1] for state in markers.values()]
+        self._first_revision = max(self._first_revision, *revisions)
+        self.forget(markers)
+        keys = [publisher.key(user) for user in markers for publisher in self._publishers]  # their tombstones are out
+        others = [prefix + user for user in markers for prefix in left_behind]
+        return StepResult(output=[(key, None) for key in others], removals=[*keys, *others], forgotten=list(markers))
+
     def _fold(
         self, batch: Batch, stored: Mapping[bytes, bytes | None]
     ) -> tuple[dict[bytes, Touch], list[tuple[bytes, Touch, int]]]:
@@ -187,7 +205,7 @@ class Engine:
         for key, touch in touched.items():
             if touch.again and not touch.steps:
                 history = touch.user.history
-                if history.revision:  # a user that only sent what can't be kept has no state
+                if history.keys or history.erased_at != NEVER:  # else there is no such user
                     states.append((key, touch, 0))
                     touch.steps.append((len(history.keys), history.as_of_ms, history.revision, None, (), 0))
         if self.publish_latest:
@@ -204,7 +222,10 @@ class Engine:
         if user is None:
             data = stored[key]
             limit = self.encoder.history_limit
-            history = History(self.codec, limit) if data is None else History.decode(data, self.codec, limit)
+            if data is None:
+                history = History(self.codec, limit, revision=self._first_revision)
+            else:
+                history = History.decode(data, self.codec, limit)
             user = User(history, self._slot())
             self._loaded.append((user.slot, list(history.keys)))  # as they are before the batch
         self._users[key] = user

@@ -196,6 +196,14 @@ def stored_order(data: bytes) -> tuple[int, int]:
     return int.from_bytes(data[1:9], "big"), int.from_bytes(data[9:17], "big")
 
 
+def marker_erased_at(data: bytes) -> int | None:
+    """``erased_at`` (ms) of stored bytes that are the marker of an erased user, silent since; None for all others."""
+    if int.from_bytes(data[COUNT_AT:HEADER_BYTES], "big"):
+        return None
+    erased_at = int.from_bytes(data[17:COUNT_AT], "big", signed=True)
+    return None if erased_at == NEVER else erased_at
+
+
 def max_state_bytes(limit: int, max_item_bytes: int = 256) -> int:
     """Largest size that a state with `limit` interactions can have."""
     return HEADER_BYTES + limit * (TS_BYTES + 2 + 3 + 1 + max_item_bytes)

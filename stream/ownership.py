@@ -151,19 +151,24 @@ def apply_changelog(db: PartitionDB, codec: HistoryCodec, limit: int, records: l
     """Write changelog records to the local table.
 
     A record replaces what is stored unless that is newer, in which case both are joined: histories are sets, so a
-    record that an old owner sent too late can't undo anything.
+    record that an old owner sent too late can't undo anything. A tombstone ends what is before it: brokers let none but
+    the owner write one, who does so when the marker of an erased user has been kept for long enough.
     """
-    newest: dict[bytes, bytes] = {}
+    newest: dict[bytes, bytes | None] = {}
+    ended: set[bytes] = set()
     for record in records:
-        if record.key is not None and record.value is not None:
+        if record.key is not None:
             newest[record.key] = _newer(record.key, newest.get(record.key), record.value, codec, limit)
-    for key, held in zip(newest, db.get(list(newest)), strict=True):
+            if record.value is None:
+                ended.add(record.key)
+    rest = [key for key in newest if key not in ended]
+    for key, held in zip(rest, db.get(rest), strict=True):
         newest[key] = _newer(key, held, newest[key], codec, limit)
     db.put(newest, records[-1].offset + 1)
 
 
-def _newer(key: bytes, held: bytes | None, value: bytes, codec: HistoryCodec, limit: int) -> bytes:
-    if held is None:
+def _newer(key: bytes, held: bytes | None, value: bytes | None, codec: HistoryCodec, limit: int) -> bytes | None:
+    if held is None or value is None:
         return value
     return _later_claim(held, value) if key == CLAIM_KEY else joined(held, value, codec, limit)
 
@@ -237,6 +242,7 @@ async def restore_and_claim(
             end = await restorer.read(topic, partition, db.changelog_offset, handle)
             if highest >= epoch:
                 continue
+        store.restored(partition)
         await kv.put(partition, {epoch_key(partition).encode(): kv_prefix(epoch, 0)})
         took_s = asyncio.get_running_loop().time() - started
         log.info("partition %s: restored %s records, claimed epoch %s (%.2f s)", partition, count, epoch, took_s)

@@ -16,6 +16,7 @@ from stream.events import EventDecoder
 from stream.history_codec import HistoryCodec
 from stream.keys import epoch_key, watermark_key
 from stream.kv.base import KVWriter, Meta
+from stream.marker_expiry import MarkerExpiry, stream_time_ms
 from stream.ownership import Restorer, restore_and_claim
 from stream.producer import Producer, acknowledged
 from stream.publish import Destinations, Lane, Lanes, Progress, Stage
@@ -23,7 +24,7 @@ from stream.rebuild import covered_offsets, lost_writes, rebuild
 from stream.records import kv_prefix
 from stream.rollout import Rollout
 from stream.standby import Standbys
-from stream.standing import Standing
+from stream.standing import Standing, now_ms
 from stream.table import HistoryStore
 from stream.topics import Prepared
 from stream.transport import Consumer, RecordBatch
@@ -54,9 +55,10 @@ class Partitions:
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
-        self._standbys = Standbys(parts.settings, parts.store, parts.on_error)
+        self._standbys = Standbys(parts.settings, parts.store, parts.on_error, parts.topics.removed_kept_s)
         self._taking: asyncio.Future[Any] | None = None
         self._rebuilds: dict[int, asyncio.Task[None]] = {}
+        self._expiry: asyncio.Task[None] | None = None
         self._decoder = EventDecoder(parts.settings.rules)
         self._codec = HistoryCodec(parts.settings.event_types)
         self._input_topics = (*parts.settings.event_topics, parts.settings.deletion_topic)
@@ -75,14 +77,17 @@ class Partitions:
         self._taking = asyncio.gather(*(self._take(partition, share) for partition in partitions))
         await self._taking
         parts.rollout.begin()
+        if (kept_ms := parts.settings.erasure_marker_retention_ms) is not None:
+            expiry = MarkerExpiry(parts.processor, kept_ms, self._stream_time_ms, parts.rollout.left_behind)
+            self._expiry = asyncio.create_task(self._expire(expiry), name="marker-expiry")
         self._standbys.follow(standbys)
 
     async def give_up(self) -> None:
         """Stop taking, publishing and copying, and close the databases of all partitions."""
         parts = self._parts
         await parts.rollout.give_up()
-        tasks = [*self._rebuilds.values(), *([self._taking] if self._taking is not None else [])]
-        self._taking, self._rebuilds = None, {}
+        tasks = [*self._rebuilds.values(), *(task for task in (self._taking, self._expiry) if task is not None)]
+        self._taking, self._rebuilds, self._expiry = None, {}, None
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -207,6 +212,20 @@ class Partitions:
         except Exception as exc:  # noqa: BLE001 - a store that can't be filled stops the worker
             await parts.on_error(exc)
         del self._rebuilds[owned.partition]
+
+    async def _expire(self, expiry: MarkerExpiry) -> None:
+        try:
+            await expiry.run()
+        except Exception as exc:  # noqa: BLE001 - a marker that is removed in part is a fault of this worker
+            await self._parts.on_error(exc)
+
+    def _stream_time_ms(self, owned: Owned) -> int | None:
+        progress, topics = owned.progress, []
+        for topic in self._input_topics:
+            due = self._parts.consumer.due(TP(topic, owned.partition))
+            is_read = due is not None and progress.offsets.get(topic, 0) >= due
+            topics.append((progress.newest_ms.get(topic), is_read))
+        return stream_time_ms(topics, now_ms())
 
     def _lane(self, owned: Owned) -> Lane:
         parts, settings, partition = self._parts, self._parts.settings, owned.partition

@@ -72,6 +72,7 @@ class Progress:
         epoch: this worker's claim.
         offsets: next offset of each input topic.
         kafka_time_ms: Kafka time of the last durable record.
+        newest_ms: the same of each input topic, of those that had a record since the claim.
         sequence: counts the watermarks of the epoch.
         whole: whether the store holds all that the offsets cover; while it does not, no watermark is written, so that
             the next owner knows as well.
@@ -80,8 +81,16 @@ class Progress:
     epoch: int
     offsets: dict[str, int] = field(default_factory=dict)
     kafka_time_ms: int | None = None
+    newest_ms: dict[str, int] = field(default_factory=dict)
     sequence: int = 0
     whole: bool = True
+
+    def took_in(self, batch: RecordBatch) -> None:
+        """All that a batch caused is about to be told of."""
+        newest_ms = batch.records[-1].timestamp
+        self.offsets[batch.topic] = batch.next_offset
+        self.newest_ms[batch.topic] = max(self.newest_ms.get(batch.topic, 0), newest_ms)
+        self.kafka_time_ms = max(self.kafka_time_ms or 0, newest_ms)
 
     def entry(self, standing: Standing) -> bytes:
         """Next key-value entry of the watermark."""
@@ -193,9 +202,7 @@ class Lane:
         sent = await self._producer.send_records(to.output, self.partition, output)
         for work in works:
             if work.batch is not None:
-                self.progress.offsets[work.batch.topic] = work.batch.next_offset
-                kafka_time_ms = work.batch.records[-1].timestamp
-                self.progress.kafka_time_ms = max(self.progress.kafka_time_ms or 0, kafka_time_ms)
+                self.progress.took_in(work.batch)
         await self._store(entries)
         if removals := [key for work in works for key in work.result.removals]:
             await self._kv.remove(self.partition, removals, self.progress.epoch)
@@ -204,11 +211,23 @@ class Lane:
             await self._dead_letters(work)
         await acknowledged(sent, to.timeout_s, to.output)
         self._passed("output", works)
+        await self._forget([user for work in works for user in work.result.forgotten], works)
         for work in works:
             if work.batch is not None:
                 self._mark_durable(work.batch.topic, work.batch.next_offset)
             if work.durable is not None and not work.durable.cancelled():
                 work.durable.set_result(None)
+
+    async def _forget(self, users: Sequence[bytes], works: Sequence[Work]) -> None:
+        """Take users out of the changelog, which comes last: as long as they are in it, what a crash left is repeated.
+
+        The offset up to which local state is complete stays where it is, for local state still has them.
+        """
+        if users:
+            to = self._to
+            sent = await self._producer.send_records(to.changelog, self.partition, [(user, None, []) for user in users])
+            await acknowledged(sent, to.timeout_s, to.changelog)
+            self._passed("forgotten", works)
 
     def _passed(self, stage: str, works: Sequence[Work]) -> None:
         for work in works:

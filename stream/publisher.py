@@ -86,6 +86,10 @@ class Publisher:
         self._weight_of_body: dict[bytes, float] = {}
         self._weights = {b"\0" + t.encode(): w for t, w in encoder.encoder.type_weights.items() if w != 1.0}
 
+    def key(self, user: bytes) -> bytes:
+        """Key of a user's vector in this space."""
+        return self._key_prefix + user
+
     def load(self, users: Sequence[tuple[int, Sequence[bytes]]]) -> None:
         """Set the sums of users that were read from the store: their slots and the keys of their histories."""
         rows, weights = [], []

@@ -20,7 +20,7 @@ from stream.control import ControlTopics
 from stream.errors import ConfigError
 from stream.item_versions import Catalogue, Status
 from stream.items import ItemSpace
-from stream.keys import encoder_key, fallback_key
+from stream.keys import encoder_key, fallback_key, user_cache_key
 from stream.kv.base import KVWriter, Meta, Serving
 from stream.live_spaces import LiveSpaces
 from stream.publisher import fallback_record
@@ -240,6 +240,13 @@ class Rollout:
             if version not in here.todo and self._spoken_of(version, partition):
                 here.statuses[version] = Status(user_version, version, partition, owned.epoch, "removing")
                 here.todo.append(version)
+
+    def left_behind(self, owned: Owned) -> list[bytes]:
+        """Prefixes of the keys that a partition has vectors under which nobody keeps current any more."""
+        live = {(self._encoder.version, version) for version in owned.engine.versions}
+        spoken_of = self._control.coverage.statuses.values()
+        pairs = {s.pair for s in spoken_of if s.partition == owned.partition and s.stage != "removed"}
+        return [user_cache_key("", item, user).encode() for user, item in sorted(pairs - live)]
 
     def _spoken_of(self, version: str, partition: int) -> list[Status]:
         """What is known of a version's vectors in a partition, of whatever user version, that are not removed yet."""

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from math import inf
 from typing import Final
 
 from aiokafka import AIOKafkaConsumer
@@ -27,13 +28,19 @@ class Standbys:
         settings: where the changelog is and how it is read.
         store: the worker's local tables.
         on_error: called with a fault that stops the following.
+        max_age_s: local state that is older is not used: the changelog may have forgotten what it still holds.
     """
 
     def __init__(
-        self, settings: Settings, store: HistoryStore, on_error: Callable[[BaseException], Awaitable[None]]
+        self,
+        settings: Settings,
+        store: HistoryStore,
+        on_error: Callable[[BaseException], Awaitable[None]],
+        max_age_s: float = inf,
     ) -> None:
         self._settings = settings
         self._store = store
+        self._max_age_s = max_age_s
         self._on_error = on_error
         self._task: asyncio.Task[None] | None = None
 
@@ -67,7 +74,7 @@ class Standbys:
             consumer.assign(tps)
             ends = await consumer.end_offsets(tps)
             for tp in tps:
-                if self._store.open(tp.partition).changelog_offset > ends[tp]:
+                if self._store.open(tp.partition, self._max_age_s).changelog_offset > ends[tp]:
                     log.warning("%s-%s ends before local state: copied anew", tp.topic, tp.partition)
                     self._store.wipe(tp.partition)
                 consumer.seek(tp, self._store.open(tp.partition).changelog_offset)
@@ -75,6 +82,8 @@ class Standbys:
             current = False
             while True:
                 if not current and not [tp for tp in tps if await consumer.position(tp) < ends[tp]]:
+                    for tp in tps:
+                        self._store.restored(tp.partition)
                     log.info("the copy of partitions %s is current", ", ".join(map(str, partitions)))
                     current = True
                 fetched = await consumer.getmany(timeout_ms=_POLL_MS, max_records=_CHUNK_RECORDS)

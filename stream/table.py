@@ -4,17 +4,19 @@ Restoring and claiming a partition is `stream.ownership`'s; this module only mov
 """
 
 import logging
+import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from math import inf
 from pathlib import Path
 from typing import Any, Final
 
 import faust
 from faust.stores.base import SerializedStore
-from rocksdict import AccessType, BlockBasedOptions, Cache, Options, Rdict, WriteBatch
+from rocksdict import AccessType, BlockBasedOptions, Cache, Options, Rdict, ReadOptions, WriteBatch
 
 from stream.errors import StateDamaged, StateError, StoreLocked
 from stream.keys import partition_of
@@ -56,11 +58,14 @@ class PartitionDB:
         with self._faults():
             return list(self._db[list(keys)]) if keys else []
 
-    def put(self, entries: Mapping[bytes, bytes], changelog_offset: int) -> None:
-        """Write entries and how far the changelog is contained, as one step."""
+    def put(self, entries: Mapping[bytes, bytes | None], changelog_offset: int) -> None:
+        """Write entries, None to remove one, and how far the changelog is contained, as one step."""
         batch = WriteBatch(raw_mode=True)
         for key, value in entries.items():
-            batch.put(key, value)
+            if value is None:
+                batch.delete(key)
+            else:
+                batch.put(key, value)
         batch.put(OFFSET_KEY, changelog_offset.to_bytes(8, "big"))
         with self._faults():
             self._db.write(batch)
@@ -82,6 +87,13 @@ class PartitionDB:
             for key, value in self._db.items():
                 if not key.startswith(b"\0"):
                     yield key, value
+
+    def some_users(self, after: bytes, count: int) -> list[tuple[bytes, bytes]]:
+        """Up to `count` users behind `after`, in the order of their ids, with their stored state."""
+        passing = ReadOptions()
+        passing.fill_cache(False)  # the blocks of users in use stay where they are
+        with self._faults():
+            return list(islice(self._db.items(from_key=after + b"\0" if after else b"\1", read_opt=passing), count))
 
     def count_users(self) -> int:
         """About how many users there are, as RocksDB estimates it."""
@@ -127,10 +139,25 @@ def damage_path(path: Path) -> Path:
     return path.with_suffix(".damaged")
 
 
-def _age_s(path: Path) -> float:
-    """Seconds since a database was last written, 0 where there is none."""
-    times = [file.stat().st_mtime for file in path.iterdir()] if path.is_dir() else []
-    return time.time() - max(times) if times else 0.0
+def restoring_path(path: Path) -> Path:
+    """File beside a database that is being restored; its time is that of what was there before."""
+    return path.with_suffix(".restoring")
+
+
+def _complete_at_s(path: Path) -> float:
+    """Epoch seconds at which a database was last known to hold all of the changelog; now, where there is none.
+
+    That is the time of its last write. Opening it is one too: so what was found is kept aside until all is restored,
+    lest a start that fails on the way, again and again, makes what is stored look younger than it is.
+    """
+    aside = restoring_path(path)
+    if not aside.exists():
+        times = [file.stat().st_mtime for file in path.iterdir()] if path.is_dir() else []
+        newest = max(times, default=time.time())
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        aside.touch()
+        os.utime(aside, (newest, newest))
+    return aside.stat().st_mtime
 
 
 class HistoryStore(SerializedStore):
@@ -159,17 +186,19 @@ class HistoryStore(SerializedStore):
             return self._open[partition]
         path = self.path(partition)
         self._wipe_what_was_damaged()
-        if (age_s := _age_s(path)) > max_age_s:
+        if (age_s := time.time() - _complete_at_s(path)) > max_age_s:
             log.warning(
                 "partition %s: local state is %.0f hours old, the changelog keeps what was removed for %.0f; it is "
                 "wiped and restored", partition, age_s / 3600, max_age_s / 3600,
             )  # fmt: skip
             self.wipe(partition)
+            _complete_at_s(path)
         try:
             self._open[partition] = PartitionDB(path, self._cache)
         except StateDamaged as exc:
             log.warning("%s", exc)
             self.wipe(partition)
+            _complete_at_s(path)
             self._open[partition] = PartitionDB(path, self._cache)
         return self._open[partition]
 
@@ -190,6 +219,10 @@ class HistoryStore(SerializedStore):
             for mark in marks:
                 mark.unlink()
 
+    def restored(self, partition: int) -> None:
+        """What is stored holds all of the changelog: from here on, its age is that of its last write."""
+        restoring_path(self.path(partition)).unlink(missing_ok=True)
+
     @property
     def open_partitions(self) -> list[int]:
         """Numbers of the partitions that are open."""
@@ -204,7 +237,8 @@ class HistoryStore(SerializedStore):
         """Forget a partition's local state; the changelog has it all."""
         self.close(partition)
         shutil.rmtree(self.path(partition), ignore_errors=True)
-        damage_path(self.path(partition)).unlink(missing_ok=True)
+        for aside in (damage_path, restoring_path):
+            aside(self.path(partition)).unlink(missing_ok=True)
 
     def persisted_offset(self, tp: Any) -> int | None:
         """None: restoring is ours, Faust has nothing to catch up with."""

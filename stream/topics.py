@@ -104,9 +104,10 @@ def prepare_topics(settings: Settings, dim: int) -> Prepared:
     wanted = _wanted(settings, partitions, dim, limits)
     there, missing = ([w for w in wanted if (w.name in found) is known] for known in (True, False))
     _check_counts(wanted, found)
-    _check_configs(there, topic_configs(admin, [w.name for w in there]))  # a start that is refused creates nothing
+    # a start that is refused creates nothing
+    _check_configs(settings, there, topic_configs(admin, [w.name for w in there]))
     _create(admin, missing, settings, partitions)
-    _check_configs(missing, topic_configs(admin, [w.name for w in missing]))
+    _check_configs(settings, missing, topic_configs(admin, [w.name for w in missing]))
     configs = topic_configs(admin, [settings.changelog_topic, settings.output_topic])
     removed_kept_s = int(configs[settings.changelog_topic]["delete.retention.ms"]) / 1000
     room = int(configs[settings.output_topic]["max.message.bytes"]) - _FRAME_BYTES
@@ -242,7 +243,7 @@ def topic_configs(admin: AdminClient, names: list[str]) -> dict[str, dict[str, s
     return out
 
 
-def _check_configs(wanted: list[Wanted], configs: Mapping[str, Mapping[str, str]]) -> None:
+def _check_configs(settings: Settings, wanted: list[Wanted], configs: Mapping[str, Mapping[str, str]]) -> None:
     for topic in wanted:
         config = configs[topic.name]
         policy = set(config["cleanup.policy"].split(","))
@@ -258,3 +259,30 @@ def _check_configs(wanted: list[Wanted], configs: Mapping[str, Mapping[str, str]
                 f"it needs at least {topic.min_bytes}"
             )
             raise TopicMismatch(msg)
+        if topic.name in settings.event_topics:
+            _check_markers_outlast(settings, topic.name, config)
+
+
+def _check_markers_outlast(settings: Settings, name: str, config: Mapping[str, str]) -> None:
+    """Refuse to forget an erasure while a topic still holds events that it covers: a replay would bring the user back.
+
+    Raises:
+        TopicMismatch: an event topic keeps its records for longer than markers are kept, or for ever.
+    """
+    kept_ms = settings.erasure_marker_retention_ms
+    if kept_ms is None:
+        return
+    retention_ms, segment_ms = int(config["retention.ms"]), int(config["segment.ms"])
+    if retention_ms < 0:
+        msg = (
+            f"event topic {name} keeps its records for ever (retention.ms={retention_ms}), so that markers of erased "
+            "users must be kept as well; set retention.ms, or unset UEMB_ERASURE_MARKER_RETENTION"
+        )
+        raise TopicMismatch(msg)
+    if kept_ms < retention_ms + segment_ms:  # a segment goes when its newest record is old enough
+        msg = (
+            f"UEMB_ERASURE_MARKER_RETENTION is {kept_ms / 1000:g} s, but event topic {name} keeps records for up to "
+            f"{(retention_ms + segment_ms) / 1000:g} s (retention.ms + segment.ms), whose replay would bring erased "
+            "users back; raise the one, or lower the others"
+        )
+        raise TopicMismatch(msg)

@@ -6,6 +6,7 @@ from typing import Final
 from confluent_kafka.admin import AdminClient
 
 from stream.config import Settings
+from stream.events import MAX_LEAD_MS
 from stream.topics import topic_configs
 
 _FOR_EVER_MS: Final = (1 << 63) - 1
@@ -47,9 +48,23 @@ def traces(settings: Settings) -> list[Trace]:
     ]
     local = "RocksDB rewrites its files in its own time; removing UEMB_STATE_DIR while its worker is stopped ends it"
     found.append(Trace("local tables", "earlier states, in files that are not read any more", None, local))
-    marker = "kept, so that replayed events stay erased: the id and the time of the erasure, nothing else"
-    found.append(Trace("changelog, local tables, store", "the erasure's marker", None, marker))
-    return found
+    return found + _marker(settings, configs[settings.changelog_topic])
+
+
+def _marker(settings: Settings, changelog: dict[str, str]) -> list[Trace]:
+    where, what = "changelog, local tables, store", "the erasure's marker"
+    kept_s = settings.erasure_marker_retention
+    if kept_s is None:
+        marker = "kept, so that replayed events stay erased: the id and the time of the erasure, nothing else"
+        return [Trace(where, what, None, marker)]
+    request = "the id and the time; a null value under the user's key withdraws it once the marker is gone"
+    own = Trace(settings.deletion_topic, "the erasure itself", None, request)
+    removed = _compacted(where, what, changelog, tombstone=True)
+    if removed.longest_s is None:
+        return [removed, own]
+    # an erasure reaches some minutes further than its own time, and its marker is kept from there on
+    longest_s = MAX_LEAD_MS / 1000 + kept_s + removed.longest_s
+    return [Trace(where, what, longest_s, f"UEMB_ERASURE_MARKER_RETENTION + the changelog's {removed.bound}"), own]
 
 
 def _retained(name: str, what: str, config: dict[str, str]) -> Trace:

@@ -102,7 +102,13 @@ class Verifier:
         self._patience_s = patience_s
         self._keep = keep
         self._space = space
-        self._rules = Rules(space, settings.versioned_encoder, json_output=settings.output_format == "json")
+        kept_ms = settings.erasure_marker_retention_ms
+        self._rules = Rules(
+            space,
+            settings.versioned_encoder,
+            json_output=settings.output_format == "json",
+            ended_ms=None if kept_ms is None else time.time_ns() // 1_000_000 - kept_ms,
+        )
         self._inputs = (*settings.event_topics, settings.deletion_topic)
         partitions, letters = topic_partitions(settings), topic_partitions(settings, settings.dlq_topic)
         if partitions is None:

@@ -9,7 +9,7 @@ from confluent_kafka import Message
 from stream.config import Settings
 from stream.events import DeletionDecoder, EventDecoder, Reason, Reject
 from stream.history import History
-from stream.history_codec import HistoryCodec, stored_order
+from stream.history_codec import TS_BYTES, HistoryCodec, stored_order
 from stream.items import ItemSpace
 from stream.keys import partition_of, user_cache_key
 from stream.ownership import Claim, joined
@@ -23,6 +23,7 @@ from stream.verify_rules import Found, Logged, Published, order_of, output_docum
 _INPUT, _LOG, _OUTPUT, _REJECT, _LETTER, _UNREAD = b"f", b"c", b"o", b"r", b"d", b"u"
 _OFFSET_BYTES: Final = 8
 _ORDER_BYTES: Final = 16
+_NO_EVENT: Final = b"\xff" * TS_BYTES
 Place = tuple[str, int]
 
 
@@ -47,6 +48,8 @@ class PartitionFold:
         self._partitions = partitions
         self._scratch = scratch
         self._inputs = (*settings.event_topics, settings.deletion_topic)
+        # what precedes a history of the input: the user's next offset in each topic, the time of the oldest event
+        self._input_bytes = _OFFSET_BYTES * len(self._inputs) + TS_BYTES
         self._events = EventDecoder(settings.rules)
         self._deletions = DeletionDecoder()
         self._codec = HistoryCodec(settings.event_types)
@@ -94,10 +97,10 @@ class PartitionFold:
             elif what is not None:
                 users[key] = (message.offset() + 1, [*users.get(key, (0, []))[1], what])
         keys = [_INPUT + user for user in users]
-        limit, size = self._settings.history_limit, _OFFSET_BYTES * len(self._inputs)
+        limit, size = self._settings.history_limit, self._input_bytes
         for key, held, (offset, todo) in zip(keys, self._scratch.get(keys), users.values(), strict=True):
             if held is None:
-                held, history = bytes(size), History(self._codec, limit)
+                held, history = bytes(size - TS_BYTES) + _NO_EVENT, History(self._codec, limit)
             else:
                 history = History.decode(held[size:], self._codec, limit)
             for what in todo:
@@ -105,9 +108,12 @@ class PartitionFold:
                     history.add(what)
                 else:
                     history.erase(what)
-            offsets = bytearray(held[:size])
+            offsets = bytearray(held[: size - TS_BYTES])
             offsets[index * _OFFSET_BYTES : (index + 1) * _OFFSET_BYTES] = offset.to_bytes(_OFFSET_BYTES, "big")
-            entries[key] = bytes(offsets) + history.encode(0)
+            oldest = min(
+                held[size - TS_BYTES : size], *(what[:TS_BYTES] for what in todo if isinstance(what, bytes)), _NO_EVENT
+            )
+            entries[key] = bytes(offsets) + oldest + history.encode(0)
         self._scratch.put(entries)
 
     def _unread(self, index: int, messages: Sequence[Message]) -> dict[int, Reject]:
@@ -131,26 +137,33 @@ class PartitionFold:
         return what
 
     def _add_log(self, messages: Sequence[Message]) -> None:
-        states: dict[bytes, list[bytes]] = defaultdict(list)
+        states: dict[bytes, list[bytes | None]] = defaultdict(list)
         for message in messages:
             key, value = message.key(), message.value()
-            if value is None or key is None:
-                continue
-            if key == CLAIM_KEY:
+            if key == CLAIM_KEY and value is not None:
                 if self.claim is None or Claim.decode(value).epoch >= Claim.decode(self.claim).epoch:
                     self.claim = value
-            else:
+            elif key is not None:
                 states[_LOG + key].append(value)
-        entries = {}
+        entries: dict[bytes, bytes] = {}
+        ended = []
         for key, held in zip(states, self._scratch.get(list(states)), strict=True):
             state = held[2 * _ORDER_BYTES :] if held else None
             newest = held[_ORDER_BYTES : 2 * _ORDER_BYTES] if held else b""
+            last = b""
             for value in states[key]:
+                if value is None:
+                    state, newest = None, b""
+                    continue
                 state = joined(state, value, self._codec, self._settings.history_limit)
-                newest = max(newest, kv_prefix(*stored_order(value)))
-            last = kv_prefix(*stored_order(states[key][-1]))
-            entries[key] = last + newest + (state or b"")
+                last = kv_prefix(*stored_order(value))
+                newest = max(newest, last)
+            if state is None:
+                ended.append(key)
+            else:
+                entries[key] = last + newest + state
         self._scratch.put(entries)
+        self._scratch.delete(ended)
 
     def _add_output(self, messages: Sequence[Message]) -> None:
         records: dict[bytes, list[bytes | None]] = defaultdict(list)
@@ -198,7 +211,7 @@ class PartitionFold:
 
     def found(self, users: Sequence[bytes]) -> list[Found]:
         """What is known of `users`, but for the store."""
-        get, limit, size = self._scratch.get, self._settings.history_limit, _OFFSET_BYTES * len(self._inputs)
+        get, limit, size = self._scratch.get, self._settings.history_limit, self._input_bytes
         out = []
         for held, logged, published in zip(
             *(get([prefix + user for user in users]) for prefix in (_INPUT, _LOG, _OUTPUT)), strict=True
@@ -209,6 +222,7 @@ class PartitionFold:
                     None if logged is None else self._logged(logged),
                     Published() if published is None else _published(published),
                     None,
+                    None if held is None else _oldest_ms(held[size - TS_BYTES : size]),
                 )
             )
         return out
@@ -246,6 +260,10 @@ def _place(index: int, offset: int) -> bytes:
 def _order(data: bytes) -> tuple[int, int]:
     half = _ORDER_BYTES // 2
     return int.from_bytes(data[:half], "big"), int.from_bytes(data[half:_ORDER_BYTES], "big")
+
+
+def _oldest_ms(data: bytes) -> int | None:
+    return None if data == _NO_EVENT else int.from_bytes(data, "big")
 
 
 def _published(held: bytes) -> Published:

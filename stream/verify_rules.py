@@ -2,14 +2,14 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
 
 from stream.encoders import REASONS, VersionedEncoder
 from stream.history import History
-from stream.history_codec import NEVER
+from stream.history_codec import NEVER, key_ts_ms
 from stream.items import ItemSpace
 from stream.records import CorruptRecord, EmbeddingRecord, decode, kv_entry, to_json
 
@@ -58,12 +58,14 @@ class Found:
         logged: what the changelog holds.
         published: what the output topic holds.
         stored: the key-value store's entry.
+        oldest_ms: event time of the oldest event in the input topics, None without one.
     """
 
     folded: History | None
     logged: Logged | None
     published: Published
     stored: bytes | None
+    oldest_ms: int | None = None
 
 
 class Rules:
@@ -73,12 +75,16 @@ class Rules:
         space: item space of the records.
         encoder: the encoder that makes them.
         json_output: whether the output topic has JSON.
+        ended_ms: the markers of erasures before it may be gone, by the retention of markers; None: they are kept.
     """
 
-    def __init__(self, space: ItemSpace, encoder: VersionedEncoder, *, json_output: bool) -> None:
+    def __init__(
+        self, space: ItemSpace, encoder: VersionedEncoder, *, json_output: bool, ended_ms: int | None = None
+    ) -> None:
         self._space = space
         self._encoder = encoder
         self._json_output = json_output
+        self._ended_ms = ended_ms
 
     def is_whole(self, found: Found) -> bool:
         """Whether the input explains all of the state; compaction may have taken an erasure before the user's last."""
@@ -94,15 +100,31 @@ class Rules:
             whole: the topics hold all of the user's input, so that the state must equal it; else it must contain it.
             with_store: whether the store was read.
         """
-        out = [*self._log_differences(found, whole=whole)]
+        out = []
+        may_end = self._may_end(found)
+        if may_end and found.folded and (found.logged is None or found.logged.state.erased_at == NEVER):
+            out += _after_marker(found.folded.erased_at, found)
+            found = replace(found, folded=_without_marker(found.folded))
+        out += self._log_differences(found, whole=whole)
         state = found.logged.state if found.logged else None
         basis = found.folded if (whole and found.folded) or state is None else state
         want = self._expected(user, basis) if basis is not None and basis.keys else None
         published = self._read_output(found.published)
         out += self._record_differences("output", want, published)
         if with_store:
-            out += self._store_differences(found, want, published, known=basis is not None)
+            # a marker leaves the store before it leaves the changelog
+            known = basis is not None and not (may_end and not basis.keys)
+            out += self._store_differences(found, want, published, known=known)
+            if may_end and basis is None and found.stored is not None:
+                out.append("store: an entry of an erased user whose marker is gone")
         return out
+
+    def _may_end(self, found: Found) -> bool:
+        """Whether the user was erased so long ago that the marker may be gone."""
+        erased_at = found.folded.erased_at if found.folded else NEVER
+        if found.logged:
+            erased_at = max(erased_at, found.logged.state.erased_at)
+        return self._ended_ms is not None and NEVER < erased_at < self._ended_ms
 
     def _log_differences(self, found: Found, *, whole: bool) -> list[str]:
         mine, logged = found.folded, found.logged
@@ -185,6 +207,26 @@ class Rules:
             if not same:
                 out.append("store: the record is another than the output's")
         return out
+
+
+def _after_marker(erased_at: int, found: Found) -> list[str]:
+    """What may not be there of a user whose marker is gone: whatever is not younger than the erasure (ms)."""
+    out = []
+    if found.oldest_ms is not None and found.oldest_ms <= erased_at:
+        out.append(
+            "input: events from before an erasure outlived its marker, a replay would bring the user back; lower the "
+            "event topics' retention.ms"
+        )
+    if found.logged and found.logged.state.keys and key_ts_ms(found.logged.state.keys[0]) <= erased_at:
+        out.append("changelog: interactions from before an erasure")
+    return out
+
+
+def _without_marker(history: History) -> History | None:
+    """What is left of a history whose erasure is forgotten; None for nothing."""
+    if not history.keys:
+        return None
+    return History(history.codec, history.limit, history.keys, revision=history.revision)
 
 
 def output_document(value: bytes, *, json_output: bool) -> dict[str, Any] | None:

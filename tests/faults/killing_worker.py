@@ -14,7 +14,7 @@ pending = [signal.Signals[sys.argv[3]]]
 
 def hit_here(name: str, batch: object, result: object) -> None:
     """End or freeze the process without any warning, as a power cut or a stalled host would."""
-    if name == stage and users & set(result.states) and pending:
+    if name == stage and users & {*result.states, *result.forgotten} and pending:
         # The store would refuse the next heartbeat of one that was frozen, and end it before its writes are tried.
         app.lanes.heartbeat = silence
         os.kill(os.getpid(), pending.pop())

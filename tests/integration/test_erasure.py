@@ -10,14 +10,17 @@ import numpy as np
 import pytest
 from confluent_kafka import Consumer, ConsumerGroupTopicPartitions, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
-from pipeline import Event, Pipeline, check_end_state, compact, event_json, expected
+from pipeline import Event, Pipeline, check_end_state, compact, event_json, expected, killing_worker
+from rocksdict import Cache
+from topic_admin import set_config
 
 from stream.config import load_settings
 from stream.history import History
-from stream.history_codec import HistoryCodec
+from stream.history_codec import NEVER, HistoryCodec
 from stream.items import ItemSpace
 from stream.records import kv_entry
 from stream.retrieval import EmbeddingReader
+from stream.table import PartitionDB
 
 SETTINGS = load_settings()
 USER_VERSION = SETTINGS.versioned_encoder.version
@@ -292,4 +295,81 @@ def test_uemb_delete_leaves_no_trace_but_the_marker(
     report = pipeline.verify()
     assert report["differ"] == 0
     assert set(pipeline.verified) == set(versions)
+    assert pipeline.stop() == 0
+
+
+def test_a_marker_ends_when_it_was_kept_for_long_enough(
+    space: ItemSpace, make_pipeline: Callable[..., Pipeline]
+) -> None:
+    """In store, changelog and local tables, across kills in between; who comes back then begins anew."""
+    pipeline = make_pipeline()
+    side = Side(pipeline)
+    old = ERASURE_MS - 120 * MINUTE_MS
+    kept = [event for user in ALWAYS for event in history(user, old)]
+    pipeline.start()
+    pipeline.until_ready()
+    side.events([*kept, *history(ERASED, old), *history(DOWN, old)])
+    pipeline.until_committed(30)
+    for user in (ERASED, DOWN):
+        side.erase(user)
+    pipeline.until_committed(30)
+    look = Look(pipeline, space)
+    look.check_gone(ERASED)
+    look.check_gone(DOWN)
+    assert pipeline.stop() == 0
+
+    def logged(user: str) -> bytes | None:
+        return [r.value() for r in pipeline.read(pipeline.changelog) if r.key() == user.encode()][-1]
+
+    # erased 55 minutes ago; the input forgets after 40, and so do we after 45
+    for topic in pipeline.topics.values():
+        set_config(pipeline.bootstrap, topic, retention_ms=30 * MINUTE_MS, segment_ms=10 * MINUTE_MS)
+    pipeline.environment["UEMB_ERASURE_MARKER_RETENTION"] = "45m"
+    pipeline.start(killing_worker("kv", [ERASED]))
+    assert pipeline.wait() == -9
+    assert (Look(pipeline, space).entry(ERASED), logged(ERASED) is None) == (None, False)
+    pipeline.start(killing_worker("forgotten", [ERASED]))
+    assert pipeline.wait() == -9
+    assert logged(ERASED) is None
+    pipeline.start()
+    pipeline.until_ready()
+    pipeline.until(lambda: logged(DOWN) is None, "all markers are gone")
+    report = pipeline.verify(code=1)  # retention has not taken the events yet, as the topics promised
+    assert report["differ"] == 2
+    assert all("outlived its marker" in difference["what"] for difference in report["differences"])
+    ends = [TopicPartition(topic, p) for topic in pipeline.topics.values() for p in range(pipeline.partitions)]
+    admin = AdminClient({"bootstrap.servers": pipeline.bootstrap, "log_level": 2})
+    for future in admin.delete_records([TopicPartition(e.topic, e.partition, -1) for e in ends]).values():
+        future.result()
+    pipeline.check(len(ALWAYS) + 2)
+    compact(pipeline)
+    news = [e for user in pipeline.users_by_partition().values() for e in history(user.decode(), old, 2)]
+    for event in (news[::2], news[1::2]):
+        side.events(event)
+        pipeline.until_committed(30)
+    assert pipeline.stop() == 0
+    for path in pipeline.state.rglob("user-history-*.db"):
+        db = PartitionDB(path, Cache(1 << 20))
+        assert not {ERASED.encode(), DOWN.encode()} & {user for user, _ in db.users()}
+        db.close()
+
+    shutil.rmtree(pipeline.state)
+    pipeline.start()
+    pipeline.until_ready()
+    pipeline.until(
+        lambda: not [r for r in pipeline.read(pipeline.changelog) if r.key() == DOWN.encode() and r.value()],
+        "the changelog is compacted",
+    )
+    look = Look(pipeline, space)
+    assert (look.entry(ERASED), look.entry(DOWN)) == (None, None)
+    look.check_kept([*kept, *news])
+    new = history(ERASED, ERASED_AT_MS + 1)
+    side.events(new)
+    pipeline.until_committed(30)
+    look = Look(pipeline, space)
+    look.check_kept([*kept, *news, *new])
+    assert look.state(ERASED).erased_at == NEVER
+    with EmbeddingReader.open(pipeline.kv_url, timeout_s=1.0) as reader:
+        assert [reader.get(user).reason for user in (ERASED, DOWN)] == ["", "missing"]
+    pipeline.check(len(ALWAYS) + 2 + pipeline.partitions)
     assert pipeline.stop() == 0
