@@ -11,6 +11,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import Field, SecretStr, ValidationError, field_serializer, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from stream.config_text import pairs, seconds
 from stream.encoders import VersionedEncoder, make_encoder
 from stream.errors import ConfigError
 from stream.events import FIELDS, EventRules
@@ -23,39 +24,12 @@ ENV_PREFIX: Final = "UEMB_"
 MAX_TYPE_CODE: Final = 16_383
 #: From here on two names are alike; others with our prefix may be somebody's own, as those of a compose file are.
 _ALIKE: Final = 0.8
-_DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)([smhd]?)")
-_SECONDS: Final = {"": 1, "s": 1, "m": 60, "h": 3_600, "d": 86_400}
 _DATA: Final = Path("~/.local/share/user-embedding-stream")
 
 Topics = Annotated[tuple[str, ...], NoDecode]
 Mapped = Annotated[dict[str, str], NoDecode]
 Numbers = Annotated[dict[str, float], NoDecode]
 Codes = Annotated[dict[str, int], NoDecode]
-
-
-def _pairs(value: object, separator: str) -> object:
-    if not isinstance(value, str):
-        return value
-    out: dict[str, str] = {}
-    for part in filter(None, (p.strip() for p in value.split(","))):
-        name, found, rest = part.partition(separator)
-        if not found or not name.strip() or not rest.strip():
-            msg = f"write name{separator}value, separated by commas"
-            raise ValueError(msg)
-        if name.strip() in out:
-            msg = f"{name.strip()} is given twice"
-            raise ValueError(msg)
-        out[name.strip()] = rest.strip()
-    return out
-
-
-def _seconds(text: str) -> float:
-    """Seconds that a text like ``30d``, ``36h`` or ``90`` stands for."""
-    found = _DURATION.fullmatch(text.strip())
-    if found is None:
-        msg = "write seconds, or a number with s, m, h or d, like 30d"
-        raise ValueError(msg)
-    return float(found[1]) * _SECONDS[found[2]]
 
 
 class Settings(BaseSettings):
@@ -133,12 +107,12 @@ class Settings(BaseSettings):
     @field_validator("event_fields", "event_type_by_topic", "encoder_params", "type_weights", mode="before")
     @classmethod
     def _equals(cls, value: object) -> object:
-        return _pairs(value, "=")
+        return pairs(value, "=")
 
     @field_validator("event_types", mode="before")
     @classmethod
     def _colons(cls, value: object) -> object:
-        return _pairs(value, ":")
+        return pairs(value, ":")
 
     @field_validator("items", mode="before")
     @classmethod
@@ -149,7 +123,7 @@ class Settings(BaseSettings):
     @classmethod
     def _duration(cls, value: object) -> object:
         if isinstance(value, str):
-            return _seconds(value) if value.strip() else None
+            return seconds(value) if value.strip() else None
         return value
 
     @field_validator("cache_dir", "state_dir", "items", mode="after")
