@@ -78,6 +78,20 @@ CASES = {
     "changelog_not_compacted": Case(("{topic}", "must be compact"), "changelog", 4, DELETE, whole=False),
     "deletion_topic_not_compacted": Case(("{topic}", "must be compact"), "deletions", 4, DELETE, whole=False),
     "event_topic_compacted": Case(("{topic}", "is compacted"), "view", 4, COMPACT),
+    "event_topic_outlives_erasure_markers": Case(
+        ("UEMB_ERASURE_MARKER_RETENTION is 3600 s", "{topic}", "3660 s"),
+        "view",
+        config={**DELETE, "retention.ms": "3600000", "segment.ms": "60000"},
+        settings={"UEMB_ERASURE_MARKER_RETENTION": "1h"},
+        whole=False,
+    ),
+    "event_topic_for_ever_and_erasure_markers_not": Case(
+        ("{topic}", "for ever", "UEMB_ERASURE_MARKER_RETENTION"),
+        "view",
+        config={**DELETE, "retention.ms": "-1"},
+        settings={"UEMB_ERASURE_MARKER_RETENTION": "3650d"},
+        whole=False,
+    ),
     "dead_letters_compacted": Case(("{topic}", "is compacted"), "dlq", 1, {**COMPACT, **LARGE}, whole=False),
     "dead_letters_admit_too_little": Case(("{topic}", "max.message.bytes"), "dlq", 1, DELETE),
     "changelog_admits_too_little": Case(

@@ -9,9 +9,9 @@ import pytest
 
 from stream.encoders import VersionedEncoder
 from stream.history import History
-from stream.history_codec import HistoryCodec
+from stream.history_codec import NEVER, HistoryCodec, sort_key
 from stream.items import ItemSpace
-from stream.records import EmbeddingRecord, to_json
+from stream.records import EmbeddingRecord, kv_prefix, to_json
 from stream.verify_rules import Found, Logged, Published, Rules, output_document
 
 CODEC = HistoryCodec({"view": 1})
@@ -49,3 +49,48 @@ def test_an_erasure_that_differs_alone_is_named(tmp_path: Path) -> None:
     assert rules.differences("u", found, whole=True, with_store=False) == [
         "changelog: the erasure is another than the input's"
     ]
+
+
+ENDED = "input: events from before an erasure outlived its marker"
+
+
+@pytest.mark.parametrize(
+    ("logged", "newer", "oldest_ms", "stored", "says"),
+    [
+        pytest.param(None, [], None, None, [], id="all_is_gone"),
+        pytest.param(None, [], 11, None, [], id="an_event_that_was_not_kept_since"),
+        pytest.param(None, [], 10, None, [ENDED], id="the_input_still_has_an_event"),
+        pytest.param(None, [], None, kv_prefix(1, 1), ["store: an entry of an erased user"], id="the_store_kept_it"),
+        pytest.param(None, [12], 12, None, ["changelog: no state", "output: no", "store: no"], id="came_back_unseen"),
+        pytest.param([], [], None, kv_prefix(1, 1), [], id="not_removed_yet"),
+        pytest.param([], [], 10, None, [], id="removed_from_the_store_first"),
+        pytest.param(
+            [10], [], None, None, ["changelog: interactions from before", "changelog: 1 inter"], id="not_erased"
+        ),
+    ],
+)
+@pytest.mark.parametrize("retained", [True, False])
+def test_a_marker_may_end(
+    tmp_path: Path,
+    logged: list[int] | None,
+    newer: list[int],
+    oldest_ms: int | None,
+    stored: bytes | None,
+    says: list[str],
+    retained: bool,
+) -> None:
+    """Of a user erased up to 10, with markers of erasures before 11 ended, or (not `retained`) none of them."""
+    space = ItemSpace.save(tmp_path / "v", "v", ["a", "b"], np.eye(2))
+
+    def history(times: list[int], erased_at: int) -> History:
+        return History(CODEC, 100, [sort_key(ts, b"a", b"view") for ts in times], revision=1, erased_at=erased_at)
+
+    state = None if logged is None else Logged(history(logged, NEVER if logged else 10), (1, 1), (1, 1))
+    found = Found(history(newer, 10), state, Published(), stored, oldest_ms)
+    rules = Rules(space, VersionedEncoder(), json_output=False, ended_ms=11 if retained else None)
+    got = rules.differences("u", found, whole=True)
+    if retained:
+        assert [any(text.startswith(start) for text in got) for start in says] == [True] * len(says)
+        assert bool(got) == bool(says)
+    else:  # then a marker must be everywhere
+        assert bool(got) == (logged is None or bool(logged) or stored is None)

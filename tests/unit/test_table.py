@@ -1,0 +1,99 @@
+"""The local history table: restored from a changelog with tombstones, and distrusted when it is too old."""
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from rocksdict import Cache
+
+from stream.history import History
+from stream.history_codec import HistoryCodec, sort_key
+from stream.ownership import apply_changelog
+from stream.table import HistoryStore, PartitionDB
+
+CODEC = HistoryCodec({"view": 1})
+DAY_S = 86_400
+
+
+def state(revision: int, erased_at: int = -1) -> bytes:
+    keys = [] if erased_at >= 0 else [sort_key(revision, b"a", b"view")]
+    return History(CODEC, 100, keys, revision=revision, erased_at=erased_at).encode(1)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=20)
+@given(log=st.lists(st.tuples(st.sampled_from([b"a", b"b"]), st.booleans()), max_size=12), cut=st.integers(0, 12))
+def test_a_tombstone_ends_what_is_before_it_whatever_the_chunks(
+    tmp_path_factory: pytest.TempPathFactory, log: list[tuple[bytes, bool]], cut: int
+) -> None:
+    db = PartitionDB(tmp_path_factory.mktemp("table") / "p.db", Cache(1 << 20))
+    want: dict[bytes, bytes] = {}
+    records = []
+    for offset, (user, gone) in enumerate(log):
+        value = None if gone else state(len(log) - offset)  # of a lower revision each time: only what is there joins
+        records.append(SimpleNamespace(key=user, value=value, offset=offset))
+        if value is None:
+            want.pop(user, None)
+        elif user in want:
+            merged = History.decode(want[user], CODEC, 100).merge(History.decode(value, CODEC, 100))
+            want[user] = merged.encode(1)
+        else:
+            want[user] = value
+    for some in (records[:cut], records[cut:]):
+        if some:
+            apply_changelog(db, CODEC, 100, some)
+    assert dict(db.users()) == want
+    assert db.changelog_offset == len(log)
+    db.close()
+
+
+def test_users_are_looked_at_in_parts(tmp_path: Path) -> None:
+    db = PartitionDB(tmp_path / "p.db", Cache(1 << 20))
+    users = sorted(str(n).encode() for n in range(25))
+    db.put(dict.fromkeys(users, b"state"), 7)
+    seen: list[bytes] = []
+    while some := db.some_users(seen[-1] if seen else b"", 10):
+        seen += [user for user, _ in some]
+    assert seen == users
+    db.close()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[HistoryStore]:
+    app = SimpleNamespace(conf=SimpleNamespace(tabledir=str(tmp_path / "tables"), topic_partitions=1))
+    store = HistoryStore("uemb://", app, SimpleNamespace(name="user-history"))
+    yield store
+    store.close(0)
+
+
+def age(store: HistoryStore, seconds: float) -> None:
+    """As if the database had not been written for so long."""
+    for file in store.path(0).iterdir():
+        os.utime(file, (time.time() - seconds,) * 2)
+
+
+def test_state_is_as_old_as_its_last_write(store: HistoryStore) -> None:
+    store.open(0).put({b"u": b"state"}, 1)
+    store.restored(0)
+    store.close(0)
+    age(store, 0.9 * DAY_S)
+    assert store.open(0, DAY_S).changelog_offset == 1
+    store.restored(0)
+    store.close(0)
+    assert store.open(0, DAY_S).changelog_offset == 1, "what was restored is young again"
+
+
+def test_a_start_that_fails_on_the_way_makes_no_state_younger(store: HistoryStore) -> None:
+    """The changelog may have forgotten a tombstone by now, and an erased user would come back from this disk."""
+    store.open(0).put({b"u": b"state"}, 1)
+    store.restored(0)
+    store.close(0)
+    age(store, 2 * DAY_S)
+    store.open(0, 3 * DAY_S).put({b"v": b"state"}, 2)  # some of the changelog, not all
+    store.close(0)
+    db = store.open(0, DAY_S)
+    assert (db.changelog_offset, list(db.users())) == (0, [])
