@@ -1,6 +1,5 @@
 """A cluster under load, of which one server is away, comes back empty, fails over, or gives slots away."""
 
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -8,6 +7,7 @@ from itertools import cycle
 
 import pytest
 from pipeline import Pipeline, feeding
+from prober import Prober
 from redis_cluster import SLOTS, RedisCluster
 
 from stream.config import load_settings
@@ -28,58 +28,52 @@ UNREAD = {"store_down", "timeout"}
 STORED = {"", "too_short_history", "no_known_items", "missing"}
 
 
-class Prober:
+class ClusterProber(Prober):
     """Asks a reader for the same users all the while, together and one by one, and keeps what each answer said.
 
     Attributes:
-        calls: of all users together.
+        looks: at all users together.
         hit: users whose vectors are on the server that fails.
         reasons: of all answers.
         back: users whose ``(epoch, revision)`` went back.
         gone: users who went missing.
-        apart: calls for all in which the failing server's users were unread, and all others read.
+        apart: looks at all in which the failing server's users were unread, and all others read.
         apart_singly: the same of one user of each, asked for by themselves.
     """
 
     def __init__(self, cluster: RedisCluster, users: Sequence[str], versions: tuple[str, str]) -> None:
+        super().__init__()
         self._reader = EmbeddingReader.open(cluster.url, timeout_s=0.5)
         self._users = users
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run)
         self.hit = {user for user in users if slot_of(user_cache_key(user, *versions)) * 3 // SLOTS == HIT}
-        self.calls = self.apart = self.apart_singly = 0
+        self._pairs = cycle(zip(cycle(sorted(self.hit)), sorted(set(users) - self.hit), strict=False))
+        self._last: dict[str, tuple[int, int]] = {}
+        self.apart = self.apart_singly = 0
         self.reasons = Counter[str]()
         self.back, self.gone = set[str](), set[str]()
 
-    def __enter__(self) -> "Prober":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
+    def close(self) -> None:
+        """See `Prober`."""
         self._reader.close()
 
-    def _run(self) -> None:
-        last: dict[str, tuple[int, int]] = {}
-        pairs = cycle(zip(cycle(sorted(self.hit)), sorted(set(self._users) - self.hit), strict=False))
-        while not self._ended.wait(0.02):
-            vectors, answers = self._reader.get_many(self._users)
-            assert vectors.shape[0] == len(answers) == len(self._users)
-            self.calls += 1
-            self.apart += self._unread(answers) == self.hit
-            hit, other = next(pairs)
-            self.apart_singly += self._unread([self._reader.get(hit), self._reader.get(other)]) == {hit}
-            for answer in answers:
-                if answer.reason in UNREAD:
-                    continue
-                if answer.reason == "missing":
-                    self.gone |= {answer.user_id} & last.keys()
-                    continue
-                order = (answer.epoch or 0, answer.revision or 0)
-                if order < last.get(answer.user_id, order):
-                    self.back.add(answer.user_id)
-                last[answer.user_id] = order
+    def look(self) -> None:
+        """See `Prober`."""
+        vectors, answers = self._reader.get_many(self._users)
+        assert vectors.shape[0] == len(answers) == len(self._users)
+        self.looks += 1
+        self.apart += self._unread(answers) == self.hit
+        hit, other = next(self._pairs)
+        self.apart_singly += self._unread([self._reader.get(hit), self._reader.get(other)]) == {hit}
+        for answer in answers:
+            if answer.reason in UNREAD:
+                continue
+            if answer.reason == "missing":
+                self.gone |= {answer.user_id} & self._last.keys()
+                continue
+            order = (answer.epoch or 0, answer.revision or 0)
+            if order < self._last.get(answer.user_id, order):
+                self.back.add(answer.user_id)
+            self._last[answer.user_id] = order
 
     def _unread(self, answers: Sequence[UserEmbedding]) -> set[str]:
         self.reasons.update(answer.reason for answer in answers)
@@ -120,7 +114,7 @@ def test_a_cluster_with_a_fault(
     pipeline = make_pipeline(kv_url=cluster.url)
     pipeline.start()
     pipeline.until_ready()
-    with Prober(cluster, users, (space.version, USER_VERSION)) as prober:
+    with ClusterProber(cluster, users, (space.version, USER_VERSION)) as prober:
         with feeding(pipeline, rows, RATE) as thread:
             pipeline.until(lambda: len(pipeline.read(pipeline.output)) > 1_000, "events flow")
             assert thread.is_alive(), "all events were sent before the fault"
@@ -137,7 +131,7 @@ def test_a_cluster_with_a_fault(
     assert bool(prober.reasons.keys() & UNREAD) == (fault is not resharded), prober.reasons
     if fault is not resharded:  # who is on a server that lives is read while the others are not
         assert min(prober.apart, prober.apart_singly) > 5, prober.reasons
-    assert prober.calls > 20
+    assert prober.looks > 20
     assert prober.reasons[""] > len(users)
     assert prober.back | prober.gone <= (set() if fault in (away, resharded) else prober.hit)
     pipeline.check(len(users))

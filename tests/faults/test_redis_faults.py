@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from half_open import HalfOpenProxy
 from pipeline import Pipeline, feeding
-from prober import Prober
+from prober import RedisProber
 from redis_server import RedisServer
 
 from stream.dataset import Dataset
@@ -98,7 +98,7 @@ def test_a_store_with_a_fault(
     pipeline = make_pipeline(kv_url=redis.url)
     pipeline.start()
     pipeline.until_ready()
-    with Prober(redis) as prober:
+    with RedisProber(redis) as prober:
         with feeding(pipeline, rows, 1_500) as thread:
             pipeline.until(lambda: len(pipeline.read(pipeline.output)) > 1_000, "events flow")
             with fault(redis):  # type: ignore[attr-defined]
@@ -154,7 +154,7 @@ def test_writes_that_were_applied_but_whose_answers_were_lost(
         pipeline = make_pipeline(kv_url=f"redis://127.0.0.1:{proxy.port}/0")
         pipeline.start()
         pipeline.until_ready()
-        with Prober(redis) as prober, feeding(pipeline, rows, 1_500) as thread:
+        with RedisProber(redis) as prober, feeding(pipeline, rows, 1_500) as thread:
             for n in range(1, 11):
                 length = len(pipeline.read(pipeline.output))
                 proxy.lose_answer_to(b"EVALSHA")

@@ -2,13 +2,13 @@
 
 import random
 import shutil
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from pipeline import Pipeline, feeding
+from prober import Prober
 
 from stream.dataset import Dataset
 from stream.itembuild import build_space
@@ -17,56 +17,49 @@ from stream.retrieval import EmbeddingReader
 EVENTS = 20_000
 
 
-class Prober:
-    """Reads users all the while, following the serving pair and pinned to either version; notes what must not be."""
+class RolloutProber(Prober):
+    """Asks readers that follow, and that are pinned to a version; notes mixed and older vectors, and who is served."""
+
+    pause_s = 0.01
 
     def __init__(self, kv_url: str, users: list[str], dims: dict[str, int]) -> None:
-        self._kv_url = kv_url
-        self._users = users
-        self._dims = dims
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run)
+        super().__init__()
         self.wrong: list[str] = []
         self.served: list[str] = []
-        self.looks = 0
+        self._users = users
+        self._dims = dims
+        self._readers: dict[str | None, EmbeddingReader] = {None: EmbeddingReader.open(kv_url, timeout_s=1.0)}
+        for version, dim in dims.items():
+            pinned = EmbeddingReader.open(kv_url, item_version=version, fallback=np.ones(dim), timeout_s=1.0)
+            self._readers[version] = pinned
+        self._newest: dict[tuple[str | None, str, str], tuple[int, int]] = {}  # of each reader: one may be ahead
 
-    def __enter__(self) -> "Prober":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        readers = {
-            version: EmbeddingReader.open(self._kv_url, item_version=version, fallback=np.ones(dim), timeout_s=1.0)
-            for version, dim in self._dims.items()
-        }
-        following = EmbeddingReader.open(self._kv_url, timeout_s=1.0)
-        newest: dict[tuple[str | None, str, str], tuple[int, int]] = {}  # of each reader: one may be ahead of another
-        while not self._ended.wait(0.01):
-            some = random.sample(self._users, 50)
-            for pinned, reader in [(None, following), *readers.items()]:
-                vectors, found = reader.get_many(some)
-                versions = {one.item_embedding_version for one in found}
-                if len(versions) != 1 or (pinned is not None and versions != {pinned}):
-                    self.wrong.append(f"pinned to {pinned}: {versions}")
-                    continue
-                (version,) = versions
-                if vectors.shape[1] != self._dims[version]:
-                    self.wrong.append(f"{version}: {vectors.shape}")
-                if pinned is None and version not in self.served[-1:]:
-                    self.served.append(version)
-                for one in found:
-                    if one.status == "ok":
-                        key, order = (pinned, version, one.user_id), (one.epoch, one.revision)
-                        if order < newest.get(key, (0, 0)):
-                            self.wrong.append(f"{version}: {order} after {newest[key]}")
-                        newest[key] = order
-            self.looks += 1
-        for reader in (following, *readers.values()):
+    def close(self) -> None:
+        """See `Prober`."""
+        for reader in self._readers.values():
             reader.close()
+
+    def look(self) -> None:
+        """See `Prober`."""
+        some = random.sample(self._users, 50)
+        for pinned, reader in self._readers.items():
+            vectors, found = reader.get_many(some)
+            versions = {one.item_embedding_version for one in found}
+            if len(versions) != 1 or (pinned is not None and versions != {pinned}):
+                self.wrong.append(f"pinned to {pinned}: {versions}")
+                continue
+            (version,) = versions
+            if vectors.shape[1] != self._dims[version]:
+                self.wrong.append(f"{version}: {vectors.shape}")
+            if pinned is None and version not in self.served[-1:]:
+                self.served.append(version)
+            for one in found:
+                if one.status == "ok":
+                    key, order = (pinned, version, one.user_id), (one.epoch, one.revision)
+                    if order < self._newest.get(key, (0, 0)):
+                        self.wrong.append(f"{version}: {order} after {self._newest[key]}")
+                    self._newest[key] = order
+        self.looks += 1
 
 
 def test_a_rollout_under_load(
@@ -87,7 +80,7 @@ def test_a_rollout_under_load(
     one.until_epochs_rise(before)
     with feeding(one, rows, 3_000) as thread:
         one.until(lambda: len(one.read(one.output)) > 3_000, "events flow")
-        with Prober(one.kv_url, users, {"films_v1": 48, "films_v2": 64}) as prober:
+        with RolloutProber(one.kv_url, users, {"films_v1": 48, "films_v2": 64}) as prober:
             one.uemb("items", "publish", str(folder))
             two.kill()  # at whatever it has covered
             shutil.rmtree(two.state)

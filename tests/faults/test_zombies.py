@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from pipeline import Pipeline, compact, erase, feeding, killing_worker
-from prober import Prober
+from prober import RedisProber
 from redis_server import RedisServer
 
 from stream.dataset import Dataset
@@ -105,7 +105,7 @@ def test_a_zombie_whose_write_would_be_the_last_of_its_user(
     with Feeder(zombie.bootstrap, zombie.topics) as feeder:
         feeder.send([row for row in rows if row.user_id != last.user_id])
         zombie.until_committed()
-        with Prober(redis) as prober:
+        with RedisProber(redis) as prober:
             feeder.send([row for row in rows if row.user_id == last.user_id])
             until_frozen(zombie)
             try:
