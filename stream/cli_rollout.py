@@ -18,6 +18,7 @@ from stream.items import ItemSpace
 from stream.kv.urls import open_reader
 from stream.terminal import out, print_json, progress_bar
 from stream.topics import topic_partitions
+from stream.user_versions import covered, retire_user_version, user_version_line, user_version_rows
 from stream.version_report import VersionReport
 from stream.version_report import compare as compare_versions
 
@@ -89,7 +90,7 @@ def _activate(settings: Settings, control: ItemControl, record: ControlRecord, f
     if refused := control.coverage.refusals(version):
         msg = f"item version {version} was refused: {refused[0].error}"
         raise ConfigError(msg)
-    done, of = _covered(settings, control, version)
+    done, of = covered(settings, control, version)
     if done < of and not force:
         msg = (
             f"item version {version} covers {done} of {of} partitions; wait (`uemb items status {version}`), or serve "
@@ -101,11 +102,21 @@ def _activate(settings: Settings, control: ItemControl, record: ControlRecord, f
 
 
 @click.command()
-@click.argument("version")
+@click.argument("version", required=False)
+@click.option("--user-version", help="not an item version, but all that an earlier encoder made")
 @click.option("--wait", is_flag=True, help="return when its vectors are removed")
-def retire(version: str, wait: bool) -> None:
-    """Stop publishing in VERSION and remove its vectors from topic and store; readers pinned to it lose them."""
+def retire(version: str | None, user_version: str | None, wait: bool) -> None:
+    """Stop publishing in VERSION and remove its vectors from topic and store; readers pinned to it lose them.
+
+    With --user-version, remove the vectors of an encoder, or of parameters, that the workers have left for others.
+    """
     with _control() as (settings, control):
+        if user_version is not None and version is None:
+            retire_user_version(settings, control, user_version, wait=wait)
+            return
+        if version is None or user_version is not None:
+            msg = "name an item version, or a --user-version"
+            raise click.UsageError(msg)
         if version not in control.catalogue.retired:
             record = control.known(version)
             served = control.served
@@ -141,13 +152,17 @@ def status(version: str | None, wait: bool, compare: int | None, as_json: bool) 
             if record is not None and compare is not None:
                 report = _compare(settings, control, record, compare)
         rows = [row for row in _rows(settings, control) if version in (None, row["version"])]
+        others = [] if version is not None else user_version_rows(settings, control)
         if version is not None and not rows:
             control.known(version)
     if as_json:
-        print_json({"versions": rows, **({"comparison": asdict(report)} if report else {})})
+        compared = {"comparison": asdict(report)} if report else {}
+        print_json({"versions": rows, **({} if version else {"other_user_versions": others}), **compared})
         return
     for row in rows:
         out.print(_line(row), markup=False)
+    for other in others:
+        out.print(user_version_line(other), markup=False)
     if report:
         for side in (report.served, report.other):
             out.print(
@@ -224,13 +239,6 @@ def _line(row: dict[str, Any]) -> str:
     if row["unknown_item_share"] is not None:
         parts.append(f"{row['unknown_item_share']:.1%} of the items unknown")
     return "; ".join(parts)
-
-
-def _covered(settings: Settings, control: ItemControl, version: str) -> tuple[int, int]:
-    partitions = topic_partitions(settings) or 0
-    user_version = settings.versioned_encoder.version
-    stages = [control.coverage.stage(user_version, version, p) for p in range(partitions)]
-    return stages.count("covered"), partitions
 
 
 def _wait(settings: Settings, control: ItemControl, version: str) -> None:

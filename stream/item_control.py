@@ -7,7 +7,16 @@ from confluent_kafka import KafkaException, Producer
 
 from stream.config import Settings
 from stream.errors import ConfigError, DeliveryError
-from stream.item_versions import NOTHING_SAID, BadRecord, Catalogue, ControlRecord, Coverage, State, Status
+from stream.item_versions import (
+    NOTHING_SAID,
+    BadRecord,
+    Catalogue,
+    ControlRecord,
+    Coverage,
+    RetiredUserVersion,
+    State,
+    Status,
+)
 from stream.items import ItemSpace
 from stream.topic_reader import open_consumer, read, whole
 
@@ -53,7 +62,7 @@ class ItemControl:
                     continue
             self._next[topic] = span.end
 
-    def say(self, record: ControlRecord) -> None:
+    def say(self, record: ControlRecord | RetiredUserVersion) -> None:
         """Write a record.
 
         Raises:

@@ -7,13 +7,14 @@ is served. The status topic holds one record per partition and pair of versions,
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal
 
 from stream.keys import check_version_name
 
 State = Literal["prepare", "active", "retired"]
 STATES: Final = ("prepare", "active", "retired")
+_USER_VERSION_KEY: Final = b"user-version:"
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
 #: How far a partition is with a pair of versions: being filled, filled and kept so, refused by its owner (the space
@@ -90,10 +91,54 @@ class ControlRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class RetiredUserVersion:
+    """A user version that workers have left for another one, and whose vectors are to be removed.
+
+    Attributes:
+        user_version: its name.
+        epochs: newest owner of each partition as it was asked for. What later ones say of the version means that
+            workers went back to it, and stays.
+    """
+
+    user_version: str
+    epochs: Mapping[int, int]
+
+    def encode(self) -> tuple[bytes, bytes]:
+        """Key and value of the record; no item version has such a key."""
+        fields = {"user_version": self.user_version, "state": "retired", "epochs": self.epochs}
+        return _USER_VERSION_KEY + self.user_version.encode(), json.dumps(fields).encode()
+
+    @classmethod
+    def decode(cls, key: bytes, value: bytes) -> "RetiredUserVersion":
+        """Read a record.
+
+        Raises:
+            BadRecord: it is none, or its key is not that of its user version.
+        """
+        fields = _object(value)
+        version, epochs = fields.get("user_version"), fields.get("epochs")
+        if fields.get("state") != "retired" or key != _USER_VERSION_KEY + str(version).encode():
+            msg = "a user version can only be retired, under its own key"
+            raise BadRecord(msg)
+        try:
+            return cls(str(version), {int(partition): int(epoch) for partition, epoch in dict(epochs or {}).items()})
+        except (ValueError, TypeError) as exc:
+            msg = "epochs must be integers by partition"
+            raise BadRecord(msg) from exc
+
+    def covers(self, status: "Status") -> bool:
+        """Whether a partition's vectors in a pair of versions are to be removed; what was begun is gone on with."""
+        if status.user_version != self.user_version or status.stage == "removed":
+            return False
+        return status.stage == "removing" or status.epoch <= self.epochs.get(status.partition, -1)
+
+
+@dataclass(frozen=True, slots=True)
 class Catalogue:
-    """The control topic folded: the newest record of each version, with its offset."""
+    """The control topic folded: the newest record of each version, with its offset, and the retired user versions."""
 
     records: Mapping[str, tuple[int, ControlRecord]]
+    retired_user_versions: Mapping[str, RetiredUserVersion] = field(default_factory=dict)
 
     def after(self, offset: int, key: bytes | None, value: bytes | None) -> "Catalogue":
         """The catalogue with one more record; a null value withdraws its version.
@@ -101,11 +146,16 @@ class Catalogue:
         Raises:
             BadRecord: the record says nothing; the catalogue stays as it is.
         """
+        if key is not None and key.startswith(_USER_VERSION_KEY):
+            name = key.removeprefix(_USER_VERSION_KEY).decode(errors="replace")
+            others = {version: found for version, found in self.retired_user_versions.items() if version != name}
+            mine = {} if value is None else {name: RetiredUserVersion.decode(key, value)}
+            return replace(self, retired_user_versions=others | mine)
         if value is None:
             gone = (key or b"").decode(errors="replace")
-            return Catalogue({version: found for version, found in self.records.items() if version != gone})
+            return replace(self, records={version: found for version, found in self.records.items() if version != gone})
         record = ControlRecord.decode(key, value)
-        return Catalogue({**self.records, record.version: (offset, record)})
+        return replace(self, records={**self.records, record.version: (offset, record)})
 
     @property
     def active(self) -> tuple[int, ControlRecord] | None:
@@ -198,7 +248,7 @@ class Coverage:
 
     def __init__(self) -> None:
         self.statuses: dict[tuple[str, str, int], Status] = {}
-        self._epochs: dict[int, int] = {}  # newest owner of each partition that has spoken
+        self.epochs: dict[int, int] = {}  # newest owner of each partition that has spoken
 
     def add(self, status: Status) -> None:
         """Take in a record; one of an earlier owner than the last that spoke of the pair is passed over."""
@@ -206,7 +256,7 @@ class Coverage:
         held = self.statuses.get(key)
         if held is None or status.epoch >= held.epoch:
             self.statuses[key] = status
-            self._epochs[status.partition] = max(self._epochs.get(status.partition, 0), status.epoch)
+            self.epochs[status.partition] = max(self.epochs.get(status.partition, 0), status.epoch)
 
     def of(self, user_version: str, item_version: str, partition: int) -> Status | None:
         """Status of a partition, None where nobody has spoken of the pair."""
@@ -219,13 +269,21 @@ class Coverage:
         pair on which the present one is silent says nothing any more: its vectors are no longer kept current.
         """
         status = self.of(user_version, item_version, partition)
-        if status is None or status.epoch < self._epochs[partition]:
+        if status is None or status.epoch < self.epochs[partition]:
             return None
         return status.stage
 
     def covered(self, user_version: str, item_version: str, partitions: int) -> bool:
         """Whether all users of all partitions have a vector of the pair, and it is kept current."""
         return all(self.stage(user_version, item_version, p) == "covered" for p in range(partitions))
+
+    def other_user_versions(self, user_version: str) -> dict[str, list[Status]]:
+        """What is known of all other user versions than that which workers publish now, by name."""
+        found: dict[str, list[Status]] = {}
+        for status in self.statuses.values():
+            if status.user_version != user_version:
+                found.setdefault(status.user_version, []).append(status)
+        return found
 
     def refusals(self, item_version: str) -> list[Status]:
         """Partitions whose owner could not load the item version."""

@@ -8,7 +8,7 @@ covered only if its vectors were kept current without a break, across whatever r
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
@@ -35,7 +35,11 @@ Tell = Callable[[Status], Awaitable[None]]
 
 @dataclass
 class _Here:
-    """A partition that this worker owns, and what is still to be done for it: versions to cover or to remove."""
+    """A partition that this worker owns, and what is still to be done for it: versions to cover or to remove.
+
+    A pair of an item version with another user version than this worker's, which can only be removed, has the name
+    ``user_version:item_version``.
+    """
 
     owned: Owned
     statuses: dict[str, Status]
@@ -240,6 +244,12 @@ class Rollout:
             if version not in here.todo and self._spoken_of(version, partition):
                 here.statuses[version] = Status(user_version, version, partition, owned.epoch, "removing")
                 here.todo.append(version)
+        for retired in catalogue.retired_user_versions.values():
+            for status in filter(retired.covers, list(self._control.coverage.statuses.values())):
+                pair = ":".join(status.pair)
+                if status.partition == partition and status.user_version != user_version and pair not in here.todo:
+                    here.statuses[pair] = replace(status, epoch=owned.epoch, stage="removing")
+                    here.todo.append(pair)
 
     def left_behind(self, owned: Owned) -> list[bytes]:
         """Prefixes of the keys that a partition has vectors under which nobody keeps current any more."""
@@ -293,8 +303,14 @@ class Rollout:
             stages = {status.stage for status in coverage.statuses.values() if status.item_version == version}
             if version in self._forgotten or stages != {"removed"}:
                 continue
-            await self._kv.update_meta(partial(_without, fallback_key(version, encoder)))
+            await self._kv.update_meta(partial(_without, {fallback_key(version, encoder)}))
             self._forgotten.add(version)
+        for version, statuses in coverage.other_user_versions(encoder).items():
+            stages, name = {status.stage for status in statuses}, f"{version}:"
+            if name in self._forgotten or stages != {"removed"}:
+                continue
+            await self._kv.update_meta(partial(_without, {fallback_key(s.item_version, version) for s in statuses}))
+            self._forgotten.add(name)
 
     # -- work on all users ----------------------------------------------------------------------------------------
 
@@ -312,12 +328,14 @@ class Rollout:
         status = here.statuses[version]
         if status.stage == "removing":
             meta = await self._kv.update_meta(lambda meta: meta)
-            if meta.current is not None and meta.current.item_version == version:
+            mine, current = status.user_version == self._encoder.version, meta.current
+            served = current is not None and current.item_version == status.item_version
+            if served and (mine or (current is not None and current.user_version == status.user_version)):
                 log.warning("item version %s is retired while it is served; activate another one first", version)
                 return
-            versions = [key.rsplit(":", 1)[1] for key in meta.encoders]
+            versions = [key.rsplit(":", 1)[1] for key in meta.encoders] if mine else [status.user_version]
             status = await self._backfill.remove(here.owned, status, versions, self._tell)
-            for spoken in self._spoken_of(version, status.partition):
+            for spoken in self._spoken_of(version, status.partition) if mine else ():
                 await self._tell(replace(status, user_version=spoken.user_version))
         elif version in self._live.spaces:
             status = await self._backfill.cover(here.owned, status, self._tell)
@@ -325,5 +343,5 @@ class Rollout:
         await self._tell(status)
 
 
-def _without(fallback: str, meta: Meta) -> Meta:
-    return replace(meta, fallbacks={key: record for key, record in meta.fallbacks.items() if key != fallback})
+def _without(fallbacks: Collection[str], meta: Meta) -> Meta:
+    return replace(meta, fallbacks={key: record for key, record in meta.fallbacks.items() if key not in fallbacks})

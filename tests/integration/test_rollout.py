@@ -206,7 +206,31 @@ def test_another_encoder_or_folder_covers_the_users_who_are_silent_before_it_is_
         if new:
             send(pipeline, films, 2_000, 2_500)
             users = sorted(users_of(films, 2_500))
+        elif what == "encoder":
+            check_retired_user_version(pipeline)
         assert pipeline.stop() == 0
+
+
+def check_retired_user_version(pipeline: Pipeline) -> None:
+    """What the encoder before has left on topic and in the store is removed, and nothing else."""
+
+    def last(user_version: str) -> dict[str, bytes | None]:
+        return {k: v for k, v in pipeline.last_output().items() if k.split(":")[1] == user_version}
+
+    (left,) = json.loads(pipeline.uemb("items", "status", "--json"))["other_user_versions"]
+    name, ours = left["user_version"], set(last("mix-edd8f311"))
+    assert (name[:4], left["state"], left["removed"]) == ("avg-", "kept", 0)
+    assert all(last(name).values())
+    assert "is that of these settings" in pipeline.uemb("items", "retire", "--user-version", "mix-edd8f311", code=2)
+    assert "is not known" in pipeline.uemb("items", "retire", "--user-version", "mix-0", code=2)
+    pipeline.uemb("items", "retire", "--user-version", name, "--wait")
+    gone = last(name)
+    assert set(gone.values()) == {None}
+    assert set(pipeline.entries({key.split(":", 3)[3]: key for key in gone}).values()) == {None}
+    assert all(last("mix-edd8f311")[key] for key in ours)
+    with EmbeddingReader.open(pipeline.kv_url, user_version=name, item_version="films_v1", timeout_s=1.0) as reader:
+        pipeline.until(lambda: reader.get(1).reason == "version_missing", "its fallback is gone")
+    assert f"user version {name}: retired, removed in 4 of 4" in pipeline.uemb("items", "status")
 
 
 def test_an_activation_counts_after_the_control_topic_was_made_anew(

@@ -14,6 +14,7 @@ from stream.item_versions import (
     Catalogue,
     ControlRecord,
     Coverage,
+    RetiredUserVersion,
     Status,
 )
 
@@ -136,3 +137,44 @@ def test_refusals_are_known_by_version() -> None:
     refused = Status("u", "v2", 0, 1, "refused", error="no vectors.npy")
     assert coverage(refused, Status("u", "v1", 0, 1, "covered")).refusals("v2") == [refused]
     assert coverage(refused, Status("u", "v2", 0, 1, "covering")).refusals("v2") == []
+
+
+class TestRetiredUserVersion:
+    """A user version that workers have left, and whose vectors are to be removed."""
+
+    RETIRED = RetiredUserVersion("avg-1", {0: 5, 1: 7})
+
+    def test_it_is_in_the_catalogue_until_it_is_withdrawn(self) -> None:
+        before = folded(("v1", "active"))
+        key, value = self.RETIRED.encode()
+        after = before.after(1, key, value)
+        assert after.retired_user_versions == {"avg-1": self.RETIRED}
+        assert (after.records, after.after(2, b"v1", control("v1", "retired")).retired_user_versions) == (
+            before.records,
+            after.retired_user_versions,
+        )
+        assert after.after(2, key, None) == before
+
+    @pytest.mark.parametrize(
+        "fields",
+        [{"state": "active"}, {"user_version": "avg-2"}, {"epochs": 3}, {"epochs": {"0": "x"}}, {"user_version": None}],
+    )
+    def test_a_record_that_says_nothing_is_none(self, fields: dict[str, object]) -> None:
+        key, value = self.RETIRED.encode()
+        with pytest.raises(BadRecord):
+            NOTHING_SAID.after(0, key, json.dumps({**json.loads(value), **fields}).encode())
+
+    @pytest.mark.parametrize(
+        ("status", "is_covered"),
+        [
+            (Status("avg-1", "v1", 0, 5, "covered"), True),
+            (Status("avg-1", "v1", 1, 7, "covering"), True),
+            (Status("avg-1", "v1", 0, 6, "covered"), False),  # workers went back to it
+            (Status("avg-1", "v1", 0, 6, "removing"), True),  # begun by a later owner, who was killed
+            (Status("avg-1", "v1", 0, 5, "removed"), False),
+            (Status("avg-1", "v1", 2, 1, "covered"), False),
+            (Status("mix-1", "v1", 0, 5, "covered"), False),
+        ],
+    )
+    def test_what_was_made_after_it_stays(self, status: Status, is_covered: bool) -> None:
+        assert self.RETIRED.covers(status) is is_covered
