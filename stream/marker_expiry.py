@@ -10,7 +10,7 @@ from stream.history_codec import marker_erased_at
 
 log = logging.getLogger(__name__)
 
-#: Users of a partition that are looked at in one go, which takes some milliseconds, and the pause after all partitions.
+#: Users of a partition that are looked at at once, in half a millisecond, and the pause after all partitions.
 LOOK_USERS: Final = 500
 PAUSE_S: Final = 1.0
 #: Markers that are removed in one step: the partition's events wait for no more than this many.

@@ -109,6 +109,14 @@ def test_who_comes_back_after_the_markers_end_begins_above_what_was_forgotten():
     assert History.decode(driver.states[b"a"], HistoryCodec(TYPES), 100).erased_at == NEVER
 
 
+def test_keys_that_were_left_behind_go_with_the_marker():
+    driver = Driver([random_space("items_v1", 3)])
+    driver.apply(Erase("a", T0))
+    result = driver.engine.end_markers({b"a": driver.states[b"a"]}, [b"uemb:old:items_v1:"])
+    assert result.output == [(b"uemb:old:items_v1:a", None)], "the others' tombstones are out since the erasure"
+    assert result.removals == [driver.key("a"), b"uemb:old:items_v1:a"]
+
+
 @given(streams())
 def test_a_marker_is_an_erased_history_without_interactions(stream):
     driver = Driver([random_space("items_v1", 3)])

@@ -1,8 +1,9 @@
 """The local history table: restored from a changelog with tombstones, and distrusted when it is too old."""
 
+import asyncio
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,9 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rocksdict import Cache
 
+from stream.config import load_settings
 from stream.history import History
 from stream.history_codec import HistoryCodec, sort_key
 from stream.ownership import apply_changelog
+from stream.standby import Standbys
 from stream.table import HistoryStore, PartitionDB
 
 CODEC = HistoryCodec({"view": 1})
@@ -97,3 +100,56 @@ def test_a_start_that_fails_on_the_way_makes_no_state_younger(store: HistoryStor
     store.close(0)
     db = store.open(0, DAY_S)
     assert (db.changelog_offset, list(db.users())) == (0, [])
+
+
+class QuietChangelog:
+    """A consumer of a changelog whose end is reached wherever one begins."""
+
+    def __init__(self, **_: object) -> None:
+        self.sought: dict[object, int] = {}
+        self.asked = asyncio.Event()
+
+    async def start(self) -> None:
+        """Nothing to do."""
+
+    stop = start
+
+    def assign(self, _: object) -> None:
+        """Nothing to do."""
+
+    async def end_offsets(self, places: Iterable[object]) -> dict[object, int]:
+        return dict.fromkeys(places, 1)
+
+    def seek(self, place: object, offset: int) -> None:
+        self.sought[place] = offset
+
+    async def position(self, _: object) -> int:
+        return 1
+
+    async def getmany(self, **_: object) -> dict[object, list[object]]:
+        self.asked.set()
+        await asyncio.Event().wait()
+        return {}
+
+
+async def test_a_standby_does_not_go_on_from_state_that_is_too_old(
+    store: HistoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.open(0).put({b"u": b"state"}, 1)
+    store.restored(0)
+    store.close(0)
+    age(store, 2 * DAY_S)
+    consumer = QuietChangelog()
+    monkeypatch.setattr("stream.standby.AIOKafkaConsumer", lambda **_: consumer)
+
+    async def fail(exc: BaseException) -> None:
+        raise exc
+
+    standbys = Standbys(load_settings(), store, fail, DAY_S)
+    standbys.follow([0])
+    async with asyncio.timeout(5):
+        await consumer.asked.wait()
+    await standbys.stop()
+    assert list(consumer.sought.values()) == [0]
+    assert list(store.open(0).users()) == []
+    assert not list(store.path(0).parent.glob("*.restoring")), "a copy that is current is as young as its last write"
