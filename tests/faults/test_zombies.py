@@ -148,12 +148,13 @@ def published(pipeline: Pipeline) -> list[tuple[str, int, int]]:
 def test_a_zombie_whose_store_is_locked(films: Dataset, make_workers: Callable[..., list[Pipeline]]) -> None:
     """The embedded store has one writer: a new owner waits for the lock, gives up, and takes over when it is free."""
     rows = films.events[:10_000]
+    early = {row.user_id for row in rows[:3_000]}
+    late = next(row.user_id for row in rows[3_000:] if row.user_id not in early)
     zombie, owner = make_workers(2, kv_lock_patience_s=3)
-    zombie.start()
+    zombie.start(killing_worker("local", [late], "SIGSTOP"))  # with writes under way: else it just joins again
     zombie.until_ready()
     with feeding(zombie, rows, 2_000):
-        zombie.until(lambda: len(zombie.read(zombie.output)) > 1_000, "events flow")
-        freeze(zombie)
+        until_frozen(zombie)
         try:
             owner.start()
             assert owner.wait(60) == 1
