@@ -14,12 +14,10 @@ import numpy as np
 from aiokafka.consumer import fetcher
 from aiokafka.record.memory_records import MemoryRecords
 
-from stream.events import Unread
+from stream.events import MAX_EXPANDED_BYTES, Unread
 
-#: Largest expanded batch that is looked at. Producers limit theirs before compression, as a rule to 1 MB, and the
-#: largest single event or letter that we handle is `UEMB_DLQ_MAX_BYTES`, 64 MiB.
-LIMIT_BYTES: Final = 128 << 20
 _PIECE: Final = 1 << 20
+_GZIP_BITS: Final = zlib.MAX_WBITS | 16
 
 _GZIP, _SNAPPY, _LZ4, _ZSTD = 1, 2, 3, 4
 #: How much each codec can make of a byte, at most; for zstd there is no such bound.
@@ -58,7 +56,9 @@ class _UnreadBatch:
 
     def __iter__(self) -> Iterator[_UnreadRecord]:
         batch = self._batch
-        value = Unread(f"a compressed batch of {self._size} bytes that expands beyond {LIMIT_BYTES} was not read")
+        value = Unread(
+            f"a compressed batch of {self._size} bytes that expands beyond {MAX_EXPANDED_BYTES} was not read"
+        )
         for offset in range(batch.base_offset, batch.next_offset):
             yield _UnreadRecord(offset, batch.max_timestamp, batch.timestamp_type, value)
 
@@ -91,7 +91,7 @@ class BoundedRecords:
         _, length, _, magic, _, attributes = _HEAD.unpack_from(data, start)
         self._at = end = start + _LENGTH_END + length
         codec = attributes & _CODEC_MASK
-        if magic == _MAGIC and codec and expands_beyond(codec, data[start + _OVERHEAD : end], LIMIT_BYTES):
+        if magic == _MAGIC and codec and expands_beyond(codec, data[start + _OVERHEAD : end], MAX_EXPANDED_BYTES):
             return _UnreadBatch(batch, end - start)
         return batch
 
@@ -122,19 +122,20 @@ def expands_beyond(codec: int, data: memoryview, limit: int) -> bool:
 
 
 def _gzip_beyond(data: memoryview, limit: int) -> bool:
-    rest, size = bytes(data), 0
-    while rest:
-        member = zlib.decompressobj(zlib.MAX_WBITS | 16)
-        while not member.eof:
-            try:
-                piece = member.decompress(rest, _PIECE)
-            except zlib.error:
-                return True
+    member, at, rest, size = zlib.decompressobj(_GZIP_BITS), 0, b"", 0
+    try:
+        while at < len(data) or rest or not member.eof:
+            if not rest:
+                rest, at = bytes(data[at : at + _PIECE]), at + _PIECE
+            if rest and member.eof:
+                member = zlib.decompressobj(_GZIP_BITS)
+            piece = member.decompress(rest, _PIECE)
             size += len(piece)
-            rest = member.unconsumed_tail
             if size > limit or not (piece or rest or member.eof):  # too much, or cut off
                 return True
-        rest = member.unused_data
+            rest = member.unused_data if member.eof else member.unconsumed_tail
+    except zlib.error:
+        return True
     return False
 
 

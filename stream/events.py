@@ -45,6 +45,11 @@ class Reject(NamedTuple):
     detail: str
 
 
+#: Largest expanded size of a compressed batch that is looked at. Producers limit theirs before compression, as a rule
+#: to 1 MB, and the largest single event or letter that we handle is `UEMB_DLQ_MAX_BYTES`, 64 MiB.
+MAX_EXPANDED_BYTES: Final = 128 << 20
+
+
 class Unread(bytes):
     """In place of the value of a record without key: it was not read, because of `detail`."""
 

@@ -8,6 +8,7 @@ from confluent_kafka import OFFSET_INVALID, Consumer, KafkaError, KafkaException
 
 from stream.config import Settings
 from stream.errors import DeliveryError
+from stream.events import MAX_EXPANDED_BYTES
 
 TIMEOUT_S: Final = 10.0
 STALL_S: Final = 30.0
@@ -15,6 +16,8 @@ _POLL_S: Final = 0.05  # the client waits so long for a batch to fill
 _BATCH: Final = 500
 #: A connection answers in order: other questions wait behind a fetch for records that are not there (500 ms as given).
 _FETCH_WAIT_MS: Final = 20
+#: What the client expands a batch to at most, in steps: it must read all that a worker does (its default is 100 MB).
+_EXPANDED_BYTES: Final = 4 * MAX_EXPANDED_BYTES
 #: Errors that waiting does not mend; a client goes on by itself after any other.
 _LASTING: Final = (
     KafkaError.TOPIC_AUTHORIZATION_FAILED,
@@ -47,6 +50,7 @@ def open_consumer(settings: Settings, purpose: str) -> Consumer:
             "auto.offset.reset": "earliest",
             "isolation.level": "read_committed",
             "fetch.wait.max.ms": _FETCH_WAIT_MS,
+            "receive.message.max.bytes": _EXPANDED_BYTES,
             "log_level": 2,
         }
     )
@@ -80,8 +84,8 @@ def read(
         consumer: its assignment is replaced.
         spans: at most one of a partition.
         on_progress: called with offsets done and their total.
-        on_unreadable: called for each offset of a batch that expands beyond what the client bears (100 MB of zstd),
-            which is then passed over; without it that is an error.
+        on_unreadable: called for each offset of a batch that expands beyond what the client bears, or a worker, which
+            is then passed over; without it that is an error.
         stall_s: seconds without progress that are an error.
 
     Raises:

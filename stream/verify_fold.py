@@ -16,6 +16,7 @@ from stream.ownership import Claim, joined
 from stream.records import kv_prefix
 from stream.scratch import Scratch
 from stream.table import CLAIM_KEY
+from stream.topic_reader import unreadable
 from stream.verify_rules import Found, Logged, Published, order_of, output_document
 
 # First byte of a key: what the input adds up to, what the changelog does, the output's last record, rejects, letters,
@@ -78,7 +79,13 @@ class PartitionFold:
                 self._add_input(topic, some)
 
     def unreadable(self, topic: str, partition: int, offset: int) -> None:
-        """Take note of a record in a batch that expands too far to be looked at."""
+        """Take note of a record in a batch that expands too far to be looked at.
+
+        Raises:
+            DeliveryError: it is on a topic that workers alone write to.
+        """
+        if topic not in self._inputs:
+            raise unreadable(topic, f"a batch of partition {partition} can't be expanded")
         place = _REJECT + _place(self._inputs.index(topic), offset)
         self._scratch.put({place: Reason.EXPANDS_BEYOND_LIMIT.encode()})
 

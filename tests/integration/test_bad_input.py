@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from confluent_kafka import Consumer, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 from odd_records import MARK, NOISE, NOW_MS, PARTITIONS, Sender
@@ -45,34 +46,36 @@ def test_large_values_are_kept_whole_and_those_the_topic_refuses_are_referred_to
     assert pipeline.stop() == 0
 
 
+def send_expanding(pipeline: Pipeline, topic: str, value: bytes, codec: str) -> None:
+    """Send a record of user 1 in a batch of its own, which the codec makes small."""
+    producer = Producer(
+        {
+            "bootstrap.servers": pipeline.bootstrap,
+            "partitioner": "murmur2_random",
+            "compression.type": codec,
+            "message.max.bytes": 1_000_000_000,
+            "queue.buffering.max.kbytes": 1_000_000,
+            "log_level": 2,
+        }
+    )
+    producer.produce(topic, value, b"1", timestamp=NOW_MS)
+    assert producer.flush(60) == 0
+
+
 def test_batches_that_expand_too_far_are_referred_to_and_cost_no_memory(make_pipeline: Callable[..., Pipeline]) -> None:
     """Some kilobytes that stand for 900 MB of zeros, and valid events after which come 200 MB of blanks."""
     pipeline = make_pipeline()
     view = pipeline.topics["view"]
     there = partition_of(b"1", PARTITIONS)
 
-    def send(topic: str, value: bytes, codec: str) -> None:
-        producer = Producer(
-            {
-                "bootstrap.servers": pipeline.bootstrap,
-                "partitioner": "murmur2_random",
-                "compression.type": codec,
-                "message.max.bytes": 1_000_000_000,
-                "queue.buffering.max.kbytes": 1_000_000,
-                "log_level": 2,
-            }
-        )
-        producer.produce(topic, value, b"1", timestamp=NOW_MS)
-        assert producer.flush(60) == 0
-
     pipeline.start()
     pipeline.until_ready()
     for item, codec in enumerate(("zstd", "gzip", "lz4")):
-        send(view, event_json(1, item, "view", NOW_MS), codec)
+        send_expanding(pipeline, view, event_json(1, item, "view", NOW_MS), codec)
         event = event_json(1, 100 + item, "view", NOW_MS)
-        send(view, bytes(900 << 20) if codec == "zstd" else event + b" " * (200 << 20), codec)
-    send(pipeline.deletions, bytes(900 << 20), "zstd")
-    send(view, event_json(1, 3, "view", NOW_MS), "zstd")
+        send_expanding(pipeline, view, bytes(900 << 20) if codec == "zstd" else event + b" " * (200 << 20), codec)
+    send_expanding(pipeline, pipeline.deletions, bytes(900 << 20), "zstd")
+    send_expanding(pipeline, view, event_json(1, 3, "view", NOW_MS), "zstd")
     pipeline.until_committed(60)
     letters = [
         dict(letter.headers()) | {"key": letter.key(), "value": letter.value()}
@@ -91,6 +94,23 @@ def test_batches_that_expand_too_far_are_referred_to_and_cost_no_memory(make_pip
     assert (report["rejected"], report["letterless"]) == (4, 0)
     with EmbeddingReader.open(pipeline.kv_url, timeout_s=1.0) as reader:
         assert reader.get("1").history_len == 4
+    assert pipeline.stop() == 0
+
+
+@pytest.mark.parametrize("codec", ["zstd", "gzip"])
+def test_batches_that_expand_nearly_too_far_are_read_by_all(codec: str, make_pipeline: Callable[..., Pipeline]) -> None:
+    """The worker and `uemb verify` have different clients, and must draw the line in one place."""
+    pipeline = make_pipeline()
+    view = pipeline.topics["view"]
+    pipeline.start()
+    pipeline.until_ready()
+    event = event_json(1, 7, "view", NOW_MS)
+    send_expanding(pipeline, view, event + b" " * (120 << 20), codec)
+    send_expanding(pipeline, view, event_json(1, 8, "view", NOW_MS), codec)
+    pipeline.until_committed(60)
+    assert pipeline.check(1)["rejected"] == 0
+    with EmbeddingReader.open(pipeline.kv_url, timeout_s=1.0) as reader:
+        assert reader.get("1").history_len == 2
     assert pipeline.stop() == 0
 
 

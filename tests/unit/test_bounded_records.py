@@ -1,6 +1,7 @@
 """Fetched batches: as the client reads them, but for those that expand too far."""
 
 import gzip
+import random
 from collections.abc import Callable
 
 import cramjam
@@ -33,6 +34,14 @@ def test_how_far_data_expands_is_told_exactly(how: str, noise: bytes, zeros: int
     codec, compress = COMPRESS[how]
     data = noise + bytes(zeros)
     assert expands_beyond(codec, memoryview(compress(data)), limit) == (len(data) > limit)
+
+
+@pytest.mark.parametrize("how", COMPRESS)
+def test_data_that_takes_several_pieces_is_measured_as_exactly(how: str) -> None:
+    codec, compress = COMPRESS[how]
+    data = random.Random(3).randbytes(3 << 20) + bytes(3 << 20)
+    packed = memoryview(compress(data))
+    assert [expands_beyond(codec, packed, len(data) + more) for more in (-1, 0)] == [True, False]
 
 
 @pytest.mark.parametrize("codec", [1, 2, 3, 4])
@@ -82,7 +91,7 @@ def test_batches_are_those_of_the_client() -> None:
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_one_that_expands_too_far_is_known_by_its_offsets(codec: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bounded_records, "LIMIT_BYTES", 100_000)
+    monkeypatch.setattr(bounded_records, "MAX_EXPANDED_BYTES", 100_000)
     good = [batch(codec, 0, [b"a"]), batch(codec, 104, [b"b"])]
     records = BoundedRecords(good[0] + batch(codec, 101, [bytes(60_000)] * 3) + good[1])
     found = all_of(records)
