@@ -192,7 +192,8 @@ class Consumer(driver.Consumer):
 
     def highwater(self, tp: TP) -> int | None:
         """End of a partition's log as of the last fetch; None when it is not assigned or not known yet."""
-        return super().highwater(tp) if tp in self.assignment() else None
+        state = self._state(tp)
+        return None if state is None else state.highwater
 
     def due(self, tp: TP) -> int | None:
         """Offset below which all must be durable for nothing to be left to do; None when not known yet.
@@ -200,20 +201,22 @@ class Consumer(driver.Consumer):
         That is the end of the log, but for what comes after the last record that counts: markers of transactions, and
         what was aborted, of which no batch ever tells.
         """
-        end = self.highwater(tp)
-        if end is None:
+        state = self._state(tp)
+        if state is None or state.highwater is None:
             return None
-        consumer = self._thread._ensure_consumer()
-        state = consumer._subscription.subscription.assignment.state_value(TopicPartition(tp.topic, tp.partition))
-        read_to_the_end = state.has_valid_position and state.position >= end
-        return self._delivered.get(tp, 0) if read_to_the_end else int(end)
+        read_to_the_end = state.has_valid_position and state.position >= state.highwater
+        return self._delivered.get(tp, 0) if read_to_the_end else int(state.highwater)
 
     def fetched_ms(self, tp: TP) -> int | None:
         """When the last fetch of a partition was answered, in epoch ms; None when not assigned, or not known yet."""
-        if tp not in self.assignment():
-            return None
-        at: int | None = self._thread._ensure_consumer().last_poll_timestamp(TopicPartition(tp.topic, tp.partition))
-        return at
+        state = self._state(tp)
+        return None if state is None else state.timestamp
+
+    def _state(self, tp: TP) -> Any:
+        """What the client keeps of a partition, in its own thread; None when it is not assigned."""
+        subscription = self._thread._ensure_consumer()._subscription.subscription
+        assignment = None if subscription is None else subscription.assignment
+        return None if assignment is None else assignment.state_value(TopicPartition(tp.topic, tp.partition))
 
     # -- commits --------------------------------------------------------------------------------------------------
 
