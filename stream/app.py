@@ -23,7 +23,7 @@ from stream.items import ItemSpace
 from stream.keys import encoder_key
 from stream.kv.base import KVWriter, Meta
 from stream.kv.patient import PatientKV
-from stream.kv.urls import open_writer
+from stream.kv.stores import open_writer
 from stream.partitions import Partitions, Parts
 from stream.producer import FAUST_LOG, acknowledged
 from stream.publish import Lanes, Stage

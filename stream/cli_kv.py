@@ -10,7 +10,7 @@ import click
 from stream.config import Settings, load_settings
 from stream.errors import StoreError
 from stream.kv.base import KVWriter
-from stream.kv.urls import open_reader, open_writer
+from stream.kv.stores import open_reader, open_writer
 from stream.terminal import err, out, print_json, progress_bar
 from stream.topics import topic_partitions
 

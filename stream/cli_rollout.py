@@ -15,7 +15,7 @@ from stream.errors import ConfigError
 from stream.item_control import ItemControl
 from stream.item_versions import ControlRecord
 from stream.items import ItemSpace
-from stream.kv.urls import open_reader
+from stream.kv.stores import open_reader
 from stream.terminal import out, print_json, progress_bar
 from stream.topics import topic_partitions
 from stream.user_versions import covered, retire_user_version, user_version_line, user_version_rows

@@ -7,7 +7,7 @@ import click
 from stream.config import load_settings
 from stream.errors import ConfigError
 from stream.item_control import ItemControl, spaces_of
-from stream.kv.urls import open_reader
+from stream.kv.stores import open_reader
 from stream.terminal import out, print_json, progress_bar
 from stream.verify import Report, Verifier
 

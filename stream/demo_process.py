@@ -17,7 +17,7 @@ from stream.errors import UembError
 from stream.feed import TOPIC_PREFIX
 from stream.keys import partition_of
 from stream.kv.base import KVReader
-from stream.kv.urls import open_reader
+from stream.kv.stores import open_reader
 from stream.records import kv_entry
 from stream.terminal import err
 

@@ -20,7 +20,8 @@ from stream.encoders import VersionedEncoder
 from stream.items import ItemSpace
 from stream.kv.base import KVReader
 from stream.kv.bounded import STORE_DOWN
-from stream.kv.urls import open_reader, parse_kv_url
+from stream.kv.stores import open_reader
+from stream.kv.urls import parse_kv_url
 from stream.reader_state import ReaderOptions, ReaderState
 from stream.retrieval_asyncio import AsyncEmbeddingReader, get_or_build_user_embedding_async
 

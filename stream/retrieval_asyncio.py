@@ -18,7 +18,8 @@ from stream.encoders import VersionedEncoder
 from stream.items import ItemSpace
 from stream.kv.base import KVReader
 from stream.kv.bounded import STORE_DOWN, Found
-from stream.kv.urls import open_reader, parse_kv_url
+from stream.kv.stores import open_reader
+from stream.kv.urls import parse_kv_url
 from stream.reader_state import Call, ReaderOptions, ReaderState
 
 _SLICE: Final = 64  # users whose answers are made without a pause: under a millisecond of the loop's time

@@ -25,7 +25,7 @@ from stream.feed import Feeder
 from stream.items import ItemSpace
 from stream.keys import partition_of
 from stream.kv.base import KVReader
-from stream.kv.urls import open_reader
+from stream.kv.stores import open_reader
 from stream.records import decode, kv_entry
 
 UEMB = [sys.executable, "-c", "from stream.cli import main; main()"]

@@ -29,7 +29,7 @@ from redis_server import RedisServer, why_no_redis
 
 from stream.keys import epoch_key, watermark_key
 from stream.kv.base import KVReader, KVWriter, Meta
-from stream.kv.urls import open_reader, open_writer
+from stream.kv.stores import open_reader, open_writer
 from stream.records import PREFIX_BYTES, kv_prefix
 
 BATCHES = (1, 100, 1000)

@@ -35,7 +35,7 @@ from redis_server import RedisServer, why_no_redis
 
 from stream.keys import encoder_key, fallback_key, partition_of, user_cache_key, watermark_key
 from stream.kv.base import Meta, Serving
-from stream.kv.urls import open_writer
+from stream.kv.stores import open_writer
 from stream.records import EmbeddingRecord, decode, encode, kv_prefix
 from stream.retrieval import AsyncEmbeddingReader, EmbeddingReader
 

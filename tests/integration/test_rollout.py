@@ -18,7 +18,7 @@ from stream.feed import Feeder
 from stream.itembuild import build_space
 from stream.items import ItemSpace
 from stream.kv.base import Meta
-from stream.kv.urls import open_writer
+from stream.kv.stores import open_writer
 from stream.retrieval import EmbeddingReader
 
 pytestmark = pytest.mark.kafka

@@ -15,7 +15,7 @@ from kv_entries import entry, eventually
 from stream.errors import ConfigError, Fenced, StoreError
 from stream.keys import epoch_key, partition_of, watermark_key
 from stream.kv.base import KVReader, KVWriter, Meta, Serving
-from stream.kv.urls import open_reader, open_writer
+from stream.kv.stores import open_reader, open_writer
 from stream.records import kv_entry, kv_prefix
 
 

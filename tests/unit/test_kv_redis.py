@@ -22,7 +22,8 @@ from stream.kv.redis import CHUNK, RedisKV
 from stream.kv.redis_client import GRANTS
 from stream.kv.redis_reader import RedisReader
 from stream.kv.redis_scripts import PUT
-from stream.kv.urls import RedisAddress, open_reader, open_writer, parse_kv_url
+from stream.kv.stores import open_reader, open_writer
+from stream.kv.urls import RedisAddress, parse_kv_url
 from stream.records import EmbeddingRecord, encode, kv_prefix
 from stream.retrieval import EmbeddingReader
 

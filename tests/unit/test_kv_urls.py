@@ -7,7 +7,8 @@ import pytest
 from stream.errors import ConfigError
 from stream.kv.base import Meta
 from stream.kv.redis import RedisKV
-from stream.kv.urls import RedisAddress, masked_kv_url, open_reader, open_writer, parse_kv_url
+from stream.kv.stores import open_reader, open_writer
+from stream.kv.urls import RedisAddress, masked_kv_url, parse_kv_url
 
 
 @pytest.mark.parametrize(
