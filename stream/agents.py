@@ -23,6 +23,7 @@ PROBATION_RECORDS: Final = 1_000
 class Owned:
     """A partition this worker owns: its claim, its state and its engine.
 
+    `left_behind` gives the prefixes of the keys under which the partition has vectors that nobody keeps current.
     `turn` is held from a step's computation until it is queued, so that steps are queued in the order of their states.
     """
 
@@ -32,6 +33,7 @@ class Owned:
     engine: Engine
     progress: Progress
     changelog_offset: int
+    left_behind: Callable[[], list[bytes]] = list
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def changelog_at(self, offset: int) -> None:
@@ -145,6 +147,8 @@ class BatchProcessor:
             wrong = sum(reject.reason is Reason.WRONG_PARTITION for _, reject in decoded.rejects)
             self.probation.saw(batch.topic, decoded.placed, wrong)
             result = self._apply(owned, decoded, engine.missing(decoded))
+            if batch.topic == self._deletion_topic:
+                _erase_left_behind(owned, decoded, result)
             self._on_stage("local", batch, result)
             for name, n in result.counts.items():
                 self._count(name, n)
@@ -177,14 +181,12 @@ class BatchProcessor:
         async with owned.turn:
             return result, await self._queue(owned, result)
 
-    async def end_markers(
-        self, owned: Owned, users: Sequence[bytes], erased_before_ms: int, left_behind: Sequence[bytes] = ()
-    ) -> int:
+    async def end_markers(self, owned: Owned, users: Sequence[bytes], erased_before_ms: int) -> int:
         """Take the markers of those of `users` that were erased before a time out of every place; return how many.
 
-        What the users have under keys with a prefix of `left_behind`, which nothing is published under, goes as well.
-        Events of the partition wait until that is durable. Local state comes last: a crash before leaves a marker
-        there, or in the changelog that it is restored from, and the next owner repeats what is left to be done.
+        What they left under keys that nobody keeps current goes as well. Events of the partition wait until that is
+        durable. Local state comes last: a crash before leaves a marker there, or in the changelog that it is restored
+        from, and the next owner repeats what is left to be done.
         """
         async with owned.turn:
             found = zip(users, owned.db.get(users), strict=True)
@@ -195,7 +197,7 @@ class BatchProcessor:
                 if (erased_at := marker_erased_at(state)) is not None and erased_at < erased_before_ms
             }
             if markers:
-                await (await self._queue(owned, owned.engine.end_markers(markers, left_behind)))
+                await (await self._queue(owned, owned.engine.end_markers(markers, owned.left_behind())))
                 owned.db.put(dict.fromkeys(markers), owned.changelog_offset)
                 self._count("erasure markers ended", len(markers))
         return len(markers)
@@ -210,3 +212,14 @@ class BatchProcessor:
         result = owned.engine.apply(batch, stored, owned.epoch)
         owned.db.put(result.states, owned.changelog_offset)
         return result
+
+
+def _erase_left_behind(owned: Owned, erasures: Batch, result: StepResult) -> None:
+    """Take the erased users' vectors of earlier encoders with them, which readers may be pinned to.
+
+    Whatever became of an erasure in the histories: one that is seen again may have been cut short here by a crash.
+    """
+    users = dict.fromkeys(op.user for op in erasures.ops)
+    keys = [prefix + user for prefix in owned.left_behind() for user in users]
+    result.output += [(key, None) for key in keys]
+    result.removals += keys

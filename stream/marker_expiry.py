@@ -47,7 +47,6 @@ class MarkerExpiry:
         processor: removes them.
         kept_ms: how long a marker is kept after its erasure.
         now_ms: see `stream_time_ms`.
-        left_behind: see `Rollout.left_behind`.
     """
 
     def __init__(
@@ -55,12 +54,10 @@ class MarkerExpiry:
         processor: BatchProcessor,
         kept_ms: int,
         now_ms: Callable[[Owned], int | None],
-        left_behind: Callable[[Owned], list[bytes]],
     ) -> None:
         self._processor = processor
         self._kept_ms = kept_ms
         self._now_ms = now_ms
-        self._left_behind = left_behind
 
     async def run(self) -> None:
         """Remove what expires until cancelled; any exception means that the worker must stop."""
@@ -80,7 +77,7 @@ class MarkerExpiry:
         expired = [user for user, state in users if (at := marker_erased_at(state)) is not None and at < before_ms]
         for start in range(0, len(expired), STEP_USERS):
             some = expired[start : start + STEP_USERS]
-            await self._processor.end_markers(owned, some, before_ms, self._left_behind(owned))
+            await self._processor.end_markers(owned, some, before_ms)
         if expired:
             log.info(
                 "partition %s: %s markers of erased users were kept for long enough", owned.partition, len(expired)

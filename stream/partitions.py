@@ -78,7 +78,7 @@ class Partitions:
         await self._taking
         parts.rollout.begin()
         if (kept_ms := parts.settings.erasure_marker_retention_ms) is not None:
-            expiry = MarkerExpiry(parts.processor, kept_ms, self._stream_time_ms, parts.rollout.left_behind)
+            expiry = MarkerExpiry(parts.processor, kept_ms, self._stream_time_ms)
             self._expiry = asyncio.create_task(self._expire(expiry), name="marker-expiry")
         self._standbys.follow(standbys)
 
@@ -142,6 +142,7 @@ class Partitions:
         committed = await self._committed(partition, covered_offsets(watermark))
         progress = Progress(epoch, {topic: offset for topic, offset in committed.items() if offset is not None})
         owned = Owned(partition, epoch, db, engine, progress, db.changelog_offset)
+        owned.left_behind = lambda: parts.rollout.left_behind(owned)
         if lost_writes(watermark, committed):
             log.warning("partition %s: the key-value store lacks committed writes; rebuilding it", partition)
             progress.whole = False

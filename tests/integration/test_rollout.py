@@ -218,9 +218,17 @@ def check_retired_user_version(pipeline: Pipeline) -> None:
         return {k: v for k, v in pipeline.last_output().items() if k.split(":")[1] == user_version}
 
     (left,) = json.loads(pipeline.uemb("items", "status", "--json"))["other_user_versions"]
-    name, ours = left["user_version"], set(last("mix-edd8f311"))
+    name = left["user_version"]
     assert (name[:4], left["state"], left["removed"]) == ("avg-", "kept", 0)
     assert all(last(name).values())
+    erased = next(iter(last(name))).split(":", 3)[3]
+    pipeline.uemb("delete", erased, "--wait")  # reaches what nobody keeps current, too
+    pipeline.until_committed()
+    assert [key for key, value in last(name).items() if value is None] == [f"uemb:{name}:films_v1:{erased}"]
+    with EmbeddingReader.open(pipeline.kv_url, user_version=name, item_version="films_v1", timeout_s=1.0) as reader:
+        assert reader.get(erased).reason == "missing"
+        assert reader.get(next(key for key, value in last(name).items() if value).split(":", 3)[3]).reason != "missing"
+    ours = {key for key, value in last("mix-edd8f311").items() if value}
     assert "is that of these settings" in pipeline.uemb("items", "retire", "--user-version", "mix-edd8f311", code=2)
     assert "is not known" in pipeline.uemb("items", "retire", "--user-version", "mix-0", code=2)
     pipeline.uemb("items", "retire", "--user-version", name, "--wait")
