@@ -47,9 +47,10 @@ def publish(folder: Path, wait: bool) -> None:
     with _control() as (settings, control):
         record = control.record_of(folder, "prepare")
         known = control.catalogue.live.get(record.version)
-        state = "is published already" if known else "published"
-        if known is None or (known.state == "prepare" and control.coverage.refusals(record.version)):
+        state = "is published already"
+        if known is None or (known.state == "prepare" and control.refusal(record.version)):
             control.say(record)
+            state = "is published again" if known else "is published"
         out.print(f"item version {record.version} {state}; see `uemb items status`", markup=False)
         if wait:
             _wait(settings, control, record.version)
@@ -87,8 +88,8 @@ def _activate(settings: Settings, control: ItemControl, record: ControlRecord, f
     if served is not None and served.version == version:
         out.print(f"item version {version} is served already", markup=False)
         return
-    if refused := control.coverage.refusals(version):
-        msg = f"item version {version} was refused: {refused[0].error}"
+    if refused := control.refusal(version):
+        msg = f"item version {version} was refused: {refused}"
         raise ConfigError(msg)
     done, of = covered(settings, control, version)
     if done < of and not force:
@@ -218,7 +219,7 @@ def _rows(settings: Settings, control: ItemControl) -> list[dict[str, Any]]:
                 "seconds_left": round((users - done) / per_second, 1) if per_second and users > done else None,
                 "fallback_share": sum(status.fallbacks for status in found) / done if done else None,
                 "unknown_item_share": sum(status.unknown_items for status in found) / items if items else None,
-                "refused": next((status.error for status in control.coverage.refusals(version)), None),
+                "refused": control.refusal(version),
             }
         )
     return rows

@@ -117,6 +117,13 @@ class ItemControl:
             raise ConfigError(msg)
         return record
 
+    def refusal(self, version: str) -> str | None:
+        """Why a worker refuses a version as it was published last; None if none does."""
+        if version not in self.catalogue.records:
+            return None
+        offset, _ = self.catalogue.records[version]
+        return next((status.error for status in self.coverage.refusals(version, offset)), None)
+
     def record_of(self, folder: Path, state: State) -> ControlRecord:
         """A record for a folder, which is loaded and checked for it.
 
@@ -144,8 +151,7 @@ def spaces_of(settings: Settings, control: ItemControl) -> list[ItemSpace]:
     if base is not None and base.version not in control.catalogue.retired:
         folders[base.version] = base.path
     folders.update({version: record.path for version, record in control.catalogue.live.items()})
-    refused = {version for version in folders if control.coverage.refusals(version)}
-    spaces = [ItemSpace.load(Path(path)) for version, path in folders.items() if version not in refused]
+    spaces = [ItemSpace.load(Path(path)) for version, path in folders.items() if control.refusal(version) is None]
     if not spaces:
         msg = "UEMB_ITEMS is not set, and no item version is active; point it to the folder that the workers serve"
         raise ConfigError(msg)

@@ -194,6 +194,7 @@ class Status:
         unknown_items: of these, the ones that the version lacks.
         per_second: users a second of late.
         error: why it was refused.
+        asked: for a refusal, offset of the control record that it answers: it says nothing of a later one.
     """
 
     user_version: str
@@ -208,6 +209,7 @@ class Status:
     unknown_items: int = 0
     per_second: float = 0.0
     error: str = ""
+    asked: int = -1
 
     def encode(self) -> tuple[bytes, bytes]:
         """Key and value of the record."""
@@ -285,9 +287,10 @@ class Coverage:
                 found.setdefault(status.user_version, []).append(status)
         return found
 
-    def refusals(self, item_version: str) -> list[Status]:
-        """Partitions whose owner could not load the item version."""
-        return [s for s in self.statuses.values() if s.item_version == item_version and s.stage == "refused"]
+    def refusals(self, item_version: str, asked: int) -> list[Status]:
+        """Partitions whose owner could not load the item version that the control record at an offset asked for."""
+        found = [s for s in self.statuses.values() if s.item_version == item_version and s.stage == "refused"]
+        return [status for status in found if status.asked == asked]
 
 
 def _object(value: bytes) -> dict[str, Any]:

@@ -236,10 +236,11 @@ class Rollout:
             async with owned.turn:
                 owned.engine.serve(self.spaces)
         here.todo += [version for version in new if version not in here.todo]
-        for version, (_, why) in self._live.refused.items():
-            known = self._control.coverage.stage(user_version, version, partition)
-            if version in catalogue.live and known != "refused":
-                await self._tell(Status(user_version, version, partition, owned.epoch, "refused", error=why))
+        for version, (asked, why) in self._live.refused.items():
+            refusal = Status(user_version, version, partition, owned.epoch, "refused", error=why, asked=asked)
+            known = self._control.coverage.of(user_version, version, partition)
+            if version in catalogue.live and known != refusal:
+                await self._tell(refusal)
         for version in catalogue.retired:
             if version not in here.todo and self._spoken_of(version, partition):
                 here.statuses[version] = Status(user_version, version, partition, owned.epoch, "removing")

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -134,7 +135,7 @@ def damaged(folder: Path, into: Path, damage: str) -> Path:
 def test_a_version_that_breaks_after_it_was_checked_is_refused_and_serving_goes_on(
     damage: str, films: Dataset, second_folder: Path, make_pipeline: Callable[..., Pipeline], tmp_path: Path
 ) -> None:
-    pipeline = make_pipeline()
+    pipeline = make_pipeline(session_timeout_s=10)
     pipeline.start()
     pipeline.until_ready()
     send(pipeline, films, 0, 1_000)
@@ -155,7 +156,11 @@ def test_a_version_that_breaks_after_it_was_checked_is_refused_and_serving_goes_
     assert set(pipeline.verified) == {"films_v1"}
     shutil.rmtree(folder)
     shutil.copytree(second_folder, folder)
-    pipeline.uemb("items", "publish", str(folder), "--wait")  # mended, and published again
+    pipeline.process.send_signal(signal.SIGSTOP)  # the refusal is of the record before: it says nothing of this one
+    assert "published again" in pipeline.uemb("items", "publish", str(folder))  # mended
+    assert versions(pipeline)["films_v2"]["refused"] is None
+    pipeline.process.send_signal(signal.SIGCONT)
+    pipeline.uemb("items", "status", "films_v2", "--wait")
     pipeline.check(len(users_of(films, 2_000)))
     assert set(pipeline.verified) == {"films_v1", "films_v2"}
     assert pipeline.stop() == 0

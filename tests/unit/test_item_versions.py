@@ -134,9 +134,10 @@ def test_what_an_earlier_owner_says_late_counts_for_nothing() -> None:
 
 
 def test_refusals_are_known_by_version() -> None:
-    refused = Status("u", "v2", 0, 1, "refused", error="no vectors.npy")
-    assert coverage(refused, Status("u", "v1", 0, 1, "covered")).refusals("v2") == [refused]
-    assert coverage(refused, Status("u", "v2", 0, 1, "covering")).refusals("v2") == []
+    refused = Status("u", "v2", 0, 1, "refused", error="no vectors.npy", asked=7)
+    assert coverage(refused, Status("u", "v1", 0, 1, "covered")).refusals("v2", 7) == [refused]
+    assert coverage(refused).refusals("v2", 8) == []  # published again: nobody has looked at that yet
+    assert coverage(refused, Status("u", "v2", 0, 1, "covering")).refusals("v2", 7) == []
 
 
 class TestRetiredUserVersion:
