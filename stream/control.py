@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 from aiokafka import AIOKafkaConsumer
+from aiokafka.errors import OffsetOutOfRangeError
 from aiokafka.structs import TopicPartition
 
 from stream.config import Settings
@@ -48,9 +49,7 @@ class ControlTopics:
             StateError: they can't be read.
         """
         settings = self._settings
-        self._consumer = AIOKafkaConsumer(
-            **settings.kafka_client, auto_offset_reset="earliest", fetch_max_wait_ms=_POLL_MS
-        )
+        self._consumer = AIOKafkaConsumer(**settings.kafka_client, auto_offset_reset="none", fetch_max_wait_ms=_POLL_MS)
         await self._consumer.start()
         tps = [self._control, self._status]
         self._consumer.assign(tps)
@@ -106,6 +105,9 @@ class ControlTopics:
                     self._moved.notify_all()
                 if fetched:
                     self._on_change()
+        except OffsetOutOfRangeError as exc:
+            topics = " and ".join(sorted(tp.topic for tp in exc.args[0]))
+            await self._on_error(StateError(f"{topics}: made anew, or cut, under this worker; start it again"))
         except Exception as exc:  # noqa: BLE001 - a worker that no longer hears of versions must not go on
             await self._on_error(exc)
 

@@ -34,14 +34,14 @@ def delete_topic(bootstrap: str, topic: str) -> None:
         time.sleep(0.1)
 
 
-def recreate_topic(bootstrap: str, topic: str, partitions: int) -> None:
+def recreate_topic(bootstrap: str, topic: str, partitions: int, cleanup: str = "delete") -> None:
     """Delete a topic and make it anew, empty, as soon as the broker lets us."""
     client = _client(bootstrap)
     client.delete_topics([topic], operation_timeout=10)[topic].result()
     deadline = time.monotonic() + _PATIENCE_S
     while True:
         try:
-            client.create_topics([NewTopic(topic, partitions, 1)])[topic].result()
+            client.create_topics([NewTopic(topic, partitions, 1, config={"cleanup.policy": cleanup})])[topic].result()
         except KafkaException:  # the deletion takes a moment
             assert time.monotonic() < deadline
             time.sleep(0.2)

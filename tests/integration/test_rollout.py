@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from pipeline import Pipeline
 from redis_server import RedisServer
+from topic_admin import recreate_topic
 
 from stream.dataset import Dataset
 from stream.feed import Feeder
@@ -249,12 +250,15 @@ def check_retired_user_version(pipeline: Pipeline) -> None:
 def test_an_activation_counts_after_the_control_topic_was_made_anew(
     films: Dataset, second_folder: Path, redis: RedisServer, make_pipeline: Callable[..., Pipeline]
 ) -> None:
-    """Its offsets begin again below the one that the store remembers."""
+    """Its offsets begin again below the one that the store remembers, and what a running worker has read is void."""
     pipeline = make_pipeline(kv_url=redis.url)
     pipeline.start()
     pipeline.until_ready()
+    pipeline.uemb("items", "publish", str(second_folder), "--wait")
     send(pipeline, films, 0, 1_000)
-    assert pipeline.stop() == 0
+    recreate_topic(pipeline.bootstrap, pipeline.item_versions, 1, "compact")
+    assert pipeline.wait() == 1
+    assert f"{pipeline.item_versions}: made anew" in pipeline.tail()
     asyncio.run(activated_at(1_000_000, pipeline.kv_url))
     pipeline.start()
     pipeline.until(lambda: "was made anew" in pipeline.log.read_text(), "it is warned of")
