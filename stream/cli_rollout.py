@@ -59,15 +59,17 @@ def publish(folder: Path, wait: bool) -> None:
 @click.command()
 @click.argument("version")
 @click.option("--force", is_flag=True, help="serve it although not every user has a vector in it yet")
-def activate(version: str, force: bool) -> None:
+@click.option("--wait", is_flag=True, help="first wait until every user has one")
+def activate(version: str, force: bool, wait: bool) -> None:
     """Serve VERSION: readers that follow the serving pair change over at once, each call whole."""
     with _control() as (settings, control):
-        _activate(settings, control, control.known(version), force)
+        _activate(settings, control, control.known(version), force=force, wait=wait)
 
 
 @click.command()
 @click.option("--force", is_flag=True, help="serve it although not every user has a vector in it")
-def rollback(force: bool) -> None:
+@click.option("--wait", is_flag=True, help="first wait until every user has one")
+def rollback(force: bool, wait: bool) -> None:
     """Serve the version again that was served before, while it is kept."""
     with _control() as (settings, control):
         active = sorted(
@@ -80,10 +82,10 @@ def rollback(force: bool) -> None:
         if not earlier:
             msg = "no earlier item version is kept; activate one by name"
             raise ConfigError(msg)
-        _activate(settings, control, earlier[-1], force)
+        _activate(settings, control, earlier[-1], force=force, wait=wait)
 
 
-def _activate(settings: Settings, control: ItemControl, record: ControlRecord, force: bool) -> None:
+def _activate(settings: Settings, control: ItemControl, record: ControlRecord, *, force: bool, wait: bool) -> None:
     served, version = control.served, record.version
     if served is not None and served.version == version:
         out.print(f"item version {version} is served already", markup=False)
@@ -91,12 +93,11 @@ def _activate(settings: Settings, control: ItemControl, record: ControlRecord, f
     if refused := control.refusal(version):
         msg = f"item version {version} was refused: {refused}"
         raise ConfigError(msg)
+    if wait and not force:
+        _wait(settings, control, version)
     done, of = covered(settings, control, version)
     if done < of and not force:
-        msg = (
-            f"item version {version} covers {done} of {of} partitions; wait (`uemb items status {version}`), or serve "
-            "it with --force"
-        )
+        msg = f"item version {version} covers {done} of {of} partitions; wait for them (--wait), or insist (--force)"
         raise ConfigError(msg)
     control.say(replace(record, state="active", force=force))
     out.print(f"item version {version} is served from here on", markup=False)
