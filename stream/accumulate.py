@@ -69,7 +69,7 @@ class DecayedSums:
         """Sums [m, K, d], totals [m, K] and known [m] of some slots, copied."""
         return self.sums[slots], self.totals[slots], self.known[slots]
 
-    def load(self, slots: Int64, rows: Sequence[Sequence[int]], weights: Sequence[Sequence[float]] | None) -> None:
+    def load(self, slots: Int64, rows: Sequence[Int64], weights: Sequence[Float64] | None) -> None:
         """Set slots to the sums of whole histories.
 
         Args:
@@ -81,13 +81,13 @@ class DecayedSums:
         self.known[slots] = [len(of_one) for of_one in rows]
 
     def _ragged(
-        self, rows: Sequence[Sequence[int]], weights: Sequence[Sequence[float]] | None
+        self, rows: Sequence[Sequence[int] | Int64], weights: Sequence[Sequence[float] | Float64] | None
     ) -> tuple[Float64, Float64]:
         """Sums [m, K, d] and totals [m, K] of m sequences of rows, newest first."""
         count, decays, dim = len(rows), self._powers.shape[0], self.vectors.shape[1]
         sums, totals = np.zeros((count, decays, dim)), np.zeros((count, decays))
         for i, of_one in enumerate(rows):
-            if of_one:
+            if len(of_one):
                 sums[i], totals[i] = self.sum_of(of_one, None if weights is None else weights[i])
         return sums, totals
 
@@ -96,7 +96,7 @@ class DecayedSums:
         factors = self._powers[:, : len(rows)]
         if weights is not None:
             factors = factors * weights
-        return factors @ self.vectors[rows], factors.sum(axis=1)
+        return factors @ self.vectors.take(rows, axis=0), factors.sum(axis=1)  # take: indexing costs twice as much
 
     def insert(
         self,

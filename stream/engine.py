@@ -16,6 +16,7 @@ from stream.history import History, Outcome
 from stream.history_codec import NEVER, HistoryCodec, key_ts_ms, stored_order
 from stream.items import ItemSpace
 from stream.publisher import MAX_ROUNDS, Publisher, Step, Touch, User
+from stream.stored_rows import SharedRows
 
 #: An event that is older than so many others of its user is not added to running sums: summing afresh is cheaper.
 MAX_NEWER: Final = 64
@@ -37,7 +38,7 @@ class Engine:
         publish_latest: publish only a batch's last state of each user instead of one record per applied event.
         json_output: write JSON instead of Avro to the output topic.
         decoder: shared with the engines of other partitions, so that its memo is held once.
-        codec: the same.
+        rows: the same; its codec reads and writes stored states.
     """
 
     def __init__(
@@ -52,19 +53,19 @@ class Engine:
         publish_latest: bool = False,
         json_output: bool = False,
         decoder: EventDecoder | None = None,
-        codec: HistoryCodec | None = None,
+        rows: SharedRows | None = None,
     ) -> None:
         self.encoder = encoder
-        self.codec = codec or HistoryCodec(rules.types)
+        self._rows = rows or SharedRows(HistoryCodec(rules.types), encoder.encoder.type_weights)
+        self.codec = self._rows.codec
         self.hot_users = hot_users
         self.publish_latest = publish_latest
         self.json_output = json_output
         self._users: dict[bytes, User] = {}  # least recently used first
         self._first_revision = 0
         self._decoder = BatchDecoder(decoder or EventDecoder(rules), partition, partitions, self._users)
-        self._loaded: list[
-            tuple[int, list[bytes]]
-        ] = []  # their sums are to be made before the batch is applied to them
+        # slots and interactions of users whose sums are to be made before the batch is applied to them
+        self._loaded: list[tuple[int, list[bytes]]] = []
         self._capacity = min(hot_users, _FIRST_SLOTS)
         self._free = list(range(self._capacity))
         self._publishers: list[Publisher] = []
@@ -76,7 +77,10 @@ class Engine:
         if any(space.version not in kept for space in spaces):
             self.forget(list(self._users))  # a new space has no sums of theirs
         self._publishers = [
-            kept.get(space.version) or Publisher(space, self.encoder, self._capacity, json_output=self.json_output)
+            kept.get(space.version)
+            or Publisher(
+                space, self._rows.of(space), self.encoder, capacity=self._capacity, json_output=self.json_output
+            )
             for space in spaces
         ]
 
@@ -143,7 +147,7 @@ class Engine:
         publisher = next(p for p in self._publishers if p.space.version == version)
         # a user that only sent what can't be kept has no revision, and nothing to show
         users = {user: state for user, state in users.items() if state.revision}
-        publisher.publish_cold(users, self.codec, epoch, result)
+        publisher.publish_cold(users, epoch, result)
         return result
 
     def end_markers(self, markers: Mapping[bytes, bytes], left_behind: Sequence[bytes] = ()) -> StepResult:
@@ -222,12 +226,13 @@ class Engine:
         if user is None:
             data = stored[key]
             limit = self.encoder.history_limit
+            bodies: list[bytes] = []
             if data is None:
                 history = History(self.codec, limit, revision=self._first_revision)
             else:
-                history = History.decode(data, self.codec, limit)
+                history, bodies = History.read(data, self.codec, limit)
             user = User(history, self._slot())
-            self._loaded.append((user.slot, list(history.keys)))  # as they are before the batch
+            self._loaded.append((user.slot, bodies))
         self._users[key] = user
         return user
 

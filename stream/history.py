@@ -152,9 +152,19 @@ class History:
         Raises:
             StateError: unknown layout, or bytes that can't be such a state.
         """
+        history, _ = cls.read(data, codec, limit)
+        return history
+
+    @classmethod
+    def read(cls, data: bytes, codec: HistoryCodec, limit: int) -> "tuple[History, list[bytes]]":
+        """The same, and the stored type and item of each interaction, oldest first (`HistoryCodec.item_and_type`).
+
+        Raises:
+            StateError: unknown layout, or bytes that can't be such a state.
+        """
         check_layout(data)
         try:
-            keys = codec.keys(data, HEADER_BYTES)
+            keys, bodies = codec.keys(data, HEADER_BYTES)
             if len(keys) != int.from_bytes(data[COUNT_AT:HEADER_BYTES], "big") or len(keys) > limit:
                 raise ValueError
             if any(map(operator.ge, keys, islice(keys, 1, None))):
@@ -169,4 +179,4 @@ class History:
         except (IndexError, KeyError, ValueError) as exc:
             raise StateError(DAMAGED) from exc
         history._body = data[HEADER_BYTES:]
-        return history
+        return history, bodies

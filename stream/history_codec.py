@@ -166,22 +166,26 @@ class HistoryCodec:
         except (IndexError, KeyError, ValueError) as exc:
             raise StateError(DAMAGED) from exc
 
-    def keys(self, data: bytes, pos: int) -> list[bytes]:
-        """Sort keys of the entries in `data` from `pos` to its end."""
-        out: list[bytes] = []
-        suffixes = self._suffixes
+    def keys(self, data: bytes, pos: int) -> tuple[list[bytes], list[bytes]]:
+        """Sort keys, and type and item (see `item_and_type`), of the entries in `data` from `pos` to its end."""
+        keys: list[bytes] = []
+        bodies: list[bytes] = []
+        suffix = self._suffixes.get
         end = len(data)
         while pos < end:
-            size, start = data[pos + TS_BYTES], pos + TS_BYTES + 1
+            start = pos + TS_BYTES + 1
+            size = data[start - 1]
             if size > 0x7F:
-                size, start = _read_varint(data, pos + TS_BYTES)
-            body = data[start : start + size]
-            if len(body) != size:
-                msg = "truncated entry"
-                raise ValueError(msg)
-            out.append(data[pos : pos + TS_BYTES] + (suffixes.get(body) or self._suffix(body)))
-            pos = start + size
-        return out
+                size, start = _read_varint(data, start - 1)
+            stop = start + size
+            body = data[start:stop]
+            bodies.append(body)
+            keys.append(data[pos : pos + TS_BYTES] + (suffix(body) or self._suffix(body)))
+            pos = stop
+        if pos != end:
+            msg = "truncated entry"
+            raise ValueError(msg)
+        return keys, bodies
 
 
 def check_layout(data: bytes) -> None:

@@ -25,6 +25,7 @@ from stream.records import kv_prefix
 from stream.rollout import Rollout
 from stream.standby import Standbys
 from stream.standing import Standing, now_ms
+from stream.stored_rows import SharedRows
 from stream.table import HistoryStore
 from stream.topics import Prepared
 from stream.transport import Consumer, RecordBatch
@@ -60,7 +61,8 @@ class Partitions:
         self._rebuilds: dict[int, asyncio.Task[None]] = {}
         self._expiry: asyncio.Task[None] | None = None
         self._decoder = EventDecoder(parts.settings.rules)
-        self._codec = HistoryCodec(parts.settings.event_types)
+        encoder = parts.settings.versioned_encoder.encoder
+        self._rows = SharedRows(HistoryCodec(parts.settings.event_types), encoder.type_weights)
         self._input_topics = (*parts.settings.event_topics, parts.settings.deletion_topic)
 
     async def take(self, partitions: Sequence[int], standbys: Sequence[int]) -> None:
@@ -136,7 +138,7 @@ class Partitions:
             publish_latest=settings.publish == "latest",
             json_output=settings.output_format == "json",
             decoder=self._decoder,
-            codec=self._codec,
+            rows=self._rows,
         )
         watermark = (await parts.kv.get(partition, [watermark_key(partition).encode()]))[0]
         committed = await self._committed(partition, covered_offsets(watermark))

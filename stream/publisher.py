@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,16 +12,16 @@ from stream.batch import StepResult
 from stream.embedding import Float32, Float64
 from stream.encoders import REASONS, Status, VersionedEncoder, finish
 from stream.history import History
-from stream.history_codec import TS_BYTES, HistoryCodec, Stored
+from stream.history_codec import TS_BYTES, Stored
 from stream.items import ItemSpace
 from stream.keys import user_cache_key
 from stream.records import EmbeddingRecord, RecordEncoder, kv_prefix, to_json
+from stream.stored_rows import StoredRows
 
 #: Up to so many events of one user in a batch are added one round at a time, together with other users'; from there on
 #: one matrix product for the user alone is cheaper.
 MAX_ROUNDS: Final = 8
 _STAYS: Final = 1 << 40
-_MEMO_LIMIT: Final = 1 << 18
 
 Int64 = NDArray[np.int64]
 
@@ -67,12 +67,15 @@ class Publisher:
 
     Args:
         space: the item space.
+        stored_rows: where stored interactions lie in it.
         encoder: the encoder and history length.
         capacity: slots to begin with.
         json_output: write JSON instead of Avro to the output topic.
     """
 
-    def __init__(self, space: ItemSpace, encoder: VersionedEncoder, capacity: int, *, json_output: bool) -> None:
+    def __init__(
+        self, space: ItemSpace, stored_rows: StoredRows, encoder: VersionedEncoder, *, capacity: int, json_output: bool
+    ) -> None:
         self.space = space
         self.sums = DecayedSums(space.vectors, encoder.encoder.decays, encoder.history_limit, capacity)
         self._encoder = encoder
@@ -82,8 +85,7 @@ class Publisher:
         self._row_of = space.row
         self._rows: dict[int, list[int]] = {}  # by slot, aligned with the history's keys
         self._row_weights: dict[int, list[float]] = {}  # the same; empty where all types weigh 1
-        self._row_of_body: dict[bytes, int] = {}  # of stored interactions
-        self._weight_of_body: dict[bytes, float] = {}
+        self._stored_rows = stored_rows
         self._weights = {b"\0" + t.encode(): w for t, w in encoder.encoder.type_weights.items() if w != 1.0}
 
     def key(self, user: bytes) -> bytes:
@@ -91,23 +93,16 @@ class Publisher:
         return self._key_prefix + user
 
     def load(self, users: Sequence[tuple[int, Sequence[bytes]]]) -> None:
-        """Set the sums of users that were read from the store: their slots and the keys of their histories."""
-        rows, weights = [], []
-        for slot, keys in users:
-            rows_of, weights_of = self._known(slot, keys)
-            rows.append(rows_of)
-            weights.append(weights_of)
-        self.sums.load(np.array([slot for slot, _ in users]), rows, weights if self._weights else None)
-
-    def _known(self, slot: int, keys: Sequence[bytes]) -> tuple[list[int], list[float]]:
-        """Keep a user's rows; return those of known items and their weights, newest first."""
-        rows = self._rows[slot] = self._rows_of(keys)
-        newest_first = [row for row in reversed(rows) if row >= 0]
-        if not self._weights:
-            return newest_first, []
-        weights = self._row_weights[slot] = [self._weight(key) for key in keys]
-        pairs = zip(reversed(rows), reversed(weights), strict=True)
-        return newest_first, [weight for row, weight in pairs if row >= 0]
+        """Set the sums of users that were read from the store: their slots and stored interactions."""
+        known: list[Int64] = []
+        known_weights: list[Float64] = []
+        for slot, bodies in users:
+            rows = self._rows[slot] = self._stored_rows.rows(bodies)
+            if self._weights:
+                weights = self._row_weights[slot] = self._stored_rows.weights(bodies)
+                known_weights.append(_newest_known(weights, rows, np.float64))
+            known.append(_newest_known(rows, rows, np.int64))
+        self.sums.load(np.array([slot for slot, _ in users]), known, known_weights if self._weights else None)
 
     def _rows_of(self, keys: Sequence[bytes]) -> list[int]:
         row_of = self._row_of
@@ -146,7 +141,7 @@ class Publisher:
         shown = [(key, touch.steps[step]) for key, touch, step in states]
         self._emit(shown, computed, epoch, result)
 
-    def publish_cold(self, users: Mapping[bytes, Stored], codec: HistoryCodec, epoch: int, result: StepResult) -> None:
+    def publish_cold(self, users: Mapping[bytes, Stored], epoch: int, result: StepResult) -> None:
         """Add the present state of users that need not be in memory; leaves the running sums alone.
 
         Counts what a report on the version wants to know: fallbacks, items, unknown items.
@@ -154,16 +149,9 @@ class Publisher:
         computed = self._room(len(users))
         shown: list[tuple[bytes, Step]] = []
         for place, (user, (revision, as_of, bodies)) in enumerate(users.items()):
-            found = list(map(self._row_of_body.get, bodies))
-            if None in found:
-                self._learn(bodies, codec)
-                found = list(map(self._row_of_body.get, bodies))
-            rows = np.array(found, dtype=np.int64)
-            known = rows >= 0
-            weights = None
-            if self._weights:
-                weights = np.array([self._weight_of_body[body] for body in bodies])[known][::-1]
-            newest_first = rows[known][::-1]
+            rows = self._stored_rows.rows(bodies)
+            weights = _newest_known(self._stored_rows.weights(bodies), rows, np.float64) if self._weights else None
+            newest_first = _newest_known(rows, rows, np.int64)
             computed.known[place] = len(newest_first)
             computed.sums[place], computed.totals[place] = self.sums.sum_of(newest_first, weights)
             shown.append((user, (len(bodies), as_of, revision, None, (), 0)))
@@ -175,18 +163,6 @@ class Publisher:
             "items": items,
             "unknown_items": items - int(computed.known.sum()),
         }
-
-    def _learn(self, bodies: Sequence[bytes], codec: HistoryCodec) -> None:
-        """Remember the row and the weight of stored interactions."""
-        if len(self._row_of_body) > _MEMO_LIMIT:
-            self._row_of_body.clear()
-            self._weight_of_body.clear()
-        for body in bodies:
-            item_and_type = codec.item_and_type(body)
-            item, _, _ = item_and_type.partition(b"\0")
-            self._row_of_body[body] = self._row_of(item, -1)
-            if self._weights:
-                self._weight_of_body[body] = self._weight(item_and_type)
 
     def _room(self, count: int) -> _Sums:
         decays = len(self._encoder.encoder.decays)
@@ -291,6 +267,12 @@ class Publisher:
             else:
                 result.output.append((key, body))
         return status
+
+
+def _newest_known(values: Sequence[float], rows: Sequence[int], dtype: type[np.number[Any]]) -> NDArray[Any]:
+    """The values [n] of those of `rows` (oldest first) that the space has, newest first."""
+    reverse = np.array(values, dtype=dtype)[::-1]
+    return reverse if min(rows, default=0) >= 0 else reverse[np.array(rows)[::-1] >= 0]
 
 
 def fallback_record(space: ItemSpace, encoder: VersionedEncoder) -> EmbeddingRecord:
