@@ -186,13 +186,12 @@ class Engine:
                 if outcome is not Outcome.APPLIED:
                     touch.again |= outcome is Outcome.DUPLICATE
                     continue
-                keys = history.keys
                 newer = 0
-                if keys[-1] is not what:
-                    newer = len(keys) - 1 - bisect_left(keys, what)
+                if history.newest is not what:
+                    newer = history.count - 1 - bisect_left(history.keys, what)
                     touch.plain &= newer <= MAX_NEWER
                 gone: Sequence[bytes] = () if evicted is None else (evicted,)
-                step: Step = (len(keys), key_ts_ms(keys[-1]), history.revision, what, gone, newer)
+                step: Step = (history.count, key_ts_ms(history.newest), history.revision, what, gone, newer)
             elif type(what) is int:
                 news, gone = history.erase(what)
                 if not news:
@@ -200,7 +199,7 @@ class Engine:
                     continue
                 erasures += 1
                 touch.plain &= not gone
-                step = (len(history.keys), history.as_of_ms, history.revision, None, gone, 0)
+                step = (history.count, history.as_of_ms, history.revision, None, gone, 0)
             else:
                 touch.again = True
                 continue
@@ -209,9 +208,9 @@ class Engine:
         for key, touch in touched.items():
             if touch.again and not touch.steps:
                 history = touch.user.history
-                if history.keys or history.erased_at != NEVER:  # else there is no such user
+                if history.count or history.erased_at != NEVER:  # else there is no such user
                     states.append((key, touch, 0))
-                    touch.steps.append((len(history.keys), history.as_of_ms, history.revision, None, (), 0))
+                    touch.steps.append((history.count, history.as_of_ms, history.revision, None, (), 0))
         if self.publish_latest:
             states = [s for s in states if s[2] == len(s[1].steps) - 1]
         for outcome, n in outcomes.items():

@@ -1,13 +1,14 @@
 """The bounded history of one user: a set under a total order.
 
-An interaction is held as one *sort key*: 6 bytes of event time (ms, big-endian), the item's UTF-8 text, a zero byte,
-the type's UTF-8 text. No id holds a control character, so comparing these bytes compares ``(ts, item, type)``.
+An interaction is one *sort key*: 6 bytes of event time (ms, big-endian), the item's UTF-8 text, a zero byte, the type's
+UTF-8 text. No id holds a control character, so comparing these bytes compares ``(ts, item, type)``.
+
+As long as interactions arrive in their order, a history is nothing but its stored bytes: one is added at their end and
+one leaves their beginning. Only who needs the others has them decoded.
 """
 
-import operator
 from bisect import bisect_left, bisect_right
 from enum import Enum
-from itertools import islice
 from typing import NamedTuple
 
 from stream.errors import StateError
@@ -48,12 +49,13 @@ class History:
     Merging is idempotent, commutative and associative, so duplicates, replays and reordering change nothing (law 1).
 
     Attributes:
-        keys: sort keys, oldest first; read only from outside.
+        count: how many interactions there are.
+        newest: sort key of the newest, empty without one.
         revision: how often the state changed.
         erased_at: greatest erasure time in ms, or `NEVER`; nothing at or before it is retained.
     """
 
-    __slots__ = ("_body", "codec", "erased_at", "keys", "limit", "revision")
+    __slots__ = ("_body", "_keys", "codec", "count", "erased_at", "limit", "newest", "revision")
 
     def __init__(
         self,
@@ -66,48 +68,85 @@ class History:
     ) -> None:
         self.codec = codec
         self.limit = limit
-        self.keys = keys if keys is not None else []
+        self.count = len(keys) if keys else 0
+        self.newest = keys[-1] if keys else b""
         self.revision = revision
         self.erased_at = erased_at
-        self._body: bytes | None = None
+        # the entries as they are stored, the sort keys, or both: what is None follows from the other
+        self._body: bytes | None = None if keys else b""
+        self._keys: list[bytes] | None = keys or None
+
+    @property
+    def keys(self) -> list[bytes]:
+        """Sort keys, oldest first; read only.
+
+        Raises:
+            StateError: this was read from bytes that can't be such a state.
+        """
+        if self._keys is None:
+            self._keys = self.codec.keys(self._entries)
+        return self._keys
+
+    @property
+    def _entries(self) -> bytes:
+        if self._body is None:
+            self._body = self.codec.entries(self.keys)
+        return self._body
 
     def add(self, key: bytes) -> tuple[Outcome, bytes | None]:
-        """Add one interaction; return what happened and the sort key that fell out, if one did."""
-        keys = self.keys
+        """Add one interaction; return what happened and the sort key that fell out, if one did.
+
+        Raises:
+            StateError: this was read from bytes that can't be such a state.
+        """
         if self.erased_at >= 0 and key_ts_ms(key) <= self.erased_at:
             return Outcome.ERASED, None
-        if not keys or key > keys[-1]:
-            keys.append(key)
-            body = self._body
-            evicted = None
-            skip = 0
-            if len(keys) > self.limit:
-                evicted = keys.pop(0)
-                if body is not None:
-                    skip = TS_BYTES + 1 + body[TS_BYTES] if body[TS_BYTES] < 0x80 else len(self.codec.entry(evicted))
-            if body is not None:
-                self._body = body[skip:] + self.codec.entry(key)
+        newest = self.newest
+        if key > newest:
+            evicted = self._append(key)
+        elif key == newest:
+            return Outcome.DUPLICATE, None
         else:
+            keys = self.keys
             at = bisect_left(keys, key)
             if keys[at] == key:
                 return Outcome.DUPLICATE, None
-            if at == 0 and len(keys) >= self.limit:
+            if at == 0 and self.count >= self.limit:
                 return Outcome.TOO_OLD, None
             keys.insert(at, key)
-            evicted = keys.pop(0) if len(keys) > self.limit else None
+            evicted = keys.pop(0) if self.count == self.limit else None
             self._body = None
+        self.count += evicted is None
         self.revision += 1
         return Outcome.APPLIED, evicted
+
+    def _append(self, key: bytes) -> bytes | None:
+        """Add what is newer than all others; return the sort key that fell out, if one did."""
+        codec, body, keys = self.codec, self._body, self._keys
+        evicted, skip = None, 0
+        if self.count == self.limit:
+            evicted, skip = (keys[0], 0) if body is None and keys else codec.first(self._entries)
+        if body is not None:
+            self._body = body[skip:] + codec.entry(key)
+        if keys is not None:
+            keys.append(key)
+            if evicted is not None:
+                del keys[0]
+        self.newest = key
+        return evicted
 
     def erase(self, erased_at: int) -> tuple[bool, list[bytes]]:
         """Forget all at or before `erased_at` (ms), now and later; return whether it was news, and what left."""
         if erased_at <= self.erased_at:
             return False, []
         self.erased_at = erased_at
-        cut = bisect_right(self.keys, erased_at.to_bytes(TS_BYTES, "big") + b"\xff")
-        gone = self.keys[:cut]
+        keys = self.keys
+        cut = bisect_right(keys, erased_at.to_bytes(TS_BYTES, "big") + b"\xff")
+        gone = keys[:cut]
         if gone:
-            del self.keys[:cut]
+            del keys[:cut]
+            self.count -= cut
+            self.newest = keys[-1] if keys else b""
             self._body = None
         self.revision += 1
         return True, gone
@@ -125,7 +164,7 @@ class History:
     @property
     def as_of_ms(self) -> int | None:
         """Event time of the newest interaction, or None without one."""
-        return key_ts_ms(self.keys[-1]) if self.keys else None
+        return key_ts_ms(self.newest) if self.count else None
 
     def interactions(self) -> list[Interaction]:
         """What is retained, oldest first."""
@@ -134,49 +173,47 @@ class History:
 
     def encode(self, epoch: int) -> bytes:
         """Stored bytes of this state as written under `epoch`."""
-        if self._body is None:
-            self._body = self.codec.entries(self.keys)
         return (
             bytes([LAYOUT_VERSION])
             + epoch.to_bytes(8, "big")
             + self.revision.to_bytes(8, "big")
             + self.erased_at.to_bytes(8, "big", signed=True)
-            + len(self.keys).to_bytes(2, "big")
-            + self._body
+            + self.count.to_bytes(2, "big")
+            + self._entries
         )
 
     @classmethod
     def decode(cls, data: bytes, codec: HistoryCodec, limit: int) -> "History":
-        """Read stored bytes.
+        """Read stored bytes, whole.
 
         Raises:
             StateError: unknown layout, or bytes that can't be such a state.
         """
         history, _ = cls.read(data, codec, limit)
+        history._keys = codec.keys(history._entries)
         return history
 
     @classmethod
     def read(cls, data: bytes, codec: HistoryCodec, limit: int) -> "tuple[History, list[bytes]]":
-        """The same, and the stored type and item of each interaction, oldest first (`HistoryCodec.item_and_type`).
+        """Read stored bytes without making sense of each interaction.
+
+        Returns:
+            The history, and the stored type and item of each interaction, oldest first: `HistoryCodec.item_and_type`
+            tells of each whether a worker writes such bytes.
 
         Raises:
             StateError: unknown layout, or bytes that can't be such a state.
         """
         check_layout(data)
-        try:
-            keys, bodies = codec.keys(data, HEADER_BYTES)
-            if len(keys) != int.from_bytes(data[COUNT_AT:HEADER_BYTES], "big") or len(keys) > limit:
-                raise ValueError
-            if any(map(operator.ge, keys, islice(keys, 1, None))):
-                raise ValueError
-            history = cls(
-                codec,
-                limit,
-                keys,
-                revision=int.from_bytes(data[9:17], "big"),
-                erased_at=int.from_bytes(data[17:25], "big", signed=True),
-            )
-        except (IndexError, KeyError, ValueError) as exc:
-            raise StateError(DAMAGED) from exc
-        history._body = data[HEADER_BYTES:]
+        body = data[HEADER_BYTES:]
+        bodies, newest = codec.bodies(body)
+        if len(bodies) != int.from_bytes(data[COUNT_AT:HEADER_BYTES], "big") or len(bodies) > limit:
+            raise StateError(DAMAGED)
+        history = cls(
+            codec,
+            limit,
+            revision=int.from_bytes(data[9:17], "big"),
+            erased_at=int.from_bytes(data[17:25], "big", signed=True),
+        )
+        history._body, history.count, history.newest = body, len(bodies), newest
         return history, bodies

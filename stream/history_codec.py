@@ -103,6 +103,10 @@ class HistoryCodec:
         return tail
 
     def _suffix(self, body: bytes) -> bytes:
+        """Item and type of an entry as the end of its sort key."""
+        return self._suffixes.get(body) or self._learn(body)
+
+    def _learn(self, body: bytes) -> bytes:
         code, pos = _read_varint(body, 0)
         tag, payload = body[pos], body[pos + 1 :]
         if tag == _TAG_INTEGER:
@@ -162,30 +166,70 @@ class HistoryCodec:
             StateError: no worker writes such bytes.
         """
         try:
-            return self._suffixes.get(body) or self._suffix(body)
+            return self._suffix(body)
         except (IndexError, KeyError, ValueError) as exc:
             raise StateError(DAMAGED) from exc
 
-    def keys(self, data: bytes, pos: int) -> tuple[list[bytes], list[bytes]]:
-        """Sort keys, and type and item (see `item_and_type`), of the entries in `data` from `pos` to its end."""
-        keys: list[bytes] = []
+    def bodies(self, entries: bytes) -> tuple[list[bytes], bytes]:
+        """Type and item (see `item_and_type`) of each entry, oldest first, and the newest one's sort key.
+
+        Raises:
+            StateError: these are no entries in their order.
+        """
         bodies: list[bytes] = []
-        suffix = self._suffixes.get
-        end = len(data)
-        while pos < end:
-            start = pos + TS_BYTES + 1
-            size = data[start - 1]
-            if size > 0x7F:
-                size, start = _read_varint(data, start - 1)
-            stop = start + size
-            body = data[start:stop]
-            bodies.append(body)
-            keys.append(data[pos : pos + TS_BYTES] + (suffix(body) or self._suffix(body)))
-            pos = stop
-        if pos != end:
-            msg = "truncated entry"
-            raise ValueError(msg)
-        return keys, bodies
+        pos, end, stamp = 0, len(entries), b""
+        try:
+            while pos < end:
+                start = pos + TS_BYTES + 1
+                size = entries[start - 1]
+                if size > 0x7F:
+                    size, start = _read_varint(entries, start - 1)
+                before, stamp = stamp, entries[pos : pos + TS_BYTES]
+                pos = start + size
+                body = entries[start:pos]
+                if stamp <= before and (stamp < before or self._suffix(body) <= self._suffix(bodies[-1])):
+                    raise ValueError
+                bodies.append(body)
+            if pos != end:
+                raise ValueError
+            return bodies, stamp + self._suffix(bodies[-1]) if bodies else b""
+        except (IndexError, KeyError, ValueError) as exc:
+            raise StateError(DAMAGED) from exc
+
+    def keys(self, entries: bytes) -> list[bytes]:
+        """Sort keys of entries.
+
+        Raises:
+            StateError: no worker writes such entries.
+        """
+        keys, pos, end = [], 0, len(entries)
+        try:
+            while pos < end:
+                key, pos = self._key(entries, pos)
+                keys.append(key)
+        except (IndexError, KeyError, ValueError) as exc:
+            raise StateError(DAMAGED) from exc
+        return keys
+
+    def first(self, entries: bytes) -> tuple[bytes, int]:
+        """Sort key of the oldest entry, and how many bytes it takes.
+
+        Raises:
+            StateError: no worker writes such an entry.
+        """
+        try:
+            return self._key(entries, 0)
+        except (IndexError, KeyError, ValueError) as exc:
+            raise StateError(DAMAGED) from exc
+
+    def _key(self, entries: bytes, pos: int) -> tuple[bytes, int]:
+        """Sort key of the entry at `pos`, and where the next one begins."""
+        start = pos + TS_BYTES + 1
+        size = entries[start - 1]
+        if size > 0x7F:
+            size, start = _read_varint(entries, start - 1)
+        body = entries[start : start + size]
+        return entries[pos : pos + TS_BYTES] + self._suffix(body), start + size
 
 
 def check_layout(data: bytes) -> None:
