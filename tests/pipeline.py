@@ -77,6 +77,7 @@ class Pipeline:
         self.verified: dict[str, dict[str, Any]] = {}
         self._store: KVReader | None = None
         self._group: Consumer | None = None
+        self._seen: dict[Any, Any] = {}  # by the last call of `lag`
 
     def close(self) -> None:
         """End the worker and what watched it."""
@@ -164,7 +165,11 @@ class Pipeline:
 
     def until_committed(self, timeout_s: float = 90) -> None:
         """Wait until all input is committed, which means that all it caused is durable."""
-        self.until(lambda: self.lag() == 0, "all input is committed", timeout_s)
+        try:
+            self.until(lambda: self.lag() == 0, "all input is committed", timeout_s)
+        except AssertionError as exc:
+            exc.add_note(f"committed and end of each input partition, or why they are not known: {self._seen}")
+            raise
 
     def verify(self, *args: str, code: int = 0) -> dict[str, Any]:
         """The report of `uemb verify` on the first item version, which must end with `code`; `verified` holds all."""
@@ -209,12 +214,14 @@ class Pipeline:
         """Records of the input topics that are not committed."""
         group = self._watched_group()
         places = [TopicPartition(topic, p) for topic in self.inputs for p in range(self.partitions)]
-        total = 0
+        total, self._seen = 0, {}
         try:
             for place in group.committed(places, timeout=10):
                 low, high = group.get_watermark_offsets(place, timeout=10)
                 total += high - max(low, place.offset)
+                self._seen[place.topic, place.partition] = place.offset, high
         except KafkaException as exc:  # a broker that has just come back
+            self._seen["error"] = exc
             if exc.args[0].code() not in _COMING_BACK:
                 raise
             return 1

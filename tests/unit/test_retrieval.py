@@ -300,7 +300,7 @@ def test_a_store_that_hangs_for_ever_holds_nobody() -> None:
 
 def test_a_process_that_was_held_up_does_not_blame_the_store() -> None:
     fake = FakeStore()
-    with EmbeddingReader(lambda: fake) as reader:
+    with EmbeddingReader(lambda: fake, timeout_s=0.4) as reader:  # a slow machine is no slow store
         late = time.monotonic() - 1  # the whole wait went by before this thread ran again
         assert reader._state.bounded._read(fake, [(b"7", key("7"))], late) in ([None], TIMEOUT)
         eventually(lambda: reader.get(7).reason == "missing", 0.5)
