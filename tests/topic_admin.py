@@ -5,7 +5,7 @@ import time
 from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, NewTopic
 
-_PATIENCE_S = 30
+_PATIENCE_S = 20
 
 
 def _client(bootstrap: str) -> AdminClient:
