@@ -10,10 +10,10 @@ from stream.batch import Batch, Op, StepResult
 from stream.engine import Engine
 from stream.errors import OwnershipError, TopicMismatch
 from stream.events import Reason
+from stream.fetched import DeliveryChain, RecordBatch
 from stream.history_codec import marker_erased_at
 from stream.publish import Lanes, Progress, Stage, Work
 from stream.table import PartitionDB
-from stream.transport import DeliveryChain, RecordBatch
 
 #: A topic whose first so many well-keyed records are all on wrong partitions is misproduced as a whole.
 PROBATION_RECORDS: Final = 1_000

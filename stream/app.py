@@ -17,6 +17,7 @@ from threadpoolctl import threadpool_limits
 from stream.agents import BatchProcessor
 from stream.config import Settings, load_settings
 from stream.errors import ConfigError, StateError
+from stream.fetched import RecordBatch
 from stream.group import check_group
 from stream.item_versions import Status
 from stream.items import ItemSpace
@@ -30,7 +31,7 @@ from stream.publish import Lanes, Stage
 from stream.rollout import Rollout
 from stream.table import TABLE, HistoryTable
 from stream.topics import Prepared, prepare_topics
-from stream.transport import BatchSchema, RecordBatch
+from stream.transport import BatchSchema
 
 log = logging.getLogger(__name__)
 

@@ -13,6 +13,7 @@ from stream.config import Settings
 from stream.engine import Engine
 from stream.errors import StateError, UembError
 from stream.events import EventDecoder
+from stream.fetched import RecordBatch
 from stream.history_codec import HistoryCodec
 from stream.keys import epoch_key, watermark_key
 from stream.kv.base import KVWriter, Meta
@@ -28,7 +29,7 @@ from stream.standing import Standing, now_ms
 from stream.stored_rows import SharedRows
 from stream.table import HistoryStore
 from stream.topics import Prepared
-from stream.transport import Consumer, RecordBatch
+from stream.transport import Consumer
 
 log = logging.getLogger(__name__)
 

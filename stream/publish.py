@@ -17,12 +17,12 @@ from typing import Any, Final, Protocol
 from stream.batch import StepResult
 from stream.errors import RecordTooLarge, StoreLost
 from stream.events import Reject, Unread
+from stream.fetched import RecordBatch
 from stream.keys import watermark_key
 from stream.kv.base import KVWriter
 from stream.producer import OutRecord, acknowledged
 from stream.records import kv_prefix
 from stream.standing import Standing
-from stream.transport import RecordBatch
 
 log = logging.getLogger(__name__)
 

@@ -4,19 +4,22 @@ One Faust event is one fetched batch of one partition. What stock Faust decides 
 `Consumer.mark_durable` alone, so that no exception, decode error or rebalance can move a commit (law 5).
 """
 
+import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 import aiokafka
 import faust
-from aiokafka.structs import ConsumerRecord, TopicPartition
+from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
+from aiokafka.structs import ConsumerRecord, OffsetAndMetadata, TopicPartition
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP
 from mode import Service
 
 from stream.bounded_records import bound_fetches
-from stream.errors import ConfigError, OwnershipError
+from stream.errors import ConfigError, DeliveryError, OwnershipError
+from stream.fetched import RecordBatch
 from stream.producer import FAUST_LOG, Producer
 
 #: A fetch answers as soon as one of its partitions has data; a partition that was being consumed when it was sent is
@@ -26,30 +29,6 @@ WATCH_GROUP_S: Final = 1.0
 #: Records of one batch at most. A fetch of a backlog holds tens of thousands (its limit counts compressed bytes): as
 #: one batch they would hold up everything else for a second, and their users have many events each, which costs more.
 BATCH_RECORDS: Final = 2_000
-
-
-@dataclass(frozen=True, slots=True)
-class RecordBatch:
-    """Consecutive records of one topic partition, as fetched.
-
-    Attributes:
-        topic: where they come from.
-        partition: which partition.
-        records: the records, in offset order.
-        seeks: how often the consumer had been positioned anew when they were fetched.
-        number: position of this batch among all fetched from the partition since then, from 0.
-    """
-
-    topic: str
-    partition: int
-    records: Sequence[ConsumerRecord]
-    seeks: int
-    number: int
-
-    @property
-    def next_offset(self) -> int:
-        """Offset to commit when all of it is durable."""
-        return int(self.records[-1].offset) + 1
 
 
 class BatchSchema(faust.Schema):
@@ -97,6 +76,23 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
         error: Exception | None = self._ensure_consumer()._coordinator._pending_exception
         return error
 
+    async def _commit(self, offsets: Mapping[TP, int]) -> bool:
+        """Commit; return False when the group has begun to spread its partitions anew.
+
+        Raises:
+            DeliveryError: the broker refuses.
+        """
+        at = {TopicPartition(tp.topic, tp.partition): OffsetAndMetadata(offset, "") for tp, offset in offsets.items()}
+        self.tp_last_committed_at.update(dict.fromkeys(offsets, time.monotonic()))
+        try:
+            await self._ensure_consumer().commit(at)
+        except (CommitFailedError, IllegalStateError):
+            return False
+        except KafkaError as exc:
+            msg = f"the broker refuses commits of group {self.app.conf.id} ({type(exc).__name__}); see its access list"
+            raise DeliveryError(msg) from exc
+        return True
+
     async def committed(self, tps: Iterable[TP]) -> dict[TP, int | None]:
         """Committed offsets of this group."""
 
@@ -117,6 +113,7 @@ class Consumer(driver.Consumer):
         self._numbers: dict[TP, int] = {}
         self._delivered: dict[TP, int] = {}
         self._seeks = 0
+        self._commits_failed = False
         super().__init__(*args, **kwargs)
 
     def _new_consumer_thread(self) -> ConsumerThread:
@@ -240,6 +237,36 @@ class Consumer(driver.Consumer):
     def _new_offset(self, tp: TP) -> int | None:
         return self._durable.get(tp)
 
+    async def _commit_offsets(self, offsets: Mapping[TP, int], start_new_transaction: bool = True) -> bool:
+        """Commit within the time of a delivery, and count as committed only what the broker took.
+
+        The client by itself tries for ever, in silence, and Faust counts as committed what was refused, too.
+        """
+        assigned = self.assignment()
+        due = {tp: offset for tp, offset in offsets.items() if tp in assigned}
+        if not due or self._commits_failed:
+            return False
+        timeout_s = self.app.settings.delivery_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                if not await self._commit(due):
+                    return False
+        except TimeoutError:
+            msg = f"no commit of offsets for {timeout_s:g} s; see whether the brokers are up, then restart the worker"
+            await self._stop_committing(DeliveryError(msg))
+            return False
+        except DeliveryError as exc:
+            await self._stop_committing(exc)
+            return False
+        still = self.assignment()
+        self._committed_offset.update({tp: offset for tp, offset in due.items() if tp in still})
+        self.app.monitor.on_tp_commit(due)
+        return True
+
+    async def _stop_committing(self, reason: DeliveryError) -> None:
+        self._commits_failed = True  # the stop would try again, and only take as long again
+        await self.app.crash(reason)
+
     async def wait_empty(self) -> None:
         """Wait for what is under way to become durable (bounded), then commit it."""
         await self.app.drain()
@@ -297,41 +324,6 @@ class Consumer(driver.Consumer):
                 "the same topics; stop all of them and start them with equal UEMB_EVENT_TOPICS"
             )
             raise OwnershipError(msg)
-
-
-class DeliveryChain:
-    """Checks that the batches of each partition arrive one after another, none left out (law 6: stop, don't skip)."""
-
-    def __init__(self) -> None:
-        self._last: dict[tuple[str, int], tuple[int, int]] = {}
-        self._ends: dict[tuple[str, int], int] = {}
-        self._since = 0
-
-    def check(self, batch: RecordBatch) -> bool:
-        """Return False for a batch that will be read again; raise `OwnershipError` when one is missing."""
-        place = (batch.topic, batch.partition)
-        seeks, number = self._last.get(place, (-1, -1))
-        if batch.seeks < max(seeks, self._since):
-            return False
-        expected = number + 1 if batch.seeks == seeks else 0
-        if batch.number != expected:
-            msg = f"batch {batch.number} of {batch.topic}-{batch.partition} arrived where {expected} was due; restart"
-            raise OwnershipError(msg)
-        if expected and batch.records[0].offset < self._ends[place]:
-            msg = (
-                f"the offsets of {batch.topic}-{batch.partition} went back from {self._ends[place]} to "
-                f"{batch.records[0].offset}: the topic was made anew, or cut; decide where to go on with "
-                "kafka-consumer-groups --reset-offsets, then start again"
-            )
-            raise OwnershipError(msg)
-        self._last[place] = (batch.seeks, batch.number)
-        self._ends[place] = batch.next_offset
-        return True
-
-    def restart(self, seeks: int) -> None:
-        """Partitions were given up: what was fetched before the consumer has sought `seeks` times is read again."""
-        self._last.clear()
-        self._since = seeks
 
 
 class Transport(driver.Transport):

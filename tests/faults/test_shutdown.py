@@ -1,18 +1,21 @@
 """Stopping: in order, with nothing done twice; at once, and still safe, for who asks twice."""
 
 import signal
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 from kafka_broker import KafkaBroker
 from pipeline import Pipeline
 
-from stream.dataset import Dataset
+from stream.dataset import Dataset, EventRow
 from stream.feed import Feeder
 from stream.worker import FAULT_STOP_TIMEOUT_S, SAME_SIGNAL_S
 
 EVENTS = 30_000
+LATE_COMMITTER = [sys.executable, str(Path(__file__).parent / "late_committer.py")]
 
 
 def in_a_backlog(pipeline: Pipeline, films: Dataset) -> Pipeline:
@@ -21,7 +24,7 @@ def in_a_backlog(pipeline: Pipeline, films: Dataset) -> Pipeline:
     pipeline.until_ready()
     with Feeder(pipeline.bootstrap, pipeline.topics) as feeder:
         feeder.send(films.events[:EVENTS])
-    pipeline.until(lambda: len(pipeline.read(pipeline.output)) > 1_000, "events flow")
+    pipeline.until(lambda: pipeline.length(pipeline.output) > 1_000, "events flow")
     return pipeline
 
 
@@ -32,11 +35,16 @@ def busy(films: Dataset, make_pipeline: Callable[..., Pipeline]) -> Pipeline:
 
 
 def go_on(pipeline: Pipeline, films: Dataset) -> None:
-    """A new start finishes what is left, and all is in order."""
+    """A new start finishes what is left of the backlog, and all is in order."""
+    finish(pipeline, films.events[:EVENTS])
+
+
+def finish(pipeline: Pipeline, events: Sequence[EventRow]) -> None:
+    """The same for any events."""
     assert "Traceback" not in pipeline.log.read_text()
     pipeline.start()
     pipeline.until_committed(120)
-    pipeline.check(len({row.user_id for row in films.events[:EVENTS]}))
+    pipeline.check(len({row.user_id for row in events}))
     assert pipeline.stop() == 0
 
 
@@ -93,3 +101,25 @@ def test_a_signal_while_the_broker_is_away_does_not_wait_for_it_long(
     assert "see whether the brokers are up" in said[0]
     assert pipeline.lag() > 0
     go_on(pipeline, films)
+
+
+def test_a_commit_while_the_broker_is_away_is_not_waited_for_long(
+    films: Dataset, kafka: KafkaBroker, make_pipeline: Callable[..., Pipeline]
+) -> None:
+    """Nothing is under way, so no delivery fails: the last commit alone finds that the broker is away."""
+    pipeline = make_pipeline(delivery_timeout_s=3)
+    pipeline.start(LATE_COMMITTER)
+    pipeline.until_ready()
+    events = list({row.user_id: row for row in films.events[:EVENTS]}.values())
+    with Feeder(pipeline.bootstrap, pipeline.topics) as feeder:
+        feeder.send(events)
+    pipeline.until(lambda: len(pipeline.last_output()) == len(events), "all is published")
+    kafka.pause()
+    try:
+        assert pipeline.stop(3 + FAULT_STOP_TIMEOUT_S + 10) == 1, "what is not committed counts as done"
+    finally:
+        kafka.resume()
+    said = [line for line in pipeline.log.read_text().splitlines() if line.startswith("uemb: ")]
+    assert len(said) == 1
+    assert "no commit of offsets for 3 s; see whether the brokers are up" in said[0]
+    finish(pipeline, events)

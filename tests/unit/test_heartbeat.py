@@ -12,12 +12,12 @@ from faust.types import TP
 from stream.app import EmbeddingApp
 from stream.batch import StepResult
 from stream.errors import StoreError, StoreLost
+from stream.fetched import RecordBatch
 from stream.keys import watermark_key
 from stream.partitions import Partitions
 from stream.publish import Destinations, Lane, Lanes, Progress, Work
 from stream.records import kv_entry
 from stream.standing import Standing
-from stream.transport import RecordBatch
 
 
 class SlowKV:

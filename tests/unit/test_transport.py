@@ -8,8 +8,9 @@ import pytest
 from aiokafka.structs import TopicPartition
 
 from stream.errors import DeliveryError, OwnershipError, RecordTooLarge
+from stream.fetched import DeliveryChain, RecordBatch
 from stream.producer import acknowledged
-from stream.transport import BATCH_RECORDS, Consumer, DeliveryChain, RecordBatch
+from stream.transport import BATCH_RECORDS, Consumer
 
 PLACE = TopicPartition("events", 0)
 
@@ -186,3 +187,57 @@ async def test_a_record_beyond_the_topics_limit_says_so() -> None:
     refused.set_exception(MessageSizeTooLargeError())
     with pytest.raises(RecordTooLarge, match=r"max\.message\.bytes"):
         await acknowledged([refused], 1.0, "dlq")
+
+
+class Commits(Flow):
+    """The real commits of a consumer, which a broker takes, refuses or leaves unanswered."""
+
+    def __init__(self, answer: Any) -> None:
+        super().__init__()
+        self.answer = answer
+        self.asked: list[dict[Any, int]] = []
+        self.faults: list[BaseException] = []
+        self._commits_failed = False
+        self._committed_offset = {PLACE: 5}
+        self.app.settings = SimpleNamespace(delivery_timeout_s=0.05)
+        self.app.monitor.on_tp_commit = lambda _: None
+        self.app.crash = self.crash_app
+
+    async def crash_app(self, fault: BaseException) -> None:
+        self.faults.append(fault)
+
+    async def _handle_attached(self, offsets: Any) -> None:
+        """Faust's attachments are not used."""
+
+    async def _commit(self, offsets: Any) -> bool:
+        self.asked.append(dict(offsets))
+        if self.answer is None:
+            await asyncio.Event().wait()
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return bool(self.answer)
+
+    async def commit_now(self) -> bool:
+        return await self._commit_tps([PLACE], start_new_transaction=False)
+
+
+async def test_only_what_the_broker_took_counts_as_committed() -> None:
+    """A refusal, because a rebalance has begun, may be the only answer that a quiet partition ever gets."""
+    commits = Commits(answer=False)
+    commits.mark_durable(PLACE, 9)
+    assert not await commits.commit_now()
+    commits.answer = True
+    assert await commits.commit_now()
+    assert not await commits.commit_now()
+    assert commits.asked == [{PLACE: 9}, {PLACE: 9}], "until it is taken, and no longer"
+    assert not commits.faults
+
+
+@pytest.mark.parametrize("answer", [None, DeliveryError("the broker refuses commits")], ids=["none", "refusal"])
+async def test_a_commit_without_success_stops_the_worker_once(answer: Any) -> None:
+    commits = Commits(answer)
+    commits.mark_durable(PLACE, 9)
+    assert not await commits.commit_now()
+    assert not await commits.commit_now()
+    assert len(commits.asked) == len(commits.faults) == 1
+    assert isinstance(commits.faults[0], DeliveryError)
