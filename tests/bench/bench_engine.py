@@ -1,0 +1,107 @@
+"""The batch step alone, no broker and no disk: users whose running sums are in memory, and users who come back.
+
+    python tests/bench/bench_engine.py [--users 20000] [--batch 500] [--json]
+
+CPU microseconds per event, median of five rounds over users with 100 interactions each, by kind of ids, for one and for
+two live item versions. Beside them the seed's formula, one user at a time, with the rows of items known already: what
+the embedding alone would cost if it were computed from the history on each event.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from itertools import count
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from stream.bench.load import IDS, START_MS, Load
+from stream.config import load_settings
+from stream.embedding import user_embed_mix
+from stream.engine import Engine
+from stream.items import ItemSpace
+
+ROUNDS = 5
+TOPIC = "user-events.view"
+NOW_MS = START_MS + 86_400_000
+
+
+def cpu_us(work: Callable[[], object], events: int) -> float:
+    at = time.process_time()
+    work()
+    return 1e6 * (time.process_time() - at) / events
+
+
+def space(load: Load, folder: Path, version: str) -> ItemSpace:
+    rows = np.random.default_rng(len(version)).normal(size=(load.items, load.dim))
+    return ItemSpace.save(folder / version, version, [load.item_id(n) for n in range(load.items)], rows)
+
+
+class Steps:
+    """An engine, what it has stored, and events that go on."""
+
+    def __init__(self, load: Load, spaces: Sequence[ItemSpace], hot_users: int) -> None:
+        settings = load_settings()
+        self.engine = Engine(
+            spaces, settings.versioned_encoder, settings.rules, partition=0, partitions=1, hot_users=hot_users
+        )
+        self.states: dict[bytes, bytes | None] = dict(load.states(settings))
+        self._load = load
+        self._runs = count()
+
+    def over_all(self, batch: int) -> float:
+        """One event of every user on average, in batches; CPU microseconds of each."""
+        load = self._load
+        events = list(load.events(load.users, next(self._runs) * load.users))
+        records = [SimpleNamespace(key=user, value=value, timestamp=NOW_MS) for user, value in events]
+
+        applied = 0
+
+        def work() -> None:
+            nonlocal applied
+            for start in range(0, len(records), batch):
+                decoded = self.engine.decode_events(TOPIC, records[start : start + batch])
+                stored = {user: self.states.get(user) for user in self.engine.missing(decoded)}
+                result = self.engine.apply(decoded, stored, 1)
+                self.states.update(result.states)
+                applied += result.counts["applied"]
+
+        took_us = cpu_us(work, len(records))
+        assert applied == len(records), "not what events cost"
+        return took_us
+
+
+def measure(load: Load, folder: Path, batch: int) -> dict[str, Any]:
+    spaces = [space(load, folder, "first"), space(load, folder, "second")]
+    found: dict[str, Any] = {}
+    for live in (1, 2):
+        for name, hot_users in (("hot", load.users), ("cold", 1)):
+            steps = Steps(load, spaces[:live], hot_users)
+            steps.over_all(batch)  # memos and, of hot users, sums are made
+            found[f"{name}_{live}"] = round(median(steps.over_all(batch) for _ in range(ROUNDS)), 1)
+    vectors = np.asarray(spaces[0].vectors)
+    items = [np.array([item for _, item, _ in history]) for _, history in load.histories()]
+    formula = median(cpu_us(lambda: [user_embed_mix(i, vectors) for i in items], len(items)) for _ in range(ROUNDS))
+    return {**found, "formula": round(formula, 1), "cold_to_formula": round(found["cold_1"] / formula, 2)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--users", type=int, default=20_000)
+    parser.add_argument("--batch", type=int, default=500)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    found = {}
+    for kind, make in IDS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            found[kind] = measure(Load(users=args.users, user_id=make, item_id=make), Path(folder), args.batch)
+    print(json.dumps({"users": args.users, "batch": args.batch, "cpu_us": found}, indent=None if args.json else 1))
+
+
+if __name__ == "__main__":
+    main()
