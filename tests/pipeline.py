@@ -35,6 +35,7 @@ _COMING_BACK = (
     KafkaError.NOT_COORDINATOR,
     KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
     KafkaError.COORDINATOR_NOT_AVAILABLE,
+    KafkaError.NOT_LEADER_FOR_PARTITION,
     KafkaError._TIMED_OUT,
     KafkaError._TRANSPORT,
     KafkaError._UNKNOWN_PARTITION,
@@ -168,7 +169,7 @@ class Pipeline:
         try:
             self.until(lambda: self.lag() == 0, "all input is committed", timeout_s)
         except AssertionError as exc:
-            exc.add_note(f"committed and end of each input partition, or why they are not known: {self._seen}")
+            exc.add_note(f"committed, first and end of each input partition, or why not known: {self._seen}")
             raise
 
     def verify(self, *args: str, code: int = 0) -> dict[str, Any]:
@@ -215,24 +216,26 @@ class Pipeline:
         places = [TopicPartition(topic, p) for p in range(self.partitions)]
         return sum(self._watched_group().get_watermark_offsets(place, timeout=10)[1] for place in places)
 
-    def lag(self) -> int:
-        """Records of the input topics that are not committed."""
-        group = self._watched_group()
+    def lag(self, patience_s: float = 60) -> int:
+        """Records of the input topics that are not committed, as soon as the brokers tell."""
         places = [TopicPartition(topic, p) for topic in self.inputs for p in range(self.partitions)]
-        total, self._seen = 0, {}
-        try:
-            for place in group.committed(places, timeout=10):
-                low, high = group.get_watermark_offsets(place, timeout=10)
-                total += high - max(low, place.offset)
-                self._seen[place.topic, place.partition] = place.offset, high
-        except KafkaException as exc:  # a broker that has just come back
-            self._seen["error"] = exc
-            if exc.args[0].code() not in _COMING_BACK:
-                raise
-            group.close()  # one that was made while the coordinator was away may not find it for minutes
-            self._group = None
-            return 1
-        return total
+        deadline = time.monotonic() + patience_s
+        while True:
+            group = self._watched_group()
+            try:
+                self._seen = {  # the ends last: what arrives in between counts as not committed
+                    (place.topic, place.partition): (place.offset, *group.get_watermark_offsets(place, timeout=10))
+                    for place in group.committed(places, timeout=10)
+                }
+            except KafkaException as exc:
+                self._seen = {"error": exc}
+                group.close()  # one that was made while the coordinator was away may not find it for minutes
+                self._group = None
+                if exc.args[0].code() not in _COMING_BACK or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
+            else:
+                return sum(end - max(first, at) for at, first, end in self._seen.values())
 
     def committed(self, topic: str) -> list[int]:
         """Committed offset of each partition of a topic, negative without one."""
