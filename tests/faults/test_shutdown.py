@@ -34,13 +34,19 @@ def busy(films: Dataset, make_pipeline: Callable[..., Pipeline]) -> Pipeline:
     return in_a_backlog(make_pipeline(), films)
 
 
-def go_on(pipeline: Pipeline, films: Dataset) -> None:
-    """A new start finishes what is left of the backlog, and all is in order."""
-    finish(pipeline, films.events[:EVENTS])
+def stop_without(kafka: KafkaBroker, pipeline: Pipeline) -> str:
+    """SIGTERM while the broker is away: the worker ends with 1 in time; return the one line that says why."""
+    kafka.pause()
+    try:
+        assert pipeline.stop(3 + FAULT_STOP_TIMEOUT_S + 10) == 1, "what is not done, or not committed, counts as done"
+    finally:
+        kafka.resume()
+    (said,) = [line for line in pipeline.log.read_text().splitlines() if line.startswith("uemb: ")]
+    return said
 
 
-def finish(pipeline: Pipeline, events: Sequence[EventRow]) -> None:
-    """The same for any events."""
+def go_on(pipeline: Pipeline, events: Sequence[EventRow]) -> None:
+    """A new start finishes what is left, and all is in order."""
     assert "Traceback" not in pipeline.log.read_text()
     pipeline.start()
     pipeline.until_committed(120)
@@ -52,7 +58,7 @@ def test_a_signal_in_the_middle_of_a_backlog(busy: Pipeline, films: Dataset) -> 
     assert busy.stop() == 0
     assert busy.lag() > 0, "nothing was left to do"
     said = len(busy.log.read_text())
-    go_on(busy, films)
+    go_on(busy, films.events[:EVENTS])
     assert "duplicate" not in busy.log.read_text()[said:], "what was published was not committed, and done twice"
 
 
@@ -68,7 +74,7 @@ def test_two_signals_under_load_end_it_at_once(busy: Pipeline, films: Dataset) -
     busy.process.send_signal(signal.SIGCONT)
     assert busy.wait(5) == 128 + signal.SIGTERM
     assert busy.lag() > 0, "nothing was left to do"
-    go_on(busy, films)
+    go_on(busy, films.events[:EVENTS])
 
 
 def test_two_signals_while_the_broker_is_away_end_it_at_once(
@@ -84,23 +90,16 @@ def test_two_signals_while_the_broker_is_away_end_it_at_once(
         assert busy.wait(5) == 128 + signal.SIGTERM
     finally:
         kafka.resume()
-    go_on(busy, films)
+    go_on(busy, films.events[:EVENTS])
 
 
 def test_a_signal_while_the_broker_is_away_does_not_wait_for_it_long(
     films: Dataset, kafka: KafkaBroker, make_pipeline: Callable[..., Pipeline]
 ) -> None:
     pipeline = in_a_backlog(make_pipeline(delivery_timeout_s=3), films)
-    kafka.pause()
-    try:
-        assert pipeline.stop(3 + FAULT_STOP_TIMEOUT_S + 10) == 1, "what is not done counts as done"
-    finally:
-        kafka.resume()
-    said = [line for line in pipeline.log.read_text().splitlines() if line.startswith("uemb: ")]
-    assert len(said) == 1
-    assert "see whether the brokers are up" in said[0]
+    assert "see whether the brokers are up" in stop_without(kafka, pipeline)
     assert pipeline.lag() > 0
-    go_on(pipeline, films)
+    go_on(pipeline, films.events[:EVENTS])
 
 
 def test_a_commit_while_the_broker_is_away_is_not_waited_for_long(
@@ -114,12 +113,5 @@ def test_a_commit_while_the_broker_is_away_is_not_waited_for_long(
     with Feeder(pipeline.bootstrap, pipeline.topics) as feeder:
         feeder.send(events)
     pipeline.until(lambda: len(pipeline.last_output()) == len(events), "all is published")
-    kafka.pause()
-    try:
-        assert pipeline.stop(3 + FAULT_STOP_TIMEOUT_S + 10) == 1, "what is not committed counts as done"
-    finally:
-        kafka.resume()
-    said = [line for line in pipeline.log.read_text().splitlines() if line.startswith("uemb: ")]
-    assert len(said) == 1
-    assert "no commit of offsets for 3 s; see whether the brokers are up" in said[0]
-    finish(pipeline, events)
+    assert "no commit of offsets for 3 s; see whether the brokers are up" in stop_without(kafka, pipeline)
+    go_on(pipeline, events)

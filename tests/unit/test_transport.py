@@ -5,12 +5,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from aiokafka.errors import CommitFailedError, GroupAuthorizationFailedError, IllegalStateError
 from aiokafka.structs import TopicPartition
 
 from stream.errors import DeliveryError, OwnershipError, RecordTooLarge
 from stream.fetched import DeliveryChain, RecordBatch
 from stream.producer import acknowledged
-from stream.transport import BATCH_RECORDS, Consumer
+from stream.transport import BATCH_RECORDS, Consumer, ConsumerThread
 
 PLACE = TopicPartition("events", 0)
 
@@ -241,3 +242,36 @@ async def test_a_commit_without_success_stops_the_worker_once(answer: Any) -> No
     assert not await commits.commit_now()
     assert len(commits.asked) == len(commits.faults) == 1
     assert isinstance(commits.faults[0], DeliveryError)
+
+
+class ClientThread(ConsumerThread):
+    """The real answers to what the client says of a commit; no thread, no client."""
+
+    def __init__(self, answer: Exception | None) -> None:
+        self.answer = answer
+        self.tp_last_committed_at = {}
+        self.consumer = SimpleNamespace(app=SimpleNamespace(conf=SimpleNamespace(id="films")))
+
+    @property
+    def app(self) -> Any:
+        return self.consumer.app
+
+    def _ensure_consumer(self) -> Any:
+        return self
+
+    async def commit(self, offsets: Any) -> Any:
+        assert {place: at.offset for place, at in offsets.items()} == {PLACE: 9}
+        if self.answer is not None:
+            raise self.answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "taken"), [(None, True), (CommitFailedError("rebalanced"), False), (IllegalStateError("gone"), False)]
+)
+async def test_a_rebalance_is_no_fault_of_a_commit(answer: Exception | None, taken: bool) -> None:
+    assert await ClientThread(answer)._commit({PLACE: 9}) is taken
+
+
+async def test_a_forbidden_commit_is_one_line() -> None:
+    with pytest.raises(DeliveryError, match=r"refuses commits of group films .*GroupAuthorizationFailedError"):
+        await ClientThread(GroupAuthorizationFailedError("films"))._commit({PLACE: 9})
