@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -10,7 +10,7 @@ from stream.batch import Batch, Op, StepResult
 from stream.engine import Engine
 from stream.errors import OwnershipError, TopicMismatch
 from stream.events import Reason
-from stream.fetched import DeliveryChain, RecordBatch
+from stream.fetched import BatchMissing, DeliveryChain, RecordBatch
 from stream.history_codec import marker_erased_at
 from stream.publish import Lanes, Progress, Stage, Work
 from stream.table import PartitionDB
@@ -95,6 +95,7 @@ class BatchProcessor:
         count: adds a batch's counters to the worker's.
         on_stage: see `publish.Stage`.
         mark_durable: see `Probation`.
+        read_again: called with a batch and an offset, to have the batch's partition read again from there.
     """
 
     def __init__(
@@ -104,12 +105,14 @@ class BatchProcessor:
         count: Callable[[str, int], None],
         on_stage: Stage,
         mark_durable: Callable[[str, int, int], None],
+        read_again: Callable[[RecordBatch, int], Awaitable[None]],
     ) -> None:
         self.owned: dict[int, Owned] = {}
         self._deletion_topic = deletion_topic
         self._lanes = lanes
         self._count = count
         self._on_stage = on_stage
+        self._read_again = read_again
         self._chain = DeliveryChain()
         self.probation = Probation(mark_durable)
 
@@ -123,8 +126,13 @@ class BatchProcessor:
 
     async def process(self, batch: RecordBatch) -> None:
         """Process a batch that Faust delivered; returns when it is queued, not when it is durable."""
-        if self._chain.check(batch):
-            await self.step(batch)
+        try:
+            due = self._chain.check(batch)
+        except BatchMissing as missing:
+            await self._read_again(batch, missing.due)
+        else:
+            if due:
+                await self.step(batch)
 
     async def step(self, batch: RecordBatch) -> None:
         """Decode, fold and store a batch, and queue what it caused.

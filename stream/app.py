@@ -66,7 +66,9 @@ class EmbeddingApp(faust.App):
         self._topics = Prepared(settings.partitions, settings.partitions, administered=True, largest_dim=0)
         self._partitions: Partitions | None = None
         self.lanes = Lanes(self.crash)
-        self.processor = BatchProcessor(settings.deletion_topic, self.lanes, self._add, self._stage, self._mark_durable)
+        self.processor = BatchProcessor(
+            settings.deletion_topic, self.lanes, self._add, self._stage, self._mark_durable, self._read_again
+        )
         super().__init__(
             settings.app_id,
             broker=f"uemb://{settings.bootstrap_servers.split(',')[0]}",
@@ -247,6 +249,14 @@ class EmbeddingApp(faust.App):
 
     def _mark_durable(self, topic: str, partition: int, next_offset: int) -> None:
         self.consumer.mark_durable(TP(topic, partition), next_offset)
+
+    async def _read_again(self, batch: RecordBatch, offset: int) -> None:
+        self._add("gaps", 1)
+        log.warning(
+            "what was fetched of %s-%s from offset %s on did not all arrive; reading it again",
+            *(batch.topic, batch.partition, offset),
+        )
+        await self.consumer.read_again(TP(batch.topic, batch.partition), offset, batch.seeks)
 
     def _add(self, name: str, by: int) -> None:
         self.counts[name] += by

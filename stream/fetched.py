@@ -2,10 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from aiokafka.structs import ConsumerRecord
 
 from stream.errors import OwnershipError
+
+#: How often in a row the same offset is read again because what holds it did not arrive.
+GAP_TRIES: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +22,7 @@ class RecordBatch:
         records: the records, in offset order.
         seeks: how often the consumer had been positioned anew when they were fetched.
         number: position of this batch among all fetched from the partition since then, from 0.
+        start: offset at which the partition was positioned then.
     """
 
     topic: str
@@ -25,6 +30,7 @@ class RecordBatch:
     records: Sequence[ConsumerRecord]
     seeks: int
     number: int
+    start: int = 0
 
     @property
     def next_offset(self) -> int:
@@ -32,24 +38,41 @@ class RecordBatch:
         return int(self.records[-1].offset) + 1
 
 
+class BatchMissing(Exception):
+    """Batches of a partition did not arrive; `due` is the first offset that did not."""
+
+    def __init__(self, due: int) -> None:
+        super().__init__(due)
+        self.due = due
+
+
 class DeliveryChain:
-    """Checks that the batches of each partition arrive one after another, none left out (law 6: stop, don't skip)."""
+    """Checks that the batches of each partition arrive one after another, none left out (law 6)."""
 
     def __init__(self) -> None:
         self._last: dict[tuple[str, int], tuple[int, int]] = {}
         self._ends: dict[tuple[str, int], int] = {}
+        self._gaps: dict[tuple[str, int], tuple[int, int]] = {}
         self._since = 0
 
     def check(self, batch: RecordBatch) -> bool:
-        """Return False for a batch that will be read again; raise `OwnershipError` when one is missing."""
+        """Return False for a batch that will be read again.
+
+        Raises:
+            BatchMissing: one before it is missing. The partition is to be read again from there; until the consumer
+                has sought, its batches count as read again.
+            OwnershipError: the same one was missing too often, or the offsets went back.
+        """
         place = (batch.topic, batch.partition)
         seeks, number = self._last.get(place, (-1, -1))
         if batch.seeks < max(seeks, self._since):
             return False
         expected = number + 1 if batch.seeks == seeks else 0
         if batch.number != expected:
-            msg = f"batch {batch.number} of {batch.topic}-{batch.partition} arrived where {expected} was due; restart"
-            raise OwnershipError(msg)
+            due = self._ends[place] if expected else batch.start
+            self._miss(batch, expected, due)
+            self._last[place] = (batch.seeks + 1, -1)
+            raise BatchMissing(due)
         if expected and batch.records[0].offset < self._ends[place]:
             msg = (
                 f"the offsets of {batch.topic}-{batch.partition} went back from {self._ends[place]} to "
@@ -60,6 +83,18 @@ class DeliveryChain:
         self._last[place] = (batch.seeks, batch.number)
         self._ends[place] = batch.next_offset
         return True
+
+    def _miss(self, batch: RecordBatch, expected: int, due: int) -> None:
+        place = (batch.topic, batch.partition)
+        before, times = self._gaps.get(place, (due, 0))
+        times = times + 1 if before == due else 1
+        self._gaps[place] = (due, times)
+        if times > GAP_TRIES:
+            msg = (
+                f"batch {batch.number} of {batch.topic}-{batch.partition} arrived where {expected} was due, and again "
+                f"each of {GAP_TRIES} times that offset {due} was read; restart"
+            )
+            raise OwnershipError(msg)
 
     def restart(self, seeks: int) -> None:
         """Partitions were given up: what was fetched before the consumer has sought `seeks` times is read again."""

@@ -2,23 +2,36 @@
 
 One Faust event is one fetched batch of one partition. What stock Faust decides from acks is decided here by
 `Consumer.mark_durable` alone, so that no exception, decode error or rebalance can move a commit (law 5).
+
+Nothing that was fetched can vanish on its way to the agent. Each partition is read in runs, from one seek to the next.
+The client's thread says of what it fetched to which run it belongs, and numbers it. What belongs to an ended run is
+dropped, for the seek has it read again. Where a number is missing, the agent finds it, and the partition is read again
+from the first offset that did not arrive. Faust lets events flow in recovery before it has sought, and empties its
+buffers after that; here they flow only while there are runs.
 """
 
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import aiokafka
 import faust
-from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
+from aiokafka.errors import (
+    CommitFailedError,
+    IllegalStateError,
+    KafkaError,
+    NoOffsetForPartitionError,
+    OffsetOutOfRangeError,
+)
 from aiokafka.structs import ConsumerRecord, OffsetAndMetadata, TopicPartition
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP
 from mode import Service
 
 from stream.bounded_records import bound_fetches
-from stream.errors import ConfigError, DeliveryError, OwnershipError
+from stream.errors import ConfigError, DeliveryError, OwnershipError, StateError
 from stream.fetched import RecordBatch
 from stream.producer import FAUST_LOG, Producer
 
@@ -43,10 +56,57 @@ class BatchSchema(faust.Schema):
         return decode
 
 
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """What one fetch took of one partition.
+
+    Attributes:
+        seeks: the consumer's count of seeks at the one that the records follow.
+        number: how many fetches took something of the partition between that seek and this one.
+        records: in offset order.
+    """
+
+    seeks: int
+    number: int
+    records: Sequence[ConsumerRecord]
+
+
+class OutOfRange(Exception):
+    """The broker does not have the offset that is due; `seeks` is as in `Fetched`."""
+
+    def __init__(self, tp: TP, offset: int, seeks: int) -> None:
+        super().__init__(tp, offset, seeks)
+        self.tp, self.offset, self.seeks = tp, offset, seeks
+
+
+@dataclass(slots=True)
+class Run:
+    """A partition's deliveries since it was last positioned.
+
+    Attributes:
+        seeks: the consumer's count of seeks at that moment.
+        start: offset at which it was positioned.
+        fetches: how many fetches were taken in.
+        batches: how many batches were made of them.
+        end: offset after the last record of the last batch; None before there is one.
+    """
+
+    seeks: int
+    start: int
+    fetches: int = 0
+    batches: int = 0
+    end: int | None = None
+
+
 class ConsumerThread(driver.AIOKafkaConsumerThread):
     """The consumer's thread, reading committed records only and polling quickly."""
 
     logger = FAUST_LOG
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        #: Of each partition, the seek that it was last positioned by and the fetches since.
+        self._taken: dict[TP, tuple[int, int]] = {}
+        super().__init__(*args, **kwargs)
 
     def _create_worker_consumer(self, transport: Any) -> aiokafka.AIOKafkaConsumer:
         app = self.app
@@ -59,7 +119,7 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
             group_id=conf.id,
             partition_assignment_strategy=[self._assignor],
             enable_auto_commit=False,
-            auto_offset_reset="earliest",
+            auto_offset_reset="none",  # events that are gone must not be passed over in silence (law 6)
             max_poll_interval_ms=int(conf.broker_max_poll_interval * 1000),
             max_partition_fetch_bytes=conf.consumer_max_fetch_size,
             fetch_max_wait_ms=FETCH_MAX_WAIT_MS,
@@ -70,6 +130,38 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
             isolation_level="read_committed",
             check_crcs=True,
         )
+
+    async def seek_all(self, offsets: Mapping[TP, int], seeks: int) -> None:
+        """Have partitions read from the given offsets; `seeks` orders this among the other calls, the last one counts.
+
+        Partitions that are not assigned any more are passed over.
+        """
+        await self.call_thread(self._seek_all, offsets, seeks)
+
+    async def _seek_all(self, offsets: Mapping[TP, int], seeks: int) -> None:
+        consumer = self._ensure_consumer()
+        assigned = consumer.assignment()
+        for tp, offset in offsets.items():
+            place = TopicPartition(tp.topic, tp.partition)
+            if place in assigned and seeks > self._taken.get(tp, (0, 0))[0]:
+                consumer.seek(place, offset)
+                self._taken[tp] = (seeks, 0)
+
+    async def _fetch_records(self, *args: Any, **kwargs: Any) -> dict[TP, Fetched]:
+        """Fetch, and say of each partition's records which seek they follow: none can come between the two."""
+        try:
+            records = await super()._fetch_records(*args, **kwargs)
+        except OffsetOutOfRangeError as exc:
+            ((place, offset),) = exc.args[0].items()
+            tp = TP(place.topic, place.partition)
+            raise OutOfRange(tp, offset, self._taken.get(tp, (0, 0))[0]) from exc
+        fetched = {}
+        for place, run in records.items():
+            tp = TP(place.topic, place.partition)
+            seeks, number = self._taken.get(tp, (0, 0))
+            self._taken[tp] = (seeks, number + 1)
+            fetched[tp] = Fetched(seeks, number, run)
+        return fetched
 
     def group_error(self) -> Exception | None:
         """Why the group will not have this worker, if so; the client raises it only to those who fetch already."""
@@ -110,8 +202,7 @@ class Consumer(driver.Consumer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._durable: dict[TP, int] = {}
-        self._numbers: dict[TP, int] = {}
-        self._delivered: dict[TP, int] = {}
+        self._runs: dict[TP, Run] = {}
         self._seeks = 0
         self._commits_failed = False
         super().__init__(*args, **kwargs)
@@ -121,37 +212,65 @@ class Consumer(driver.Consumer):
 
     # -- batches in -----------------------------------------------------------------------------------------------
 
+    async def _drain_messages(self, fetcher: Any) -> None:
+        """Hand on what is fetched until the consumer or its fetcher stops.
+
+        A batch whose delivery is cut off is lost here, and read again: the flow stops with the end of its run alone.
+        """
+        if any(run.fetches for run in self._runs.values()):  # an earlier fetcher ended with records in its hands
+            await self.perform_seek()
+        try:
+            while not (self.should_stop or fetcher.should_stop):
+                async for _, message in self.getmany(timeout=1.0):
+                    await self.wait_first(self.callback(message), self.suspend_flow.wait())
+                await asyncio.sleep(0)
+        except (asyncio.CancelledError, *self.consumer_stopped_errors):
+            if not self.app.should_stop:
+                raise
+
     async def getmany(self, timeout: float) -> AsyncIterator[tuple[TP, Any]]:
-        """Fetch from the broker; yield one message per partition that had records."""
+        """Fetch from the broker; yield one message for each batch, partitions in turns."""
         if not self.flow_active:
             await self.wait(self.can_resume_flow)
-        seeks, generation = self._seeks, self.app.consumer_generation_id
-        fetched, _ = await self._wait_next_records(timeout)
+        try:
+            fetched, _ = await self._wait_next_records(timeout)
+        except NoOffsetForPartitionError:
+            return  # it is to be positioned yet
+        except OutOfRange as exc:
+            await self._stop_at_a_loss(exc)
+            return
         if not fetched or self.should_stop:
             return
-        if seeks != self._seeks:
-            # A seek happened meanwhile and nothing tells whether these are from before it: read them again.
-            await self.perform_seek()
-            return
-        longest = max(map(len, fetched.values()))
-        batches = [  # partitions take turns, so that topics of one partition advance together
-            (tp, self._number(tp, records[start : start + BATCH_RECORDS]))
+        for tp, batch in self._take_in(fetched):
+            if not self.flow_active:
+                return
+            run = self._runs.get(tp)
+            if run is not None and run.seeks == batch.seeks:
+                self.app.monitor.track_tp_end_offset(tp, self.highwater(tp))
+                yield tp, self._batch_message(tp, batch)
+
+    def _take_in(self, fetched: Mapping[TP, Fetched]) -> list[tuple[TP, RecordBatch]]:
+        """Cut what was fetched into batches, partitions in turns so that topics of one partition advance together."""
+        due: list[tuple[TP, Run, Sequence[ConsumerRecord]]] = []
+        for tp, fetch in fetched.items():
+            run = self._runs.get(tp)
+            if run is None or fetch.seeks != run.seeks:
+                continue  # the seek that began the present run, or the one to come, has them read again
+            run.batches += fetch.number - run.fetches  # of a fetch that is missing so much is known that it had a batch
+            run.fetches = fetch.number + 1
+            due.append((tp, run, fetch.records))
+        longest = max((len(records) for _, _, records in due), default=0)
+        return [
+            (tp, self._batch(tp, run, records[start : start + BATCH_RECORDS]))
             for start in range(0, longest, BATCH_RECORDS)
-            for tp, records in fetched.items()
+            for tp, run, records in due
             if start < len(records)
         ]
-        for tp, batch in batches:
-            if not self.flow_active or generation != self.app.consumer_generation_id:
-                # A rebalance began; recovery seeks to the committed offsets before anything is delivered again.
-                return
-            self.app.monitor.track_tp_end_offset(tp, self.highwater(tp))
-            yield tp, self._batch_message(tp, batch)
 
-    def _number(self, tp: TP, records: Sequence[ConsumerRecord]) -> RecordBatch:
-        number = self._numbers.get(tp, 0)
-        self._numbers[tp] = number + 1
-        batch = RecordBatch(tp.topic, tp.partition, records, self._seeks, number)
-        self._delivered[tp] = batch.next_offset
+    def _batch(self, tp: TP, run: Run, records: Sequence[ConsumerRecord]) -> RecordBatch:
+        batch = RecordBatch(tp.topic, tp.partition, records, run.seeks, run.batches, run.start)
+        run.batches += 1
+        run.end = batch.next_offset
         return batch
 
     def _batch_message(self, tp: TP, batch: RecordBatch) -> Any:
@@ -159,17 +278,46 @@ class Consumer(driver.Consumer):
         message.key, message.value = None, batch
         return message
 
-    async def perform_seek(self) -> None:
-        """Go back to the committed offsets and number batches anew."""
+    async def _stop_at_a_loss(self, lost: OutOfRange) -> None:
+        tp, run = lost.tp, self._runs.get(lost.tp)
+        if run is None or run.seeks != lost.seeks:
+            return  # asked for before the partition was given up, or positioned anew
+        first, end = (await self.earliest_offsets(tp))[tp], (await self.highwaters(tp))[tp]
+        msg = (
+            f"offset {lost.offset} of {tp.topic}-{tp.partition}, the next to be read, is gone; the topic has {first} "
+            f"to {end}: retention or a deletion took events that were not read yet, or the topic was made anew; decide "
+            "where to go on with kafka-consumer-groups --reset-offsets, then start again"
+        )
+        await self.app.crash(StateError(msg))
+
+    async def _position(self, offsets: Mapping[TP, int]) -> None:
+        """Begin runs at the given offsets; what was fetched before is void."""
         self._seeks += 1
-        self._numbers.clear()
-        self._delivered.clear()
-        await super().perform_seek()
-        # The client leaves a partition without a committed offset where it is, which may be past what was dropped.
-        never = [tp for tp in self.assignment() if self._read_offset[tp] is None and not self._is_changelog_tp(tp)]
-        if never:
-            await self._thread.seek_to_beginning(*[TopicPartition(tp.topic, tp.partition) for tp in never])
-        self._seeks += 1  # a fetch that began meanwhile may hold records from before
+        self._runs.update({tp: Run(self._seeks, offset) for tp, offset in offsets.items()})
+        await self._thread.seek_all(offsets, self._seeks)
+
+    async def perform_seek(self) -> None:
+        """Read on from the committed offsets, and from the beginning where there are none."""
+        tps = [tp for tp in self.assignment() if not self._is_changelog_tp(tp)]
+        seeks = self._seeks
+        committed = await self.committed(tps)
+        never = [tp for tp, offset in committed.items() if offset is None]
+        first = await self.earliest_offsets(*never) if never else {}
+        if seeks != self._seeks:
+            return  # revoked meanwhile: what follows that seeks again
+        self._committed_offset.update(committed)
+        await self._position({tp: first[tp] if offset is None else offset for tp, offset in committed.items()})
+
+    async def read_again(self, tp: TP, offset: int, seeks: int) -> None:
+        """Read a partition again from `offset`, unless it was positioned or given up since its run `seeks` began."""
+        run = self._runs.get(tp)
+        if run is not None and run.seeks == seeks:
+            await self._position({tp: offset})
+
+    def resume_flow(self) -> None:
+        """Let events flow, but not before all partitions are positioned: they would come twice, or be lost."""
+        if self._runs:
+            super().resume_flow()
 
     @Service.task  # type: ignore[untyped-decorator]
     async def _watch_group(self) -> None:
@@ -202,7 +350,9 @@ class Consumer(driver.Consumer):
         if state is None or state.highwater is None:
             return None
         read_to_the_end = state.has_valid_position and state.position >= state.highwater
-        return self._delivered.get(tp, 0) if read_to_the_end else int(state.highwater)
+        run = self._runs.get(tp)
+        end = 0 if run is None or run.end is None else run.end
+        return end if read_to_the_end else int(state.highwater)
 
     def fetched_ms(self, tp: TP) -> int | None:
         """When the last fetch of a partition was answered, in epoch ms; None when not assigned, or not known yet."""
@@ -273,7 +423,10 @@ class Consumer(driver.Consumer):
         await self.commit()
 
     async def on_partitions_revoked(self, revoked: set[TP]) -> None:
-        """Forget the marks of revoked partitions after the base class has drained and committed."""
+        """End all runs, and forget the marks of revoked partitions after the base class has drained and committed."""
+        self._runs.clear()
+        self._seeks += 1
+        self.stop_flow()
         await super().on_partitions_revoked(revoked)
         for tp in revoked:
             self._durable.pop(tp, None)
@@ -296,7 +449,10 @@ class Consumer(driver.Consumer):
         await super().seek_wait({tp: at for tp, at in partitions.items() if not self._is_changelog_tp(tp)})
 
     async def _pause_at_client(self, tps: Sequence[TP]) -> None:
-        self._thread._ensure_consumer().pause(*[TopicPartition(tp.topic, tp.partition) for tp in tps])
+        consumer = self._thread._ensure_consumer()
+        for place in [TopicPartition(tp.topic, tp.partition) for tp in tps]:
+            consumer.seek(place, 0)  # else the client would ask where to begin, and hold up its neighbours meanwhile
+            consumer.pause(place)
 
     async def _without_changelogs(
         self, ask: Callable[..., Awaitable[Mapping[TP, int]]], partitions: Sequence[TP]

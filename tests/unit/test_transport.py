@@ -1,59 +1,106 @@
 """The consumer's promise: what is fetched is delivered in an unbroken chain or read again, never dropped."""
 
 import asyncio
+import contextlib
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from aiokafka.errors import CommitFailedError, GroupAuthorizationFailedError, IllegalStateError
+from aiokafka.errors import CommitFailedError, GroupAuthorizationFailedError, IllegalStateError, OffsetOutOfRangeError
 from aiokafka.structs import TopicPartition
+from faust.transport.drivers import aiokafka as driver
 
 from stream.errors import DeliveryError, OwnershipError, RecordTooLarge
-from stream.fetched import DeliveryChain, RecordBatch
+from stream.fetched import GAP_TRIES, BatchMissing, DeliveryChain, RecordBatch
 from stream.producer import acknowledged
-from stream.transport import BATCH_RECORDS, Consumer, ConsumerThread
+from stream.transport import BATCH_RECORDS, Consumer, ConsumerThread, OutOfRange, Run
 
 PLACE = TopicPartition("events", 0)
 
 
+class SeekingThread(ConsumerThread):
+    """The real seeks and numbers of the consumer's thread over a client that the test controls; no broker."""
+
+    def __init__(self, flow: "Flow") -> None:
+        self._taken = {}
+        self.flow = flow
+
+    def _ensure_consumer(self) -> Any:
+        return self.flow.client
+
+    async def call_thread(self, call: Any, *args: Any, **kwargs: Any) -> Any:
+        await asyncio.sleep(0)
+        return await call(*args, **kwargs)
+
+
+class Client:
+    """Records of one partition, and the position of a reader."""
+
+    def __init__(self) -> None:
+        self._closed = False
+        self._fetcher = self
+        self._subscriptions = self
+        self.position = 0
+        self.places = {PLACE}
+        self.answer: asyncio.Future[dict[TopicPartition, list[Any]]] = asyncio.get_running_loop().create_future()
+
+    def fetch_context(self) -> Any:
+        return contextlib.nullcontext()
+
+    async def fetched_records(self, *_: Any, **__: Any) -> dict[TopicPartition, list[Any]]:
+        try:
+            return await self.answer
+        finally:
+            self.answer = asyncio.get_running_loop().create_future()
+
+    def assignment(self) -> set[TopicPartition]:
+        return self.places
+
+    def seek(self, place: TopicPartition, offset: int) -> None:
+        self.position = offset
+
+
 class Flow(Consumer):
-    """The real `getmany` and `perform_seek` over a fetch that the test controls; no threads, no broker."""
+    """The real deliveries of a consumer: runs, flow, numbers."""
 
     should_stop = False
 
     def __init__(self) -> None:
         self._seeks = 0
-        self._numbers = {}
-        self._delivered = {}
+        self._runs = {}
         self._durable = {}
         self._read_offset, self._committed_offset = {}, {}
-        self._thread = SimpleNamespace(seek_to_beginning=self.seek_to_beginning)
+        self.client = Client()
+        self._thread = SeekingThread(self)
+        self._thread.consumer = self
         self.committed_at: int | None = 5
-        self.begun: list[TopicPartition] = []
         self.flow_active = False
-        self.can_resume_flow = asyncio.Event()
-        self.fetch: asyncio.Future[dict[TopicPartition, list[Any]]] = asyncio.get_running_loop().create_future()
+        self.can_resume_flow, self.suspend_flow = asyncio.Event(), asyncio.Event()
         monitor = SimpleNamespace(track_tp_end_offset=lambda *_: None)
-        self.app = SimpleNamespace(consumer_generation_id=1, monitor=monitor)
-        self.sought = 0
+        self.faults: list[BaseException] = []
+        self.app = SimpleNamespace(consumer_generation_id=1, monitor=monitor, crash=self.crash_app)
+
+    async def crash_app(self, fault: BaseException) -> None:
+        self.faults.append(fault)
 
     async def wait(self, event: asyncio.Event) -> None:
         await event.wait()
 
     async def _wait_next_records(self, timeout: float) -> tuple[Any, Any]:
-        await self.can_resume_flow.wait()
-        return await self.fetch, None
+        return await self._thread._fetch_records(self.client, {PLACE}), None
 
-    async def seek_to_committed(self) -> dict[Any, int]:
-        self.sought += 1
+    async def committed(self, tps: Any) -> dict[Any, int | None]:
         await asyncio.sleep(0)
-        return {PLACE: self.committed_at}
+        return dict.fromkeys(tps, self.committed_at)
 
-    async def seek_to_beginning(self, *places: TopicPartition) -> None:
-        self.begun += places
+    async def earliest_offsets(self, *places: Any) -> dict[Any, int]:
+        return dict.fromkeys(places, 3)
+
+    async def highwaters(self, *places: Any) -> dict[Any, int]:
+        return dict.fromkeys(places, 9)
 
     def assignment(self) -> set[TopicPartition]:
-        return {PLACE}
+        return self.client.places
 
     def _is_changelog_tp(self, tp: TopicPartition) -> bool:
         return False
@@ -64,9 +111,20 @@ class Flow(Consumer):
     def _to_message(self, tp: Any, record: Any) -> Any:
         return SimpleNamespace(key=b"k", value=b"v", offset=record.offset)
 
-    def resume(self) -> None:
-        self.flow_active = True
-        self.can_resume_flow.set()
+    async def resume(self) -> None:
+        await self.perform_seek()
+        self.resume_flow()
+
+    def answer_next(self, fetched: dict[TopicPartition, list[Any]] | Exception) -> None:
+        """Let the next fetch find its answer."""
+        if isinstance(fetched, Exception):
+            self.client.answer.set_exception(fetched)
+        else:
+            self.client.answer.set_result(fetched)
+
+    async def next(self, fetched: dict[TopicPartition, list[Any]]) -> list[RecordBatch]:
+        self.answer_next(fetched)
+        return await collect(self)
 
 
 def records(*offsets: int) -> dict[TopicPartition, list[Any]]:
@@ -81,53 +139,126 @@ async def test_the_first_fetch_after_a_rebalance_is_delivered() -> None:
     flow = Flow()
     fetching = asyncio.create_task(collect(flow))  # as Faust does: asks while the flow is stopped
     await asyncio.sleep(0)
-    await flow.perform_seek()
-    flow.resume()
-    flow.fetch.set_result(records(5, 6))
+    await flow.resume()
+    flow.answer_next(records(5, 6))
     (batch,) = await fetching
     assert [r.offset for r in batch.records] == [5, 6]
-    assert (batch.seeks, batch.number, batch.next_offset) == (flow.seeks, 0, 7)
+    assert (batch.seeks, batch.number, batch.start, batch.next_offset) == (flow.seeks, 0, 5, 7)
 
 
-async def test_a_fetch_that_spans_a_seek_is_read_again() -> None:
+async def test_no_event_flows_before_the_partitions_are_positioned() -> None:
+    """Faust resumes in recovery, seeks later, and empties its buffers after that: what came meanwhile was lost."""
     flow = Flow()
-    flow.resume()
+    flow.resume_flow()
+    assert not flow.flow_active
+    await flow.perform_seek()
+    flow.resume_flow()
+    assert flow.flow_active
+
+
+async def test_a_recovery_that_was_overtaken_by_a_rebalance_lets_nothing_flow(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def revoked(*_: Any) -> None:
+        """Faust's own part of it."""
+
+    monkeypatch.setattr(driver.Consumer, "on_partitions_revoked", revoked)
+    flow = Flow()
+    await flow.resume()
+    recovering = asyncio.create_task(flow.perform_seek())
+    await asyncio.sleep(0)
+    await flow.on_partitions_revoked({PLACE})
+    await recovering
+    flow.resume_flow()
+    assert not flow.flow_active
+    assert flow.client.position == 5
+
+
+async def test_a_fetch_that_a_seek_overtakes_is_read_again() -> None:
+    flow = Flow()
+    await flow.resume()
     fetching = asyncio.create_task(collect(flow))
     await asyncio.sleep(0)
-    await flow.perform_seek()
-    flow.fetch.set_result(records(5, 6))
+    flow._seeks += 1  # as a seek begins: it is carried out in the client's thread, after the fetch that runs there
+    flow._runs[PLACE] = Run(flow._seeks, 5)
+    flow.answer_next(records(5, 6))
     assert await fetching == []
-    assert flow.sought == 2, "nobody will read these records"
+    await flow._thread.seek_all({PLACE: 5}, flow._seeks)
+    (batch,) = await flow.next(records(5, 6))
+    assert (batch.number, batch.records[0].offset) == (0, 5)
 
 
 async def test_a_partition_that_was_never_committed_is_read_from_its_beginning() -> None:
     flow = Flow()
-    await flow.perform_seek()
-    assert flow.begun == []
     flow.committed_at = None  # the client's own seek leaves the position where it is
     await flow.perform_seek()
-    assert flow.begun == [PLACE]
+    assert flow.client.position == 3
+    flow.committed_at = 0
+    await flow.perform_seek()
+    assert flow.client.position == 0, "a committed offset like any other"
 
 
 async def test_batches_of_a_partition_are_numbered_between_seeks() -> None:
     flow = Flow()
-    flow.resume()
-    numbers = []
-    for offset in range(3):
-        flow.fetch = asyncio.get_running_loop().create_future()
-        flow.fetch.set_result(records(offset))
-        numbers += [batch.number for batch in await collect(flow)]
+    await flow.resume()
+    numbers = [batch.number for offset in range(3) for batch in await flow.next(records(offset))]
     await flow.perform_seek()
-    numbers += [batch.number for batch in await collect(flow)]
+    numbers += [batch.number for batch in await flow.next(records(5))]
     assert numbers == [0, 1, 2, 0]
 
 
-async def test_a_large_fetch_is_delivered_in_bounded_batches_by_turns() -> None:
+async def test_a_fetch_that_never_arrives_leaves_a_gap_in_the_numbers() -> None:
+    """Its task was ended after the client had given the records out."""
     flow = Flow()
-    flow.resume()
-    other = TopicPartition("events", 1)
-    flow.fetch.set_result({**records(*range(2 * BATCH_RECORDS + 5)), other: records(*range(BATCH_RECORDS))[PLACE]})
-    batches = await collect(flow)
+    await flow.resume()
+    (first,) = await flow.next(records(5))
+    flow.answer_next(records(6))
+    await flow._wait_next_records(1.0)
+    (third,) = await flow.next(records(7))
+    chain = DeliveryChain()
+    assert chain.check(first)
+    with pytest.raises(BatchMissing) as missing:
+        chain.check(third)
+    assert missing.value.due == 6
+    await flow.read_again(PLACE, missing.value.due, third.seeks)
+    assert flow.client.position == 6
+    (again,) = await flow.next(records(6, 7))
+    assert chain.check(again)
+
+
+async def test_what_was_positioned_anew_is_not_moved_for_the_sake_of_an_earlier_gap() -> None:
+    flow = Flow()
+    await flow.resume()
+    (batch,) = await flow.next(records(5))
+    await flow.perform_seek()
+    await flow.read_again(PLACE, 8, batch.seeks)
+    assert flow.client.position == 5
+
+
+async def test_of_two_seeks_the_later_one_counts_in_whatever_order_they_are_carried_out() -> None:
+    thread = Flow()._thread
+    await thread._seek_all({PLACE: 9}, 2)
+    await thread._seek_all({PLACE: 7}, 1)
+    assert thread._ensure_consumer().position == 9
+
+
+async def test_events_that_are_gone_stop_the_worker() -> None:
+    flow = Flow()
+    await flow.resume()
+    flow.answer_next(OffsetOutOfRangeError({PLACE: 8}))
+    assert await collect(flow) == []
+    (fault,) = flow.faults
+    assert "offset 8 of events-0, the next to be read, is gone; the topic has 3 to 9" in str(fault)
+    await flow.perform_seek()
+    exc = OutOfRange(PLACE, 8, flow.seeks - 1)
+    await flow._stop_at_a_loss(exc)
+    assert len(flow.faults) == 1, "asked for before the partition was positioned anew"
+
+
+async def test_a_large_fetch_is_delivered_in_bounded_batches_by_turns() -> None:
+    flow, other = Flow(), TopicPartition("events", 1)
+    flow.client.places = {PLACE, other}
+    flow.committed_at = 0
+    await flow.resume()
+    batches = await flow.next({**records(*range(2 * BATCH_RECORDS + 5)), other: records(*range(BATCH_RECORDS))[PLACE]})
     assert [(b.partition, b.number, len(b.records)) for b in batches] == [
         (0, 0, BATCH_RECORDS),
         (1, 0, BATCH_RECORDS),
@@ -148,15 +279,30 @@ async def test_commits_follow_the_durable_mark_alone() -> None:
 
 
 def batch(number: int, seeks: int = 0) -> RecordBatch:
-    return RecordBatch("events", 0, [SimpleNamespace(offset=number)], seeks, number)
+    return RecordBatch("events", 0, [SimpleNamespace(offset=100 + number)], seeks, number, 100)
 
 
-def test_chain_stops_at_a_missing_batch() -> None:
+def test_chain_has_what_is_missing_read_again() -> None:
     chain = DeliveryChain()
     assert chain.check(batch(0))
     assert chain.check(batch(1))
-    with pytest.raises(OwnershipError, match="arrived where 2 was due"):
+    with pytest.raises(BatchMissing) as missing:
         chain.check(batch(3))
+    assert missing.value.due == 102
+    assert not chain.check(batch(4)), "it follows the gap"
+    assert chain.check(RecordBatch("events", 0, batch(2).records, 1, 0, 102))
+
+
+def test_chain_stops_when_the_same_batch_is_missing_again_and_again() -> None:
+    chain = DeliveryChain()
+    assert chain.check(batch(0))
+    for seeks in range(GAP_TRIES):
+        with pytest.raises(BatchMissing):
+            chain.check(RecordBatch("events", 0, batch(2).records, seeks, 2 if seeks == 0 else 1, 101))
+    with pytest.raises(
+        OwnershipError, match=rf"batch 1 .*where 0 was due, and again .*{GAP_TRIES} times that offset 101"
+    ):
+        chain.check(RecordBatch("events", 0, batch(2).records, GAP_TRIES, 1, 101))
 
 
 def test_chain_drops_what_will_be_read_again() -> None:
@@ -170,8 +316,9 @@ def test_chain_drops_what_will_be_read_again() -> None:
 
 
 def test_chain_demands_the_first_batch_after_a_seek() -> None:
-    with pytest.raises(OwnershipError):
+    with pytest.raises(BatchMissing) as missing:
         DeliveryChain().check(batch(1))
+    assert missing.value.due == 100
 
 
 async def test_acknowledgements_are_awaited_with_a_bound() -> None:
@@ -197,15 +344,10 @@ class Commits(Flow):
         super().__init__()
         self.answer = answer
         self.asked: list[dict[Any, int]] = []
-        self.faults: list[BaseException] = []
         self._commits_failed = False
         self._committed_offset = {PLACE: 5}
         self.app.settings = SimpleNamespace(delivery_timeout_s=0.05)
         self.app.monitor.on_tp_commit = lambda _: None
-        self.app.crash = self.crash_app
-
-    async def crash_app(self, fault: BaseException) -> None:
-        self.faults.append(fault)
 
     async def _handle_attached(self, offsets: Any) -> None:
         """Faust's attachments are not used."""
