@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -10,7 +10,7 @@ from stream.batch import Batch, Op, StepResult
 from stream.engine import Engine
 from stream.errors import OwnershipError, TopicMismatch
 from stream.events import Reason
-from stream.fetched import BatchMissing, DeliveryChain, RecordBatch
+from stream.fetched import BatchMissing, DeliveryChain, GivenOut, RecordBatch
 from stream.history_codec import marker_erased_at
 from stream.publish import Lanes, Progress, Stage, Work
 from stream.table import PartitionDB
@@ -95,7 +95,8 @@ class BatchProcessor:
         count: adds a batch's counters to the worker's.
         on_stage: see `publish.Stage`.
         mark_durable: see `Probation`.
-        read_again: called with a batch and an offset, to have the batch's partition read again from there.
+        read_again: called with topic, partition, offset and the run's count of seeks, to have the partition read again
+            from the offset.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class BatchProcessor:
         count: Callable[[str, int], None],
         on_stage: Stage,
         mark_durable: Callable[[str, int, int], None],
-        read_again: Callable[[RecordBatch, int], Awaitable[None]],
+        read_again: Callable[[str, int, int, int], Awaitable[None]],
     ) -> None:
         self.owned: dict[int, Owned] = {}
         self._deletion_topic = deletion_topic
@@ -114,6 +115,8 @@ class BatchProcessor:
         self._on_stage = on_stage
         self._read_again = read_again
         self._chain = DeliveryChain()
+        self._processing = False
+        self._awaited: dict[tuple[str, int], tuple[int, int]] = {}
         self.probation = Probation(mark_durable)
 
     def give_up(self, seeks: int) -> list[Owned]:
@@ -126,13 +129,26 @@ class BatchProcessor:
 
     async def process(self, batch: RecordBatch) -> None:
         """Process a batch that Faust delivered; returns when it is queued, not when it is durable."""
+        self._processing = True
         try:
-            due = self._chain.check(batch)
-        except BatchMissing as missing:
-            await self._read_again(batch, missing.due)
-        else:
-            if due:
+            if self._chain.check(batch):
                 await self.step(batch)
+        except BatchMissing as missing:
+            await self._read_again(batch.topic, batch.partition, missing.due, batch.seeks)
+        finally:
+            self._processing = False
+
+    async def look_for_missing(self, given_out: Mapping[tuple[str, int], GivenOut]) -> None:
+        """Have read again what the client gave out and had not arrived at the last call either; call it every second.
+
+        Who is busy gets it in time. Without this, a batch that is lost would be missed at the next event only.
+        """
+        due = {place: self._chain.due(*place, given) for place, given in given_out.items()}
+        awaited = {place: (given_out[place].seeks, at) for place, at in due.items() if at is not None}
+        before, self._awaited = self._awaited, {} if self._processing else awaited
+        for (topic, partition), (seeks, at) in self._awaited.items():
+            if before.get((topic, partition)) == (seeks, at):
+                await self._read_again(topic, partition, at, seeks)
 
     async def step(self, batch: RecordBatch) -> None:
         """Decode, fold and store a batch, and queue what it caused.

@@ -234,6 +234,7 @@ class EmbeddingApp(faust.App):
             if self.should_stop:  # which ends a sleep: the partitions are being given up
                 return
             try:
+                await self.processor.look_for_missing(self.consumer.given_out())
                 await self._required_partitions.heartbeat()
             except Exception as exc:  # noqa: BLE001 - a store that can't be written stops the worker
                 if not self.should_stop:  # else the store was closed under the last heartbeat, which nobody needs
@@ -250,13 +251,10 @@ class EmbeddingApp(faust.App):
     def _mark_durable(self, topic: str, partition: int, next_offset: int) -> None:
         self.consumer.mark_durable(TP(topic, partition), next_offset)
 
-    async def _read_again(self, batch: RecordBatch, offset: int) -> None:
+    async def _read_again(self, topic: str, partition: int, offset: int, seeks: int) -> None:
         self._add("gaps", 1)
-        log.warning(
-            "what was fetched of %s-%s from offset %s on did not all arrive; reading it again",
-            *(batch.topic, batch.partition, offset),
-        )
-        await self.consumer.read_again(TP(batch.topic, batch.partition), offset, batch.seeks)
+        log.warning("of %s-%s not all arrived that was fetched; reading on from offset %s", topic, partition, offset)
+        await self.consumer.read_again(TP(topic, partition), offset, seeks)
 
     def _add(self, name: str, by: int) -> None:
         self.counts[name] += by

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from aiokafka.structs import ConsumerRecord
 
@@ -36,6 +36,14 @@ class RecordBatch:
     def next_offset(self) -> int:
         """Offset to commit when all of it is durable."""
         return int(self.records[-1].offset) + 1
+
+
+class GivenOut(NamedTuple):
+    """What the client gave out of a partition since it was positioned: the count of seeks then, and the offsets."""
+
+    seeks: int
+    start: int
+    end: int
 
 
 class BatchMissing(Exception):
@@ -83,6 +91,15 @@ class DeliveryChain:
         self._last[place] = (batch.seeks, batch.number)
         self._ends[place] = batch.next_offset
         return True
+
+    def due(self, topic: str, partition: int, given_out: GivenOut) -> int | None:
+        """The first offset of what was given out that has not arrived yet; None when all has."""
+        place = (topic, partition)
+        seeks, number = self._last.get(place, (-1, -1))
+        if seeks > given_out.seeks:
+            return None
+        at = self._ends[place] if seeks == given_out.seeks and number >= 0 else given_out.start
+        return at if at < given_out.end else None
 
     def _miss(self, batch: RecordBatch, expected: int, due: int) -> None:
         place = (batch.topic, batch.partition)

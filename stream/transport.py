@@ -5,16 +5,16 @@ One Faust event is one fetched batch of one partition. What stock Faust decides 
 
 Nothing that was fetched can vanish on its way to the agent. Each partition is read in runs, from one seek to the next.
 The client's thread says of what it fetched to which run it belongs, and numbers it. What belongs to an ended run is
-dropped, for the seek has it read again. Where a number is missing, the agent finds it, and the partition is read again
-from the first offset that did not arrive. Faust lets events flow in recovery before it has sought, and empties its
-buffers after that; here they flow only while there are runs.
+dropped, for the seek has it read again. What is missing between two batches, or after the last, is found at the agent,
+and the partition is read again from the first offset that did not arrive. Faust lets events flow in recovery before it
+has sought, and empties its buffers after that; here they flow only while there are runs.
 """
 
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import aiokafka
 import faust
@@ -32,7 +32,7 @@ from mode import Service
 
 from stream.bounded_records import bound_fetches
 from stream.errors import ConfigError, DeliveryError, OwnershipError, StateError
-from stream.fetched import RecordBatch
+from stream.fetched import GivenOut, RecordBatch
 from stream.producer import FAUST_LOG, Producer
 
 #: A fetch answers as soon as one of its partitions has data; a partition that was being consumed when it was sent is
@@ -71,6 +71,17 @@ class Fetched:
     records: Sequence[ConsumerRecord]
 
 
+class Taken(NamedTuple):
+    """What the client gave out of a partition: the seek that it follows, fetches since, the offset after the last."""
+
+    seeks: int
+    fetches: int
+    end: int | None
+
+
+NOTHING: Final = Taken(0, 0, None)
+
+
 class OutOfRange(Exception):
     """The broker does not have the offset that is due; `seeks` is as in `Fetched`."""
 
@@ -87,15 +98,13 @@ class Run:
         seeks: the consumer's count of seeks at that moment.
         start: offset at which it was positioned.
         fetches: how many fetches were taken in.
-        batches: how many batches were made of them.
-        end: offset after the last record of the last batch; None before there is one.
+        batches: how many batches were made of them, those included that must have been in fetches that are missing.
     """
 
     seeks: int
     start: int
     fetches: int = 0
     batches: int = 0
-    end: int | None = None
 
 
 class ConsumerThread(driver.AIOKafkaConsumerThread):
@@ -104,9 +113,12 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
     logger = FAUST_LOG
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        #: Of each partition, the seek that it was last positioned by and the fetches since.
-        self._taken: dict[TP, tuple[int, int]] = {}
+        self._taken: dict[TP, Taken] = {}
         super().__init__(*args, **kwargs)
+
+    def taken(self, tp: TP) -> Taken:
+        """What was fetched of a partition since it was last positioned."""
+        return self._taken.get(tp, NOTHING)
 
     def _create_worker_consumer(self, transport: Any) -> aiokafka.AIOKafkaConsumer:
         app = self.app
@@ -143,9 +155,9 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
         assigned = consumer.assignment()
         for tp, offset in offsets.items():
             place = TopicPartition(tp.topic, tp.partition)
-            if place in assigned and seeks > self._taken.get(tp, (0, 0))[0]:
+            if place in assigned and seeks > self.taken(tp).seeks:
                 consumer.seek(place, offset)
-                self._taken[tp] = (seeks, 0)
+                self._taken[tp] = Taken(seeks, 0, None)
 
     async def _fetch_records(self, *args: Any, **kwargs: Any) -> dict[TP, Fetched]:
         """Fetch, and say of each partition's records which seek they follow: none can come between the two."""
@@ -154,13 +166,13 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
         except OffsetOutOfRangeError as exc:
             ((place, offset),) = exc.args[0].items()
             tp = TP(place.topic, place.partition)
-            raise OutOfRange(tp, offset, self._taken.get(tp, (0, 0))[0]) from exc
+            raise OutOfRange(tp, offset, self.taken(tp).seeks) from exc
         fetched = {}
         for place, run in records.items():
             tp = TP(place.topic, place.partition)
-            seeks, number = self._taken.get(tp, (0, 0))
-            self._taken[tp] = (seeks, number + 1)
-            fetched[tp] = Fetched(seeks, number, run)
+            before = self.taken(tp)
+            self._taken[tp] = Taken(before.seeks, before.fetches + 1, run[-1].offset + 1)
+            fetched[tp] = Fetched(before.seeks, before.fetches, run)
         return fetched
 
     def group_error(self) -> Exception | None:
@@ -270,7 +282,6 @@ class Consumer(driver.Consumer):
     def _batch(self, tp: TP, run: Run, records: Sequence[ConsumerRecord]) -> RecordBatch:
         batch = RecordBatch(tp.topic, tp.partition, records, run.seeks, run.batches, run.start)
         run.batches += 1
-        run.end = batch.next_offset
         return batch
 
     def _batch_message(self, tp: TP, batch: RecordBatch) -> Any:
@@ -330,6 +341,15 @@ class Consumer(driver.Consumer):
                 )
                 await self.app.crash(ConfigError(msg))
 
+    def given_out(self) -> dict[TP, GivenOut]:
+        """What the client gave out of each partition since it was last positioned."""
+        taken = ((tp, run, self._thread.taken(tp)) for tp, run in self._runs.items())
+        return {
+            tp: GivenOut(run.seeks, run.start, at.end)
+            for tp, run, at in taken
+            if at.seeks == run.seeks and at.end is not None
+        }
+
     @property
     def seeks(self) -> int:
         """How often the consumer was positioned anew."""
@@ -350,9 +370,10 @@ class Consumer(driver.Consumer):
         if state is None or state.highwater is None:
             return None
         read_to_the_end = state.has_valid_position and state.position >= state.highwater
-        run = self._runs.get(tp)
-        end = 0 if run is None or run.end is None else run.end
-        return end if read_to_the_end else int(state.highwater)
+        if not read_to_the_end:
+            return int(state.highwater)
+        taken = self._thread.taken(tp)
+        return taken.end or 0 if (run := self._runs.get(tp)) and run.seeks == taken.seeks else 0
 
     def fetched_ms(self, tp: TP) -> int | None:
         """When the last fetch of a partition was answered, in epoch ms; None when not assigned, or not known yet."""

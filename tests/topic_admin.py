@@ -1,8 +1,9 @@
 """Topics as faults treat them: their settings changed under a worker, removed, made anew."""
 
 import time
+from collections.abc import Mapping
 
-from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka import KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, NewTopic
 
 _PATIENCE_S = 20
@@ -52,3 +53,10 @@ def recreate_topic(bootstrap: str, topic: str, partitions: int, cleanup: str = "
             time.sleep(0.2)
         else:
             return
+
+
+def delete_records(bootstrap: str, topic: str, before: Mapping[int, int]) -> None:
+    """Delete all records of some partitions below an offset each, as retention does."""
+    client = _client(bootstrap)
+    for future in client.delete_records([TopicPartition(topic, p, at) for p, at in before.items()]).values():
+        future.result()

@@ -11,7 +11,7 @@ from aiokafka.structs import TopicPartition
 from faust.transport.drivers import aiokafka as driver
 
 from stream.errors import DeliveryError, OwnershipError, RecordTooLarge
-from stream.fetched import GAP_TRIES, BatchMissing, DeliveryChain, RecordBatch
+from stream.fetched import GAP_TRIES, BatchMissing, DeliveryChain, GivenOut, RecordBatch
 from stream.producer import acknowledged
 from stream.transport import BATCH_RECORDS, Consumer, ConsumerThread, OutOfRange, Run
 
@@ -319,6 +319,18 @@ def test_chain_demands_the_first_batch_after_a_seek() -> None:
     with pytest.raises(BatchMissing) as missing:
         DeliveryChain().check(batch(1))
     assert missing.value.due == 100
+
+
+def test_chain_knows_what_was_given_out_and_did_not_arrive() -> None:
+    chain = DeliveryChain()
+    given_out = GivenOut(seeks=1, start=100, end=102)
+    assert chain.due("events", 0, given_out) == 100
+    chain.check(batch(0, seeks=1))
+    assert chain.due("events", 0, given_out) == 101
+    chain.check(batch(1, seeks=1))
+    assert chain.due("events", 0, given_out) is None
+    chain.check(batch(0, seeks=2))
+    assert chain.due("events", 0, given_out) is None, "that run has ended"
 
 
 async def test_acknowledgements_are_awaited_with_a_bound() -> None:

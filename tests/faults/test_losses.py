@@ -1,0 +1,66 @@
+"""Batches lost between the client and the agent come again; events lost before they were read stop the worker."""
+
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from kafka_broker import KafkaBroker
+from pipeline import Pipeline
+from topic_admin import delete_records
+
+from stream.dataset import Dataset
+from stream.feed import Feeder
+
+EVENTS = 6_000
+LOSSES = 8
+_DROPPING_WORKER = Path(__file__).parent / "dropping_worker.py"
+
+
+@pytest.mark.parametrize("place", ["fetch", "fetcher", "delivery", "buffer"])
+def test_a_batch_that_is_lost_on_its_way_is_read_again(
+    place: str, films: Dataset, make_pipeline: Callable[..., Pipeline]
+) -> None:
+    """Wherever it is lost, and also when nothing follows it that would show the gap."""
+    pipeline = make_pipeline()
+    pipeline.start([sys.executable, str(_DROPPING_WORKER), place, str(LOSSES)])
+    pipeline.until_ready()
+    with Feeder(pipeline.bootstrap, pipeline.topics) as feeder:
+        for start in range(0, EVENTS, EVENTS // 4):
+            feeder.send(films.events[start : start + EVENTS // 4])
+            pipeline.until_committed()
+    log = pipeline.log.read_text()
+    assert place == "fetcher" or "not all arrived that was fetched; reading on from offset" in log, "nothing was lost"
+    pipeline.check(len({row.user_id for row in films.events[:EVENTS]}))
+    assert pipeline.stop() == 0
+
+
+@pytest.fixture
+def frozen(films: Dataset, kafka: KafkaBroker, make_pipeline: Callable[..., Pipeline]) -> Pipeline:
+    """A worker that has committed some events, and is frozen before it has read those that came after."""
+    pipeline = make_pipeline(session_timeout_s=60)  # it stays in the group, and goes on reading where it was
+    pipeline.start()
+    pipeline.until_ready()
+    with Feeder(pipeline.bootstrap, pipeline.topics) as feeder:
+        feeder.send(films.events[:1_000])
+        pipeline.until_committed()
+        assert pipeline.process is not None
+        pipeline.process.send_signal(signal.SIGSTOP)
+        feeder.send(films.events[1_000:2_000])
+    return pipeline
+
+
+def test_events_that_are_deleted_before_a_running_worker_reads_them_stop_it(frozen: Pipeline) -> None:
+    """Retention does the same to a worker that is slow."""
+    topic = frozen.topics["view"]
+    before = [max(offset, 0) for offset in frozen.committed(topic)]
+    delete_records(frozen.bootstrap, topic, {partition: at + 5 for partition, at in enumerate(before)})
+    assert frozen.process is not None
+    frozen.process.send_signal(signal.SIGCONT)
+    assert frozen.wait() == 1
+    (said,) = [line for line in frozen.log.read_text().splitlines() if line.startswith("uemb: ")]
+    assert any(f"offset {at} of {topic}-{p}, the next to be read, is gone" in said for p, at in enumerate(before)), said
+    assert "kafka-consumer-groups --reset-offsets" in said
+    assert "Traceback" not in frozen.log.read_text()
+    assert [max(offset, 0) for offset in frozen.committed(topic)] == before, "what is lost does not count as read"
