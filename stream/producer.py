@@ -32,6 +32,7 @@ from stream.errors import DeliveryError, Fenced, OwnershipError, RecordTooLarge
 MAX_BATCH_BYTES: Final = 512 * 1024
 #: An owner that dies between the beginning and the end of its empty transaction holds up readers for no longer.
 FENCE_TIMEOUT_MS: Final = 10_000
+NO_BROKER_RETRY_S: Final = 0.2
 _STOP_S: Final = 5.0
 
 #: Where Faust's service machinery logs, ours included, so that our own log stays readable.
@@ -87,15 +88,10 @@ class Producer(driver.Producer):
         """Write to a partition of `topics` from here on, and shut every earlier owner out of it.
 
         Raises:
-            DeliveryError: the broker refuses the transactional id.
+            DeliveryError: the broker refuses the transactional id, or none is up for as long as a delivery may take.
         """
-        client = aiokafka.AIOKafkaProducer(
-            **{**self._settings_default(), "transactional_id": f"{self.app.conf.id}-{partition}"},
-            transaction_timeout_ms=FENCE_TIMEOUT_MS,
-        )
-        self._owned[partition] = client
         try:
-            await client.start()
+            client = await self._open_client(partition)
             await fence(client, partition, topics)
         except KafkaError as exc:
             msg = (
@@ -103,6 +99,24 @@ class Producer(driver.Producer):
                 f"transactional ids {self.app.conf.id}-*"
             )
             raise DeliveryError(msg) from exc
+
+    async def _open_client(self, partition: int) -> Any:
+        deadline = time.monotonic() + self.app.settings.delivery_timeout_s
+        while True:
+            client = self._owned[partition] = aiokafka.AIOKafkaProducer(
+                **{**self._settings_default(), "transactional_id": f"{self.app.conf.id}-{partition}"},
+                transaction_timeout_ms=FENCE_TIMEOUT_MS,
+            )
+            try:
+                await client.start()
+            except AssertionError as exc:  # the metadata lists no broker, which the client takes for a fault of its own
+                await _stop(client)
+                if time.monotonic() > deadline:
+                    msg = "the brokers list none of them as up; see how they are, then restart the worker"
+                    raise DeliveryError(msg) from exc
+                await asyncio.sleep(NO_BROKER_RETRY_S)
+            else:
+                return client
 
     async def give_up_all(self) -> None:
         """Stop the clients of all partitions."""

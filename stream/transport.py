@@ -438,6 +438,12 @@ class Consumer(driver.Consumer):
         self._commits_failed = True  # the stop would try again, and only take as long again
         await self.app.crash(reason)
 
+    def close(self) -> None:
+        """Do nothing when a rebalance begins while the worker stops: the client is stopped in its own thread, in turn.
+
+        Faust would close parts of it from the loop of the application, after which no commit can succeed or fail.
+        """
+
     async def wait_empty(self) -> None:
         """Wait for what is under way to become durable (bounded), then commit it."""
         await self.app.drain()

@@ -74,3 +74,40 @@ async def test_a_refusal_of_our_clock_names_the_clock_and_the_setting() -> None:
     refused.set_exception(InvalidTimestampError())
     with pytest.raises(DeliveryError, match=r"^output: .*clock.*message\.timestamp\.after\.max\.ms"):
         await acknowledged([refused], 1, "output")
+
+
+class Starting:
+    """A client that the metadata names no broker to, `times` times."""
+
+    times = 0
+
+    def __init__(self, **_: Any) -> None:
+        self.stopped = False
+
+    async def start(self) -> None:
+        if Starting.times:
+            Starting.times -= 1
+            raise AssertionError("Did we not perform bootstrap?")
+
+    async def stop(self) -> None:
+        self.stopped = True
+
+
+@pytest.mark.parametrize(("times", "patience_s", "taken"), [(2, 60, True), (2, 0, False)])
+async def test_brokers_that_list_none_of_them_are_waited_for(
+    times: int, patience_s: float, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of a starved machine do for a moment."""
+    monkeypatch.setattr("stream.producer.aiokafka.AIOKafkaProducer", Starting)
+    monkeypatch.setattr("stream.producer.NO_BROKER_RETRY_S", 0)
+    monkeypatch.setattr(Producer, "_settings_default", lambda _: {})
+    Starting.times = times
+    made = producer(Client({}))
+    made.app.conf = SimpleNamespace(id="films")
+    made.app.settings.delivery_timeout_s = patience_s
+    if taken:
+        assert await made._open_client(3) is made._owned[3]
+    else:
+        with pytest.raises(DeliveryError, match="list none of them as up"):
+            await made._open_client(3)
+        assert made._owned[3].stopped

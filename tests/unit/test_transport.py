@@ -426,6 +426,14 @@ async def test_a_rebalance_is_no_fault_of_a_commit(answer: Exception | None, tak
     assert await ClientThread(answer)._commit({PLACE: 9}) is taken
 
 
+async def test_a_rebalance_that_begins_while_the_worker_stops_leaves_the_client_alone() -> None:
+    """Its connections closed under it, a last commit had neither success nor failure, for a minute."""
+    flow = Flow()
+    flow._thread._consumer = SimpleNamespace(_client=None, _coordinator=None)  # whatever is touched of them fails
+    flow.close()
+    assert not hasattr(flow._thread._consumer, "_closed")
+
+
 async def test_a_forbidden_commit_is_one_line() -> None:
     with pytest.raises(DeliveryError, match=r"refuses commits of group films .*GroupAuthorizationFailedError"):
         await ClientThread(GroupAuthorizationFailedError("films"))._commit({PLACE: 9})
