@@ -16,7 +16,7 @@ from threadpoolctl import threadpool_limits
 
 from stream.agents import BatchProcessor
 from stream.config import Settings, load_settings
-from stream.errors import ConfigError, StateError
+from stream.errors import ConfigError, StateError, UembError
 from stream.fetched import RecordBatch
 from stream.group import check_group
 from stream.item_versions import Status
@@ -30,6 +30,7 @@ from stream.producer import FAUST_LOG, acknowledged
 from stream.publish import Lanes, Stage
 from stream.rollout import Rollout
 from stream.table import TABLE, HistoryTable
+from stream.topic_watch import WATCH_S, TopicWatch
 from stream.topics import Prepared, prepare_topics
 from stream.transport import BatchSchema
 
@@ -64,6 +65,7 @@ class EmbeddingApp(faust.App):
         self._kv: KVWriter | None = None
         self._rollout: Rollout | None = None
         self._topics = Prepared(settings.partitions, settings.partitions, administered=True, largest_dim=0)
+        self._watch: TopicWatch | None = None
         self._partitions: Partitions | None = None
         self.lanes = Lanes(self.crash)
         self.processor = BatchProcessor(
@@ -118,6 +120,8 @@ class EmbeddingApp(faust.App):
         self.conf.topic_partitions = self._topics.partitions
         if self._topics.administered:
             await asyncio.to_thread(check_group, settings)
+            self._watch = TopicWatch(settings, self._topics.partitions)
+            await asyncio.to_thread(self._watch.check)
         store = open_writer(settings.kv_url, lock_patience_s=settings.kv_lock_patience_s)
         self._kv = PatientKV(store, settings.delivery_timeout_s)
         await self._kv.update_meta(self._register)
@@ -174,6 +178,8 @@ class EmbeddingApp(faust.App):
         await super().on_started_init_extra_tasks()
         self.add_future(self._heartbeat())
         self.add_future(self._report())
+        if self._watch is not None:
+            self.add_future(self._watch_topics(self._watch))
 
     async def crash(self, reason: BaseException) -> None:
         """Stop the worker with a non-zero exit (law 6); Faust's own faults end here too."""
@@ -239,6 +245,14 @@ class EmbeddingApp(faust.App):
             except Exception as exc:  # noqa: BLE001 - a store that can't be written stops the worker
                 if not self.should_stop:  # else the store was closed under the last heartbeat, which nobody needs
                     await self.crash(exc)
+
+    async def _watch_topics(self, watch: TopicWatch) -> None:
+        while not self.should_stop:
+            await self.sleep(WATCH_S)
+            try:
+                await asyncio.to_thread(watch.check)
+            except UembError as exc:
+                await self.crash(exc)
 
     async def _report(self) -> None:
         before = Counter[str]()

@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping
 
 from confluent_kafka import KafkaError, KafkaException, TopicPartition
-from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, NewTopic
+from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, NewPartitions, NewTopic
 
 _PATIENCE_S = 20
 
@@ -60,3 +60,9 @@ def delete_records(bootstrap: str, topic: str, before: Mapping[int, int]) -> Non
     client = _client(bootstrap)
     for future in client.delete_records([TopicPartition(topic, p, at) for p, at in before.items()]).values():
         future.result()
+
+
+def add_partitions(bootstrap: str, topic: str, partitions: int) -> None:
+    """Raise a topic's number of partitions."""
+    client = _client(bootstrap)
+    client.create_partitions([NewPartitions(topic, partitions)])[topic].result()
