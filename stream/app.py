@@ -130,7 +130,9 @@ class EmbeddingApp(faust.App):
         )
         await self._rollout.start(base, self._topics.partitions, self._topics.largest_dim)
         try:
-            settings.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+            own = settings.state_dir / settings.app_id
+            own.mkdir(parents=True, exist_ok=True, mode=0o700)
+            own.chmod(0o700)  # it may have been there, open to all
             await super().on_first_start()
         except OSError as exc:
             msg = f"UEMB_STATE_DIR {settings.state_dir} can't be used ({exc.strerror})"

@@ -56,6 +56,9 @@ def check_version_name(name: str) -> str:
     if not _VERSION.fullmatch(name):
         msg = f"version name {name[:80]!r} must match [A-Za-z0-9._-]{{1,64}}"
         raise ValueError(msg)
+    if not name.strip("."):  # it names a folder, too
+        msg = f"version name {name!r} must not be of dots alone"
+        raise ValueError(msg)
     if name in RESERVED_WORDS:
         msg = f"version name {name!r} is a reserved word"
         raise ValueError(msg)

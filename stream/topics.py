@@ -226,7 +226,11 @@ def topic_configs(admin: AdminClient, names: list[str]) -> dict[str, dict[str, s
     if not names:
         return {}
     for _ in range(SETTLE_TRIES):  # a topic just created is not known everywhere at once
-        known = admin.list_topics(timeout=TIMEOUT_S).topics
+        try:
+            known = admin.list_topics(timeout=CONNECT_TIMEOUT_S).topics
+        except KafkaException as exc:
+            msg = f"no broker answers; set UEMB_BOOTSTRAP_SERVERS ({exc.args[0].str()})"
+            raise ConfigError(msg) from exc
         if all(name in known and known[name].error is None for name in names):
             break
         time.sleep(SETTLE_S)

@@ -15,8 +15,8 @@ from stream.errors import DeliveryError, UembError
 
 log = logging.getLogger(__name__)
 
-#: A shutdown that takes longer is cut short; everything not committed is processed again.
-STOP_TIMEOUT_S: Final = 90.0
+#: A shutdown that takes longer is cut short; everything not committed is processed again. Kubernetes kills after 30 s.
+STOP_TIMEOUT_S: Final = 24.0
 #: The same from a fault on, which often is that the brokers don't answer: there is little left to save then.
 FAULT_STOP_TIMEOUT_S: Final = 15.0
 #: Supervisors often signal the process and its group: two signals this close are one wish.
@@ -65,6 +65,7 @@ def setup_logging(level: str) -> None:
     logging.getLogger("asyncio").setLevel(logging.CRITICAL if level != "debug" else logging.DEBUG)
     for noisy in ("faust", "mode", "aiokafka"):
         logging.getLogger(noisy).setLevel(logging.WARNING if level != "debug" else logging.DEBUG)
+    logging.getLogger("aiokafka.conn").setLevel(logging.WARNING)  # it tells of requests whole, the password's included
 
 
 async def run_worker(app: EmbeddingApp, until: Callable[[], Awaitable[object]] | None = None) -> int:
@@ -128,11 +129,13 @@ async def _stop(app: EmbeddingApp, starting: "asyncio.Task[None]") -> None:
         await app.stop()
         await asyncio.gather(starting, return_exceptions=True)
 
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + STOP_TIMEOUT_S
     stopping, failing = asyncio.create_task(stop()), asyncio.create_task(app.failed.wait())
     if app.failure is None:
         await asyncio.wait({stopping, failing}, timeout=STOP_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
     if app.failure is not None:
-        await asyncio.wait({stopping}, timeout=FAULT_STOP_TIMEOUT_S)
+        await asyncio.wait({stopping}, timeout=max(0.0, min(FAULT_STOP_TIMEOUT_S, deadline - loop.time())))
     failing.cancel()
     if not stopping.done():
         msg = "the worker did not stop in time; what was not committed is processed again"
@@ -145,6 +148,7 @@ async def _stop(app: EmbeddingApp, starting: "asyncio.Task[None]") -> None:
 
 def main(app: EmbeddingApp, until: Callable[[], Awaitable[object]] | None = None) -> NoReturn:
     """Run a worker and end the process with its exit code."""
+    os.umask(0o077)  # histories are nobody else's to read
     code = asyncio.new_event_loop().run_until_complete(run_worker(app, until))
     logging.shutdown()
     # Nothing is left to save, and a client thread that does not end must not keep a stopped worker alive.

@@ -210,6 +210,7 @@ ERRORS = {
 #: Errors of commands that start clients, threads or signal handlers: each in a process of its own.
 ERRORS_OF_PROCESSES = {
     "tail_without_a_broker": Wrong("tail", ("127.0.0.1:1", "UEMB_BOOTSTRAP_SERVERS"), NO_BROKER),
+    "delete_without_a_broker": Wrong("delete 42", ("no broker answers", "UEMB_BOOTSTRAP_SERVERS"), NO_BROKER),
     "tail_without_credentials": Wrong("tail", ("UEMB_SASL_",), {"UEMB_SECURITY_PROTOCOL": "SASL_PLAINTEXT"}),
     "worker_with_a_bad_setting": Wrong("worker", ("'sum'", "avg", "mix"), {"UEMB_ENCODER": "sum"}),
     "worker_without_certificates": Wrong(

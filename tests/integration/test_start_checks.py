@@ -341,6 +341,27 @@ def test_a_refused_worker_does_not_change_what_readers_follow(make_pipeline: Cal
     assert (found.status, found.reason, found.user_embedding_version) == ("ok", "", USER_VERSION)
 
 
+def test_histories_are_nobody_elses_to_read(make_pipeline: Callable[..., Pipeline]) -> None:
+    """Whatever the umask, and also where the folder was there and open to all."""
+    pipeline = make_pipeline()
+    own = pipeline.state / pipeline.app_id
+    own.mkdir(parents=True)
+    own.chmod(0o755)
+    umask = os.umask(0)
+    try:
+        pipeline.start()
+    finally:
+        os.umask(umask)
+    pipeline.until_ready()
+    with Feeder(pipeline.bootstrap, pipeline.topics) as feeder:
+        feeder.send([EventRow(*event) for event in events_of(range(1, 9), 2)])
+    pipeline.until_committed()
+    modes = {path: path.stat().st_mode & 0o777 for path in [own, *own.rglob("*")]}
+    assert len(modes) > pipeline.partitions
+    assert {path: mode for path, mode in modes.items() if mode & 0o077} == {}
+    assert pipeline.stop() == 0
+
+
 def test_a_state_folder_that_a_paused_worker_holds(make_pipeline: Callable[..., Pipeline]) -> None:
     pipeline = make_pipeline()
     pipeline.start()

@@ -92,14 +92,32 @@ def test_exactly_the_control_characters_and_surrogates_are_refused(char):
         assert not surrogate
 
 
-@pytest.mark.parametrize("name", ["user_v7", "items_v42", "mix-0a1b2c3d", "A.b-C_9", "x" * 64, "uemb", "Fallback", "."])
+@pytest.mark.parametrize(
+    "name", ["user_v7", "items_v42", "mix-0a1b2c3d", "A.b-C_9", "x" * 64, "uemb", "Fallback", ".a"]
+)
 def test_version_names(name):
     assert check_version_name(name) == name
 
 
 @pytest.mark.parametrize(
     "name",
-    ["", "x" * 65, "a:b", "a b", "é", "v1\n", "a/b", "app", "current", "fallback", "encoder", "epoch", "watermark"],
+    [
+        ".",
+        "..",
+        "",
+        "x" * 65,
+        "a:b",
+        "a b",
+        "é",
+        "v1\n",
+        "a/b",
+        "app",
+        "current",
+        "fallback",
+        "encoder",
+        "epoch",
+        "watermark",
+    ],
 )
 def test_refused_version_names(name):
     with pytest.raises(ValueError, match="version name"):
