@@ -19,7 +19,7 @@ from stream.cli_send import send
 from stream.cli_verify import verify
 from stream.config import ENV_PREFIX, Settings, load_settings
 from stream.errors import UembError
-from stream.terminal import INTERRUPTED, USAGE_ERROR, err, out, print_json
+from stream.terminal import INTERRUPTED, USAGE_ERROR, as_utf8, err, out, print_error, print_json, take_any_text
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -79,7 +79,7 @@ def get(users: tuple[str, ...], as_json: bool) -> None:
 
     logging.getLogger("stream").setLevel(logging.ERROR)  # fallbacks are on screen anyway
     with EmbeddingReader.open(load_settings().kv_url, timeout_s=1.0) as reader:
-        _, found = reader.get_many(users)
+        _, found = reader.get_many(map(as_utf8, users))
     if as_json:
         for u in found:
             print_json({**to_json(_as_record(u)), "stale": u.stale, "lag_s": u.lag_s})
@@ -147,7 +147,7 @@ def config(as_json: bool) -> None:
     for name, field in Settings.model_fields.items():
         variable = ENV_PREFIX + name.upper()
         mark = "*" if variable in os.environ else " "
-        out.print(f"{mark} {variable}={_plain(name, values[name])}  # {field.description}", markup=False)
+        out.print(f"{mark} {variable}={_plain(name, values[name])}  # {field.description}")
     out.print(f"# * set in the environment; user-embedding version: {settings.versioned_encoder.version}")
 
 
@@ -175,12 +175,13 @@ cli.add_command(verify)
 
 def main() -> None:
     """Entry point: translate every failure into one line and an exit code."""
+    take_any_text()
     try:
         cli(standalone_mode=False)
     except click.exceptions.Exit as exc:
         sys.exit(exc.exit_code)
     except click.ClickException as exc:
-        click.echo(f"uemb: {' '.join(exc.format_message().split())}", err=True)
+        print_error(exc.format_message())
         sys.exit(USAGE_ERROR)
     except (KeyboardInterrupt, click.Abort):
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # one that comes while Python ends would kill it, in its own way
@@ -189,8 +190,8 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except UembError as exc:
-        click.echo(f"uemb: {exc}", err=True)
+        print_error(str(exc))
         sys.exit(USAGE_ERROR)
     except OSError as exc:
-        click.echo(f"uemb: {exc.strerror or exc} {exc.filename or ''}".rstrip(), err=True)
+        print_error(f"{exc.strerror or exc} {exc.filename or ''}")
         sys.exit(USAGE_ERROR)

@@ -12,7 +12,7 @@ from stream.config import Settings, load_settings
 from stream.errors import ConfigError, DeliveryError
 from stream.keys import canonical_id
 from stream.retrieval import EmbeddingReader
-from stream.terminal import out, print_json, progress_bar
+from stream.terminal import as_utf8, out, print_json, progress_bar
 from stream.traces import Trace, traces
 
 _TIMEOUT_S: Final = 20.0
@@ -32,7 +32,7 @@ def delete(users: tuple[str, ...], wait: bool, timeout_s: float, as_json: bool) 
     """
     settings = load_settings()
     try:
-        ids = [canonical_id(user) for user in users]
+        ids = [canonical_id(as_utf8(user)) for user in users]
     except ValueError as exc:
         raise ConfigError(str(exc)) from exc
     found = traces(settings)
@@ -42,9 +42,9 @@ def delete(users: tuple[str, ...], wait: bool, timeout_s: float, as_json: bool) 
     if as_json:
         print_json({"erased": len(ids), "traces": [asdict(trace) for trace in found]})
         return
-    out.print(f"{len(ids)} erasures sent to {settings.deletion_topic}; traces that remain:", markup=False)
+    out.print(f"{len(ids)} erasures sent to {settings.deletion_topic}; traces that remain:")
     for trace in found:
-        out.print(f"  {trace.where}: {trace.what}, {_until(trace)}", markup=False)
+        out.print(f"  {trace.where}: {trace.what}, {_until(trace)}")
 
 
 def _until(trace: Trace) -> str:

@@ -106,14 +106,14 @@ def list_letters(
             if as_json:
                 print_json(facts)
             else:
-                out.print("  ".join(str(value) for value in facts.values()), markup=False)
+                out.print("  ".join(str(value) for value in facts.values()))
     for (reason, topic), times in sorted(groups.items()):
         facts = {"reason": reason, "topic": topic, "count": len(times)}
         facts |= {"first": _time(min(times)), "last": _time(max(times))}
         if as_json:
             print_json(facts)
         else:
-            out.print(f"{facts['count']:>9,}  {reason}  {topic}  {facts['first']} to {facts['last']}", markup=False)
+            out.print(f"{facts['count']:>9,}  {reason}  {topic}  {facts['first']} to {facts['last']}")
 
 
 def _facts(letter: "Letter") -> dict[str, Any]:
@@ -152,7 +152,7 @@ def show(letter: str, as_json: bool) -> None:
         print_json(document)
         return
     for name, value in document.items():
-        out.print(f"{name}: {value}", markup=False)
+        out.print(f"{name}: {value}")
 
 
 def _readable(data: bytes | None) -> Any:

@@ -80,9 +80,9 @@ def items_popular(
     if as_json:
         print_json({**facts, "items": [{"item_id": item, "score": score} for item, score in popular]})
         return
-    out.print("  ".join(f"{name} {value}" for name, value in facts.items()), markup=False)
+    out.print("  ".join(f"{name} {value}" for name, value in facts.items()))
     for item, score in popular:
-        out.print(f"{score:14,.1f}  {item}", markup=False)
+        out.print(f"{score:14,.1f}  {item}")
 
 
 def _weights(settings: Settings, type_weights: str | None) -> dict[str, float]:

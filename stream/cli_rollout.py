@@ -51,7 +51,7 @@ def publish(folder: Path, wait: bool) -> None:
         if known is None or (known.state == "prepare" and control.refusal(record.version)):
             control.say(record)
             state = "is published again" if known else "is published"
-        out.print(f"item version {record.version} {state}; see `uemb items status`", markup=False)
+        out.print(f"item version {record.version} {state}; see `uemb items status`")
         if wait:
             _wait(settings, control, record.version)
 
@@ -88,7 +88,7 @@ def rollback(force: bool, wait: bool) -> None:
 def _activate(settings: Settings, control: ItemControl, record: ControlRecord, *, force: bool, wait: bool) -> None:
     served, version = control.served, record.version
     if served is not None and served.version == version:
-        out.print(f"item version {version} is served already", markup=False)
+        out.print(f"item version {version} is served already")
         return
     if refused := control.refusal(version):
         msg = f"item version {version} was refused: {refused}"
@@ -100,7 +100,7 @@ def _activate(settings: Settings, control: ItemControl, record: ControlRecord, *
         msg = f"item version {version} covers {done} of {of} partitions; wait for them (--wait), or insist (--force)"
         raise ConfigError(msg)
     control.say(replace(record, state="active", force=force))
-    out.print(f"item version {version} is served from here on", markup=False)
+    out.print(f"item version {version} is served from here on")
 
 
 @click.command()
@@ -126,7 +126,7 @@ def retire(version: str | None, user_version: str | None, wait: bool) -> None:
                 msg = f"item version {version} is served; activate another one first"
                 raise ConfigError(msg)
             control.say(replace(record, state="retired", force=False))
-        out.print(f"item version {version} is retired; its vectors are being removed", markup=False)
+        out.print(f"item version {version} is retired; its vectors are being removed")
         if wait:
             _wait(settings, control, version)
 
@@ -162,9 +162,9 @@ def status(version: str | None, wait: bool, compare: int | None, as_json: bool) 
         print_json({"versions": rows, **({} if version else {"other_user_versions": others}), **compared})
         return
     for row in rows:
-        out.print(_line(row), markup=False)
+        out.print(_line(row))
     for other in others:
-        out.print(user_version_line(other), markup=False)
+        out.print(user_version_line(other))
     if report:
         for side in (report.served, report.other):
             out.print(
@@ -175,7 +175,7 @@ def status(version: str | None, wait: bool, compare: int | None, as_json: bool) 
                 markup=False,
             )
         shared = "no user has a vector in both" if report.overlap is None else f"{report.overlap:.1%}"
-        out.print(f"nearest items in common ({report.compared:,} users, ten each): {shared}", markup=False)
+        out.print(f"nearest items in common ({report.compared:,} users, ten each): {shared}")
 
 
 def _compare(settings: Settings, control: ItemControl, record: ControlRecord, sample: int) -> VersionReport:

@@ -156,6 +156,6 @@ def _tell(report: "SendReport", plan: "SendPlan", *, interrupted: bool, as_json:
         out.print(f"{report.sent:,} events acknowledged in {report.seconds:.1f} s")
     if skipped:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.most_common())
-        err.print(f"{skipped.total():,} bad rows skipped: {reasons}; the first is {plan.first_skipped}", markup=False)
+        err.print(f"{skipped.total():,} bad rows skipped: {reasons}; the first is {plan.first_skipped}")
     if interrupted:
         err.print("interrupted; events that arrive twice change nothing")

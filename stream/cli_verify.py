@@ -75,7 +75,7 @@ def _document(report: Report) -> dict[str, object]:
 
 def _print(version: str, report: Report) -> None:
     for difference in report.differences:
-        out.print(f"partition {difference.partition}, {difference.who}: {difference.what}", markup=False)
+        out.print(f"partition {difference.partition}, {difference.who}: {difference.what}")
     letters = f"{report.rejected:,} rejected records, {report.letterless:,} of them without a dead letter"
     out.print(
         f"item version {version}: {report.users:,} users, {report.whole:,} checked against their input, "

@@ -14,7 +14,6 @@ from typing import Any, Final
 import numpy as np
 from confluent_kafka import Consumer, TopicPartition
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
@@ -29,7 +28,7 @@ from stream.itembuild import build_space
 from stream.items import ItemSpace
 from stream.retrieval import EmbeddingReader, UserEmbedding
 from stream.sources import load
-from stream.terminal import err, progress_bar
+from stream.terminal import PlainConsole, err, escaped, progress_bar
 
 #: Events at the end of the stream that are sent one by one, to see how soon each can be read.
 LIVE_EVENTS: Final = 200
@@ -44,7 +43,7 @@ _LIVE_RATE: Final = 50.0
 _DIM: Final = 48
 _ITEM_VERSION: Final = "demo_v1"
 
-out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
+out = PlainConsole(soft_wrap=True, width=None if sys.stdout.isatty() else 140)
 
 
 @dataclass(frozen=True)
@@ -268,13 +267,13 @@ def _show(summary: Summary) -> None:
             "last seen",
             "nearest before",
             "nearest after",
-            title=f"user {shown['user']}: {shown['new_events']} new events",
+            title=escaped(f"user {shown['user']}: {shown['new_events']} new events"),
             title_justify="left",
             box=SIMPLE_HEAD if out.is_terminal else None,
         )
         last = list(reversed(shown["last_items"]))
         for row in zip(last, shown["nearest_before"], shown["nearest_after"], strict=False):
-            table.add_row(*row)
+            table.add_row(*map(escaped, row))
         out.print(table)
     latency = summary.latency_ms
     out.print(
@@ -289,7 +288,8 @@ def _show(summary: Summary) -> None:
 
 def _show_how_to_go_on(summary: Summary, broker: DevBroker, *, stay: bool) -> None:
     user = summary.shown[0]["user"] if summary.shown else "42"
-    out.print(f"\nask for a vector:    {ENV_PREFIX}KV_URL={summary.kv_url} uemb get {user}")
+    out.print()
+    out.print(f"ask for a vector:    {ENV_PREFIX}KV_URL={summary.kv_url} uemb get {user}")
     if stay:
         out.print(f"follow the topic:    {ENV_PREFIX}BOOTSTRAP_SERVERS={broker.bootstrap} uemb tail")
         out.print("Ctrl-C stops broker and worker")

@@ -70,7 +70,7 @@ def retire_user_version(settings: Settings, control: ItemControl, user_version: 
         )
         raise ConfigError(msg)
     control.say(RetiredUserVersion(user_version, dict(control.coverage.epochs)))
-    out.print(f"user version {user_version} is retired; its vectors are being removed", markup=False)
+    out.print(f"user version {user_version} is retired; its vectors are being removed")
     if wait:
         _wait(settings, control, user_version)
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import unicodedata
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -293,3 +294,8 @@ def records_by_user(output: Iterable[tuple[bytes, bytes | None]]) -> Mapping[byt
     for key, value in output:
         out.setdefault(key, []).append(value)
     return out
+
+
+def acts(text: str) -> bool:
+    """Whether something in it, line ends apart, does more than be seen."""
+    return any(unicodedata.category(c) in {"Cc", "Cf", "Zl", "Zp"} for c in text if c != "\n")
