@@ -322,11 +322,13 @@ def killing_worker(stage: str, users: Iterable[str], how: str = "SIGKILL") -> li
 
 @contextmanager
 def feeding(pipeline: Pipeline, events: Sequence[EventRow], rate: float) -> Iterator[threading.Thread]:
-    """Events flow at a rate while the block runs; the rest is sent at once when it is left."""
+    """Events flow at a rate while the block runs; the rest, the last of them at least, is sent when it is left."""
     hurry = threading.Event()
 
     def feed() -> None:
         for start in range(0, len(events), _SLICE):
+            if start + _SLICE >= len(events):
+                hurry.wait()
             feeder.send(events[start : start + _SLICE], rate=None if hurry.is_set() else rate)
 
     patience = {"message.timeout.ms": 120_000}  # longer than any fault that tests make

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from confluent_kafka import Consumer, TopicPartition
-from pipeline import Pipeline, check_end_state, expected
+from pipeline import Pipeline, check_end_state, expected, feeding
 
 from stream.config import load_settings
 from stream.dataset import Dataset
@@ -36,12 +36,12 @@ def test_stopped_in_the_middle_and_started_again(
     pipeline.until_ready()
     first_epochs = pipeline.epochs()
     with Feeder(pipeline.bootstrap, pipeline.topics) as feeder:
-        feeding = threading.Thread(target=feeder.send, args=(films.events,), kwargs={"rate": 20_000})
-        feeding.start()
+        sending = threading.Thread(target=feeder.send, args=(films.events,), kwargs={"rate": 20_000})
+        sending.start()
         pipeline.until(lambda: len(pipeline.read(pipeline.output)) > 10_000, "the middle")
         assert pipeline.stop() == 0
         left = pipeline.lag()
-        feeding.join()
+        sending.join()
     assert 0 < left < 100_000, "it was not stopped in the middle"
     pipeline.start()
     pipeline.until_ready()
@@ -61,17 +61,14 @@ def test_a_worker_joins_and_another_leaves_while_events_flow(
     epochs = [first.epochs()]
     second = make_pipeline(state_dir=tmp_path / "second")
     second.log = tmp_path / "second.log"
-    with Feeder(first.bootstrap, first.topics) as feeder:
-        feeding = threading.Thread(target=feeder.send, args=(films.events,), kwargs={"rate": 8_000})
-        feeding.start()
+    with feeding(first, films.events, 4_000) as feeder:
         first.until(lambda: len(first.read(first.output)) > 10_000, "events flow")
         second.start()
         first.until(lambda: _all_higher(first.epochs(), epochs[-1]), "the second has joined")
         epochs.append(first.epochs())
         assert first.stop() == 0
-        assert feeding.is_alive(), "all events were sent before the first left"
+        assert feeder.is_alive(), "all events were sent before the first left"
         second.until(lambda: _all_higher(second.epochs(), epochs[-1]), "the second owns all")
-        feeding.join()
     second.until_committed()
     check_end_state(second, expected(films.events, space), space, USER_VERSION)
     assert second.read(second.dlq) == []

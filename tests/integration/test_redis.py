@@ -2,12 +2,11 @@
 
 import json
 import subprocess
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from pipeline import UEMB, Event, Pipeline, check_end_state, expected
+from pipeline import UEMB, Event, Pipeline, check_end_state, expected, feeding
 from redis_server import RedisServer
 
 from stream.config import load_settings
@@ -91,14 +90,11 @@ def test_a_killed_workers_partitions_are_taken_over(
     second.start()
     second.until(lambda: _all_higher(second.epochs(), alone), "both own partitions")
     shared = second.epochs()
-    with Feeder(first.bootstrap, first.topics) as feeder:
-        feeding = threading.Thread(target=feeder.send, args=(films.events[:EVENTS],), kwargs={"rate": 2_000})
-        feeding.start()
+    with feeding(first, films.events[:EVENTS], 2_000) as feeder:
         second.until(lambda: len(second.read(second.output)) > EVENTS // 10, "events flow")
         first.kill()
-        assert feeding.is_alive(), "all events were sent before the kill"
+        assert feeder.is_alive(), "all events were sent before the kill"
         second.until(lambda: _all_higher(second.epochs(), shared), "the second owns all")
-        feeding.join()
     second.until_committed()
     check_end_state(second, expected(events, space), space, USER_VERSION)
     assert second.read(second.dlq) == []
