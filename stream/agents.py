@@ -115,8 +115,7 @@ class BatchProcessor:
         self._on_stage = on_stage
         self._read_again = read_again
         self._chain = DeliveryChain()
-        self._processing = False
-        self._awaited: dict[tuple[str, int], tuple[int, int]] = {}
+        self._awaited: dict[tuple[str, int], tuple[tuple[int, int], int]] = {}
         self.probation = Probation(mark_durable)
 
     def give_up(self, seeks: int) -> list[Owned]:
@@ -129,25 +128,33 @@ class BatchProcessor:
 
     async def process(self, batch: RecordBatch) -> None:
         """Process a batch that Faust delivered; returns when it is queued, not when it is durable."""
-        self._processing = True
         try:
             if self._chain.check(batch):
                 await self.step(batch)
         except BatchMissing as missing:
             await self._read_again(batch.topic, batch.partition, missing.due, batch.seeks)
-        finally:
-            self._processing = False
 
-    async def look_for_missing(self, given_out: Mapping[tuple[str, int], GivenOut]) -> None:
-        """Have read again what the client gave out and had not arrived at the last call either; call it every second.
+    async def look_for_missing(
+        self, given_out: Mapping[tuple[str, int], GivenOut], fetches: int, *, buffered: bool
+    ) -> None:
+        """Have read again what is on its way no more and has not arrived; call it every second or so.
 
-        Who is busy gets it in time. Without this, a batch that is lost would be missed at the next event only.
+        A batch that is lost would be missed at the partition's next event only, without this.
+
+        Args:
+            given_out: what the client gave out of each partition.
+            fetches: how many fetches were begun; each begins when all of the one before is handed on.
+            buffered: whether anything waits to be processed.
         """
-        due = {place: self._chain.due(*place, given) for place, given in given_out.items()}
-        awaited = {place: (given_out[place].seeks, at) for place, at in due.items() if at is not None}
-        before, self._awaited = self._awaited, {} if self._processing else awaited
-        for (topic, partition), (seeks, at) in self._awaited.items():
-            if before.get((topic, partition)) == (seeks, at):
+        awaited = {}
+        for place, given in given_out.items():
+            if (at := self._chain.due(*place, given)) is not None:
+                what = (given.seeks, at)
+                first_missed, since = self._awaited.get(place, (what, fetches))
+                awaited[place] = (what, since if first_missed == what else fetches)
+        self._awaited = awaited
+        for (topic, partition), ((seeks, at), since) in awaited.items():
+            if fetches > since and not buffered:
                 await self._read_again(topic, partition, at, seeks)
 
     async def step(self, batch: RecordBatch) -> None:

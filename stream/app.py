@@ -66,6 +66,7 @@ class EmbeddingApp(faust.App):
         self._rollout: Rollout | None = None
         self._topics = Prepared(settings.partitions, settings.partitions, administered=True, largest_dim=0)
         self._watch: TopicWatch | None = None
+        self._stream: Any = None
         self._partitions: Partitions | None = None
         self.lanes = Lanes(self.crash)
         self.processor = BatchProcessor(
@@ -229,6 +230,7 @@ class EmbeddingApp(faust.App):
     # -- running --------------------------------------------------------------------------------------------------
 
     async def _embed(self, stream: Any) -> None:
+        self._stream = stream
         try:
             async for batch in stream:
                 await self.processor.process(batch)
@@ -242,11 +244,16 @@ class EmbeddingApp(faust.App):
             if self.should_stop:  # which ends a sleep: the partitions are being given up
                 return
             try:
-                await self.processor.look_for_missing(self.consumer.given_out())
+                await self._look_for_missing()
                 await self._required_partitions.heartbeat()
             except Exception as exc:  # noqa: BLE001 - a store that can't be written stops the worker
                 if not self.should_stop:  # else the store was closed under the last heartbeat, which nobody needs
                     await self.crash(exc)
+
+    async def _look_for_missing(self) -> None:
+        if self._stream is not None:
+            consumer, buffered = self.consumer, not self._stream.channel.queue.empty()
+            await self.processor.look_for_missing(consumer.given_out(), consumer.fetches, buffered=buffered)
 
     async def _watch_topics(self, watch: TopicWatch) -> None:
         while not self.should_stop:

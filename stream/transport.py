@@ -216,6 +216,7 @@ class Consumer(driver.Consumer):
         self._durable: dict[TP, int] = {}
         self._runs: dict[TP, Run] = {}
         self._seeks = 0
+        self.fetches = 0
         self._commits_failed = False
         super().__init__(*args, **kwargs)
 
@@ -244,6 +245,7 @@ class Consumer(driver.Consumer):
         """Fetch from the broker; yield one message for each batch, partitions in turns."""
         if not self.flow_active:
             await self.wait(self.can_resume_flow)
+        self.fetches += 1
         try:
             fetched, _ = await self._wait_next_records(timeout)
         except NoOffsetForPartitionError:

@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from topic_admin import add_partitions, delete_records, recreate_topic
 from stream.dataset import Dataset
 from stream.feed import Feeder
 from stream.topic_watch import WATCH_S
+from stream.transport import FETCH_MAX_WAIT_MS
 
 EVENTS = 6_000
 LOSSES = 8
@@ -48,6 +50,7 @@ def frozen(films: Dataset, kafka: KafkaBroker, make_pipeline: Callable[..., Pipe
         pipeline.until_committed()
         assert pipeline.process is not None
         pipeline.process.send_signal(signal.SIGSTOP)
+        time.sleep(50 * FETCH_MAX_WAIT_MS / 1000)  # a fetch that waits at the broker would take the first of them
         feeder.send(films.events[1_000:2_000])
     return pipeline
 

@@ -66,7 +66,7 @@ class Flow(Consumer):
     should_stop = False
 
     def __init__(self) -> None:
-        self._seeks = 0
+        self._seeks = self.fetches = 0
         self._runs = {}
         self._durable = {}
         self._read_offset, self._committed_offset = {}, {}
