@@ -207,6 +207,9 @@ class App:
     async def sleep(self, seconds: float) -> None:
         self.should_stop = self._stopped_by == "sleep"
 
+    async def _look_for_missing(self) -> None:
+        """Nothing is missing."""
+
     async def heartbeat(self) -> None:
         self.beats += 1
         self.should_stop = self._stopped_by == "heartbeat"
