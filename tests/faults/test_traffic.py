@@ -11,6 +11,7 @@ from stream.dataset import Dataset
 
 EVENTS = 8_000
 LARGEST = 10_000  # bytes of a bad value; larger ones have tests of their own
+PLAIN_AT_LAST = 400
 
 
 def test_traffic_of_all_kinds_with_a_kill_in_the_middle(films: Dataset, make_pipeline: Callable[..., Pipeline]) -> None:
@@ -46,9 +47,10 @@ def test_traffic_of_all_kinds_with_a_kill_in_the_middle(films: Dataset, make_pip
 
     def send(messages: list[tuple[str, bytes, bytes]]) -> None:
         nonlocal bad
-        for topic, user, value in messages:
+        for n, (topic, user, value) in enumerate(messages):
             sender.send(pipeline.topics[topic], user, value)
-            if rng.random() < 0.25:  # a fifth of all
+            # A fifth of all; but no partition may end in the marker of a transaction, which no commit ever covers.
+            if n < len(messages) - PLAIN_AT_LAST and rng.random() < 0.25:
                 bad += 1
                 if rng.random() < 0.1:
                     future = event(user_id=user.decode(), ts=NOW_MS + 60 * MINUTE_MS)
