@@ -4,17 +4,17 @@ import difflib
 import logging
 import os
 import re
+import ssl
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field, SecretStr, ValidationError, field_serializer, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from stream.config_text import pairs, seconds
-from stream.encoders import VersionedEncoder, make_encoder
+from stream.core.encoders import VersionedEncoder, make_encoder
+from stream.core.events import FIELDS, EventRules, TsUnit
 from stream.errors import ConfigError
-from stream.events import FIELDS, EventRules
 from stream.kv.urls import masked_kv_url, parse_kv_url
 
 log = logging.getLogger(__name__)
@@ -22,8 +22,12 @@ log = logging.getLogger(__name__)
 _TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
 ENV_PREFIX: Final = "UEMB_"
 MAX_TYPE_CODE: Final = 16_383
+#: Ends the name of an application's status topic.
+ITEM_STATUS: Final = "-item-status"
 #: From here on two names are alike; others with our prefix may be somebody's own, as those of a compose file are.
 _ALIKE: Final = 0.8
+_DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)([smhd]?)")
+_SECONDS: Final = {"": 1, "s": 1, "m": 60, "h": 3_600, "d": 86_400}
 _DATA: Final = Path("~/.local/share/user-embedding-stream")
 
 Topics = Annotated[tuple[str, ...], NoDecode]
@@ -46,6 +50,9 @@ class Settings(BaseSettings):
     sasl_username: str | None = Field(None, description="SASL user")
     sasl_password: SecretStr | None = Field(None, description="SASL password")
     ssl_cafile: Path | None = Field(None, description="CA certificates (PEM) to check the brokers against")
+    ssl_certfile: Path | None = Field(None, description="this client's certificate (PEM), where brokers demand one")
+    ssl_keyfile: Path | None = Field(None, description="its private key (PEM)")
+    ssl_key_password: SecretStr | None = Field(None, description="what the key is encrypted with")
     app_id: str = Field("user-embeddings", description="consumer group and owner of the key-value store")
     partitions: int = Field(4, ge=1, le=10_000, description="partitions of topics that the worker creates")
     replication_factor: int = Field(-1, ge=-1, description="replicas of topics that the worker creates; -1: broker's")
@@ -65,7 +72,7 @@ class Settings(BaseSettings):
 
     # events
     event_fields: Mapped = Field({}, description="field mapping, user_id=uid,item_id=product.id,type=event,ts=at")
-    event_ts_unit: Literal["ms", "s", "iso8601"] = Field("ms", description="unit of the event's time field")
+    event_ts_unit: TsUnit = Field("ms", description="unit of the event's time field")
     event_type_by_topic: Mapped = Field({}, description="topic=type,… for topics whose events have no type field")
     event_types: Codes = Field({"view": 1, "like": 2}, description="admitted types with permanent codes, view:1,like:2")
     ignored_types: Topics = Field((), description="types that are valid but never admitted to a history")
@@ -84,6 +91,9 @@ class Settings(BaseSettings):
     type_weights: Numbers = Field({}, description="factor per type, like=2.0; types not listed weigh 1")
     user_version: str | None = Field(None, description="alias of the user-embedding version; default is its hash")
     items: Path | None = Field(None, description="item space folder that is served")
+    items_timeout_s: float = Field(
+        600.0, gt=0, le=86_400, description="a worker refuses a folder not loaded in so long"
+    )
     publish: Literal["all", "latest"] = Field("all", description="one record per applied event, or per batch and user")
     output_format: Literal["avro", "json"] = Field("avro", description="format on the output topic")
 
@@ -107,12 +117,12 @@ class Settings(BaseSettings):
     @field_validator("event_fields", "event_type_by_topic", "encoder_params", "type_weights", mode="before")
     @classmethod
     def _equals(cls, value: object) -> object:
-        return pairs(value, "=")
+        return _pairs(value, "=")
 
     @field_validator("event_types", mode="before")
     @classmethod
     def _colons(cls, value: object) -> object:
-        return pairs(value, ":")
+        return _pairs(value, ":")
 
     @field_validator("items", mode="before")
     @classmethod
@@ -123,7 +133,7 @@ class Settings(BaseSettings):
     @classmethod
     def _duration(cls, value: object) -> object:
         if isinstance(value, str):
-            return seconds(value) if value.strip() else None
+            return _seconds(value) if value.strip() else None
         return value
 
     @field_validator("cache_dir", "state_dir", "items", mode="after")
@@ -190,6 +200,12 @@ class Settings(BaseSettings):
         if unknown := set(self.event_fields) - set(FIELDS):
             msg = f"UEMB_EVENT_FIELDS maps {', '.join(FIELDS)}; it can't map {sorted(unknown)[0]!r}"
             raise ValueError(msg)
+        try:
+            for topic in self.event_topics:
+                self.rules.paths(topic)
+        except ValueError as exc:
+            msg = f"UEMB_EVENT_FIELDS: {exc}"
+            raise ValueError(msg) from exc
         if unknown := set(self.event_type_by_topic) - set(self.event_topics):
             msg = f"UEMB_EVENT_TYPE_BY_TOPIC names {sorted(unknown)[0]!r}, which is not among UEMB_EVENT_TOPICS"
             raise ValueError(msg)
@@ -274,39 +290,73 @@ class Settings(BaseSettings):
     @property
     def item_status_topic(self) -> str:
         """How far each partition is with each item version (compacted)."""
-        return f"{self.app_id}-item-status"
+        return f"{self.app_id}{ITEM_STATUS}"
 
-    @property
-    def kafka_client(self) -> dict[str, Any]:
-        """Connection arguments of an aiokafka client."""
-        import ssl
+    def tls_context(self) -> ssl.SSLContext | None:
+        """What certificates are checked and shown with; None where the brokers speak no TLS.
 
-        client: dict[str, Any] = {
-            "bootstrap_servers": self.bootstrap_servers,
-            "security_protocol": self.security_protocol,
-        }
-        if self.security_protocol.endswith("SSL"):
-            client["ssl_context"] = ssl.create_default_context(cafile=self.ssl_cafile)
-        if self.security_protocol.startswith("SASL"):
-            client["sasl_mechanism"] = self.sasl_mechanism
-            client["sasl_plain_username"] = self.sasl_username
-            client["sasl_plain_password"] = self.sasl_password.get_secret_value() if self.sasl_password else None
-        return client
+        Raises:
+            ConfigError: a file of certificates can't be used.
+        """
+        if not self.security_protocol.endswith("SSL"):
+            return None
+        try:
+            context = ssl.create_default_context(cafile=self.ssl_cafile)
+        except OSError as exc:  # ssl.SSLError too
+            msg = _unusable("ssl_cafile", self.ssl_cafile, exc, "no certificate in PEM is in it")
+            raise ConfigError(msg) from exc
+        if self.ssl_certfile is None:
+            return context
+        password = self.ssl_key_password.get_secret_value() if self.ssl_key_password else ""
+        try:
+            context.load_cert_chain(self.ssl_certfile, self.ssl_keyfile, lambda: password)
+        except ssl.SSLError as exc:
+            what = "no certificate and key in PEM that belong together, or UEMB_SSL_KEY_PASSWORD is wrong"
+            raise ConfigError(_unusable("ssl_certfile", self.ssl_certfile, exc, what)) from exc
+        except OSError as exc:
+            there = self.ssl_keyfile is None or self.ssl_keyfile.is_file()
+            name, path = ("ssl_certfile", self.ssl_certfile) if there else ("ssl_keyfile", self.ssl_keyfile)
+            raise ConfigError(_unusable(name, path, exc, "")) from exc
+        return context
 
-    @property
-    def librdkafka_client(self) -> dict[str, Any]:
-        """The same for a librdkafka client."""
-        client: dict[str, Any] = {
-            "bootstrap.servers": self.bootstrap_servers,
-            "security.protocol": self.security_protocol,
-        }
-        if self.ssl_cafile is not None:
-            client["ssl.ca.location"] = str(self.ssl_cafile)
-        if self.security_protocol.startswith("SASL"):
-            client["sasl.mechanism"] = self.sasl_mechanism
-            client["sasl.username"] = self.sasl_username
-            client["sasl.password"] = self.sasl_password.get_secret_value() if self.sasl_password else None
-        return client
+
+def _pairs(value: object, separator: str) -> object:
+    """A mapping from a text like ``a:1,b:2``; what is no text stays as it is.
+
+    Raises:
+        ValueError: the text is none like that, or names something twice.
+    """
+    if not isinstance(value, str):
+        return value
+    out: dict[str, str] = {}
+    for part in filter(None, (p.strip() for p in value.split(","))):
+        name, found, rest = part.partition(separator)
+        if not found or not name.strip() or not rest.strip():
+            msg = f"write name{separator}value, separated by commas"
+            raise ValueError(msg)
+        if name.strip() in out:
+            msg = f"{name.strip()} is given twice"
+            raise ValueError(msg)
+        out[name.strip()] = rest.strip()
+    return out
+
+
+def _seconds(text: str) -> float:
+    """Seconds that a text like ``30d``, ``36h`` or ``90`` stands for.
+
+    Raises:
+        ValueError: it stands for none.
+    """
+    found = _DURATION.fullmatch(text.strip())
+    if found is None:
+        msg = "write seconds, or a number with s, m, h or d, like 30d"
+        raise ValueError(msg)
+    return float(found[1]) * _SECONDS[found[2]]
+
+
+def _unusable(setting: str, path: Path | None, exc: OSError, what: str) -> str:
+    why = what if isinstance(exc, ssl.SSLError) else exc.strerror
+    return f"{ENV_PREFIX}{setting.upper()} {path} can't be used: {why}"
 
 
 def load_settings(**overrides: object) -> Settings:

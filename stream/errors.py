@@ -2,7 +2,8 @@
 
 UembError
 ├── ConfigError            a setting or an argument is wrong; exit 2, nothing was started
-│   └── TopicMismatch      topics disagree with the application (partition counts, limits, policies)
+│   ├── TopicMismatch      topics disagree with the application (partition counts, limits, policies)
+│   └── NotAllowed         the brokers' access lists lack a grant
 ├── ItemSpaceError         an item-vector folder is missing, damaged or of another version
 ├── StateError             stored state does not belong to this configuration, or can't be read
 │   └── StateDamaged       local state is damaged; the next start wipes and restores it
@@ -15,7 +16,7 @@ UembError
     ├── StorePartlyDown    some servers of a cluster can't be read; it has what the others gave
     └── StoreLost          the store was wiped or set back under its writer; claim the partition and rebuild it
 
-UnknownItemError(IndexError)   an item index outside the item space (public functions of `stream.embedding`)
+UnknownItemError(IndexError)   an item index outside the item space (public functions of `stream.core.formulas`)
 """
 
 
@@ -34,6 +35,19 @@ class ConfigError(UembError):
 
 class TopicMismatch(ConfigError):
     """Topics on the broker disagree with the application."""
+
+
+class NotAllowed(ConfigError):
+    """The brokers' access lists lack a grant.
+
+    Args:
+        name: of the thing; or all that is missing, with its operations, where that is more.
+        to: operation and kind of thing, as in ``Read topic``.
+    """
+
+    def __init__(self, name: str, *, to: str = "") -> None:
+        missing = f"{to} {name}".strip()
+        super().__init__(f"not allowed to {missing}; grant it to this client's user (see `uemb acl`)")
 
 
 class ItemSpaceError(UembError):
@@ -109,3 +123,8 @@ class StoreLost(StoreError):
 
 class UnknownItemError(IndexError):
     """An item index is negative or beyond the item matrix."""
+
+
+def way_on(partitions: int) -> str:
+    """What to do where topics have grown to so many partitions, or a repartition was cut short."""
+    return f"stop all workers, then run `uemb repartition --partitions {partitions}`"

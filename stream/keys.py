@@ -23,6 +23,9 @@ _VERSION = re.compile(r"[A-Za-z0-9._-]{1,64}")
 def canonical_id(value: int | str) -> str:
     """Return the one text under which an id is known; ``5`` and ``"5"`` are the same id.
 
+    >>> canonical_id(5), canonical_id("5"), canonical_id("05")
+    ('5', '5', '05')
+
     Args:
         value: a 64-bit signed integer, or a text of 1-256 UTF-8 bytes without control characters.
 
@@ -81,12 +84,20 @@ def murmur2(data: bytes) -> int:
 
 
 def partition_of(key: bytes, partitions: int) -> int:
-    """Return the partition that owns `key` among `partitions`, as Java's and aiokafka's default partitioner do."""
+    """Return the partition that owns `key` among `partitions`, as Java's and aiokafka's default partitioner do.
+
+    >>> [partition_of(user, 12) for user in (b"1", b"42", b"anna")]
+    [3, 4, 7]
+    """
     return (murmur2(key) & 0x7FFFFFFF) % partitions
 
 
 def user_cache_key(user_id: int | str, item_emb_version: str, user_emb_version: str) -> str:
-    """Key of one user's vector in the key-value store and on the output topic (seed §6)."""
+    """Key of one user's vector in the key-value store and on the output topic (seed §6).
+
+    >>> user_cache_key(42, "films_v1", "mix-edd8f311")
+    'uemb:mix-edd8f311:films_v1:42'
+    """
     return f"uemb:{user_emb_version}:{item_emb_version}:{user_id}"
 
 
@@ -106,7 +117,7 @@ def epoch_key(partition: int) -> str:
 
 
 def watermark_key(partition: int) -> str:
-    """Key of a partition's progress record."""
+    """Key of a partition's watermark."""
     return f"uemb:watermark:{partition}"
 
 

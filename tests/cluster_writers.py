@@ -1,18 +1,21 @@
 """Writers on a real cluster as a worker uses them, and what they write."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TypeVar
 
 import pytest
 from kv_entries import entry
 from redis_cluster import RedisCluster
 
+from stream.core.records import kv_prefix
 from stream.errors import StoreError, StoreLost
 from stream.keys import epoch_key, watermark_key
-from stream.kv.base import Meta
-from stream.kv.redis_cluster import ClusterKV
+from stream.kv.protocol import Meta
+from stream.kv.redis.cluster_writer import ClusterKV
 from stream.kv.urls import RedisAddress, parse_kv_url
-from stream.records import kv_prefix
+
+_Answer = TypeVar("_Answer")
 
 CLAIM = epoch_key(0).encode()
 WATERMARK = watermark_key(0).encode()
@@ -55,13 +58,20 @@ async def put(kv: ClusterKV, epoch: int, revision: int) -> int:
 
 async def insist(kv: ClusterKV, epoch: int, revision: int) -> None:
     """Write as a worker does, which waits for a store that is away."""
+    await _patiently(lambda: put(kv, epoch, revision))
+
+
+async def entries(kv: ClusterKV) -> list[bytes | None]:
+    """Entries of all keys, read as patiently."""
+    return await _patiently(lambda: kv.get(0, KEYS))
+
+
+async def _patiently(call: Callable[[], Awaitable[_Answer]]) -> _Answer:
     for _ in range(200):
         try:
-            await put(kv, epoch, revision)
+            return await call()
         except StoreLost:
             raise
         except StoreError:
             await asyncio.sleep(0.05)
-        else:
-            return
     raise AssertionError("the store stayed away")

@@ -1,5 +1,6 @@
 """What all tests share: one Kafka per run, names of their own, and a run that can forbid skips."""
 
+import logging
 import os
 import re
 import shutil
@@ -8,14 +9,16 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pytest
 from hypothesis import settings
-from kafka_broker import KafkaBroker, why_unavailable
+from kafka_broker import KafkaBroker, shared_broker, why_unavailable
 from redis_cluster import RedisCluster
 from redis_server import RedisServer, why_no_redis
+from xdist.scheduler import LoadScopeScheduling
 
 pytest_plugins = ["cluster_writers", "pipeline_fixtures"]
 
@@ -23,14 +26,36 @@ pytest_plugins = ["cluster_writers", "pipeline_fixtures"]
 ON_REQUEST: Final = ("slow", "bench")
 _left_out: Final = pytest.StashKey[Counter[str]]()
 
+# A worker's start is mostly imports: no process of a run should compile our modules anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 settings.register_profile("default", max_examples=50, deadline=None)
 settings.register_profile("ci", settings.get_profile("default"), derandomize=True, database=None, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
 @pytest.fixture(scope="session")
-def kafka() -> Iterator[KafkaBroker]:
-    """A real Kafka at `.bootstrap`, started with the first test that asks for it."""
+def shared_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """The folder of this run, of all its processes."""
+    base = tmp_path_factory.getbasetemp()
+    return base if worker_id == "master" else base.parent
+
+
+@pytest.fixture(scope="session")
+def kafka(shared_folder: Path) -> Iterator[KafkaBroker]:
+    """A real Kafka at `.bootstrap`, one for the whole run, started with the first test that asks for it."""
+    if reason := why_unavailable():
+        pytest.skip(reason)
+    if os.environ.get("KAFKA_BOOTSTRAP_SERVERS"):
+        yield KafkaBroker()
+        return
+    with shared_broker(shared_folder) as broker:
+        yield broker
+
+
+@pytest.fixture(scope="session")
+def own_kafka() -> Iterator[KafkaBroker]:
+    """A real Kafka that tests may pause, stop and break; one for each process of a run."""
     if reason := why_unavailable():
         pytest.skip(reason)
     with KafkaBroker() as broker:
@@ -91,16 +116,54 @@ def certificate(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _broker_runs_again(request: pytest.FixtureRequest) -> Iterator[None]:
-    broker: KafkaBroker | None = request.getfixturevalue("kafka") if "kafka" in request.fixturenames else None
+    broker: KafkaBroker | None = request.getfixturevalue("own_kafka") if "own_kafka" in request.fixturenames else None
     yield
     if broker is not None:
         broker.restore()
+
+
+@pytest.fixture(autouse=True)
+def _loggers_as_they_were() -> Iterator[None]:
+    """A command that is run in this process leaves its levels behind."""
+    loggers = [logging.getLogger(name) for name in ("stream", "aiokafka", "aiokafka.conn", "faust", "mode")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture
 def unique() -> str:
     """A prefix for topics, groups and application ids that no other test has."""
     return f"t{uuid.uuid4().hex[:10]}"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Begin with what takes longest, which is collected first: what is short fills the end of a run."""
+    config.option.loadscopereorder = False
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Processes of ``-n auto``: most of a test with a broker is waiting."""
+    return 3 * len(os.sched_getaffinity(0))
+
+
+class Scheduling(LoadScopeScheduling):
+    """The tests of a file go to one process, but for those with servers that share nothing: where there is room."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::")[0]
+        return nodeid if _shares_nothing(self.config.rootpath / file) else file
+
+
+@cache
+def _shares_nothing(file: Path) -> bool:
+    return file.parent.name in ("faults", "integration") and 'scope="module"' not in file.read_text()
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    """Tests that wait side by side, and none that waits for another of its file without need."""
+    return Scheduling(config, log)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -110,7 +173,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     out: list[pytest.Item] = []
     counts: Counter[str] = Counter()
     for item in items:
-        if "kafka" in getattr(item, "fixturenames", ()):
+        if {"kafka", "own_kafka"}.intersection(getattr(item, "fixturenames", ())):
             item.add_marker("kafka")
         if {"make_redis", "shared_cluster"}.intersection(getattr(item, "fixturenames", ())):
             item.add_marker("redis")

@@ -10,10 +10,18 @@ _CHUNK: Final = 1 << 16
 
 
 class HalfOpenProxy:
-    """Passes bytes on to a port of this machine."""
+    """Passes bytes on to a port of this machine.
+
+    Attributes:
+        target: the port; connections that come later go where it says then.
+        port: where it listens.
+        accepted: connections that were passed on.
+        hang_up_on: how many of the next connections are closed at once.
+        lost: answers that were kept back.
+    """
 
     def __init__(self, port: int) -> None:
-        self._target = ("127.0.0.1", port)
+        self.target = port
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self._dead = threading.Event()
@@ -21,6 +29,7 @@ class HalfOpenProxy:
         self._threads = [threading.Thread(target=self._accept)]
         self._threads[0].start()
         self.accepted = 0
+        self.hang_up_on = 0
         self._lose: bytes | None = None
         self.lost = 0
 
@@ -48,7 +57,11 @@ class HalfOpenProxy:
         while True:
             try:
                 near, _ = self._listener.accept()
-                far = socket.create_connection(self._target)
+                if self.hang_up_on:
+                    self.hang_up_on -= 1
+                    near.close()
+                    continue
+                far = socket.create_connection(("127.0.0.1", self.target))
             except OSError:
                 return
             self.accepted += 1

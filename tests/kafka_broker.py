@@ -6,6 +6,7 @@
 
 import atexit
 import contextlib
+import fcntl
 import os
 import random
 import re
@@ -13,10 +14,11 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -29,6 +31,8 @@ MIN_JAVA: Final = 17
 MAVEN_TIMEOUT_S: Final = 200.0
 START_TIMEOUT_S: Final = 90.0
 STOP_TIMEOUT_S: Final = 30.0
+#: Less work before a broker serves, and on the whole for one that lives minutes.
+_QUICK_JAVA: Final = ("-Xshare:auto", "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC")
 #: Below the range from which the system takes the local ports of outgoing connections: a client that retries a stopped
 #: broker's port from that very port would connect to itself, and the broker could not have its port back.
 PORTS: Final = range(15_000, 32_000)
@@ -54,10 +58,11 @@ _POM: Final = f"""\
 _PROPERTIES: Final = """\
 process.roles=broker,controller
 node.id=1
-listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller_port}
-advertised.listeners=PLAINTEXT://127.0.0.1:{port}
+listeners={listeners},CONTROLLER://127.0.0.1:{controller_port}
+advertised.listeners={listeners}
 controller.listener.names=CONTROLLER
-listener.security.protocol.map=CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT
+listener.security.protocol.map=CONTROLLER:PLAINTEXT,{protocols}
+inter.broker.listener.name=PLAINTEXT
 controller.quorum.bootstrap.servers=127.0.0.1:{controller_port}
 log.dirs={data}
 auto.create.topics.enable=false
@@ -122,21 +127,36 @@ class KafkaBroker:
     Its methods block; in an async test call them through `asyncio.to_thread` where clients must go on meanwhile.
     """
 
-    def __init__(self, properties: Mapping[str, str] | None = None) -> None:
-        """Start it; `properties` are settings beside the usual ones, and never a running broker's."""
-        self.external: Final = bool(_external()) and not properties
+    def __init__(
+        self,
+        properties: Mapping[str, str] | None = None,
+        *,
+        listeners: Mapping[str, str] | None = None,
+        bootstrap: str = "",
+    ) -> None:
+        """Start it, or stand for the running one at `bootstrap`.
+
+        Args:
+            properties: settings beside the usual ones, and never a running broker's.
+            listeners: names and protocols of listeners beside PLAINTEXT; `at` has their addresses.
+            bootstrap: address of a broker that runs.
+        """
+        running = bootstrap or ("" if properties else _external())
+        self.external: Final = bool(running)
+        self._protocols: Final = {"PLAINTEXT": "PLAINTEXT", **(listeners or {})}
+        self.at: dict[str, str] = {}
         self._more: Final = "".join(f"{name}={value}\n" for name, value in (properties or {}).items())
         self._process: subprocess.Popen[bytes] | None = None
         self._guard: subprocess.Popen[bytes] | None = None
         self._paused = False
         if self.external:
-            self.bootstrap = _external()
+            self.bootstrap = running
             _wait_until(lambda: _answers(self.bootstrap), START_TIMEOUT_S, f"no Kafka answers at {self.bootstrap}")
             return
         libs = kafka_jars()
         self._dir = Path(tempfile.mkdtemp(prefix="kafka-test-"))
         self.log: Final = self._dir / "kafka.log"
-        self._java: Final = [shutil.which("java") or "java", "-Xmx1g", "-Xshare:auto", "-cp", f"{libs}/*"]
+        self._java: Final = [shutil.which("java") or "java", "-Xmx1g", *_QUICK_JAVA, "-cp", f"{libs}/*"]
         atexit.register(self.close)
         try:
             self._first_start()
@@ -216,10 +236,16 @@ class KafkaBroker:
 
     def _first_start(self) -> None:
         for attempt in range(3):
-            port, controller_port = free_ports(2)
-            self.bootstrap = f"127.0.0.1:{port}"
+            controller_port, *ports = free_ports(1 + len(self._protocols))
+            self.at = {name: f"127.0.0.1:{port}" for name, port in zip(self._protocols, ports, strict=True)}
+            self.bootstrap = self.at["PLAINTEXT"]
             data, properties = self._dir / f"data-{attempt}", self._dir / "server.properties"
-            settings = _PROPERTIES.format(port=port, controller_port=controller_port, data=data)
+            settings = _PROPERTIES.format(
+                listeners=",".join(f"{name}://{address}" for name, address in self.at.items()),
+                protocols=",".join(f"{name}:{protocol}" for name, protocol in self._protocols.items()),
+                controller_port=controller_port,
+                data=data,
+            )
             properties.write_text(settings + self._more)
             tool = [*self._java, "kafka.tools.StorageTool", "format", "--standalone", "-t", _cluster_id()]
             _run([*tool, "-c", str(properties)], timeout_s=START_TIMEOUT_S)
@@ -283,11 +309,47 @@ class KafkaBroker:
 
     def _ours(self, what: str) -> None:
         if self.external:
-            msg = f"won't {what} the broker at KAFKA_BOOTSTRAP_SERVERS: it is not ours; skip where `kafka.external`"
+            msg = f"won't {what} the broker at {self.bootstrap}: it is shared; take `own_kafka`"
             raise BrokerError(msg)
 
     def _last_words(self) -> str:
         return f"; the end of its log:\n{_tail(self.log.read_text(errors='replace'))}"
+
+
+@contextlib.contextmanager
+def shared_broker(folder: Path) -> Iterator[KafkaBroker]:
+    """The one broker of all processes that name the same folder; it ends with the last of them, in whatever way.
+
+    Each holds a lock on a file while it uses the broker; a process of the broker's own waits for all to be given up.
+    """
+    with (folder / "starting").open("w") as starting, (folder / "users").open("w") as users:
+        fcntl.flock(starting, fcntl.LOCK_EX)
+        fcntl.flock(users, fcntl.LOCK_SH)
+        address = folder / "bootstrap"
+        if not address.exists():
+            log = os.open(folder / "broker.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            command = [sys.executable, __file__, str(folder)]  # no Popen: it outlives this process, perhaps
+            outputs = [(os.POSIX_SPAWN_DUP2, log, 1), (os.POSIX_SPAWN_DUP2, log, 2)]
+            keeper = os.posix_spawn(command[0], command, os.environ, file_actions=outputs, setsid=True)
+            os.close(log)
+
+            def up_or_ended() -> bool:
+                return address.exists() or os.waitpid(keeper, os.WNOHANG) != (0, 0)
+
+            _wait_until(up_or_ended, MAVEN_TIMEOUT_S + 2 * START_TIMEOUT_S, "the shared broker did not start")
+            if not address.exists():
+                raise BrokerError((folder / "broker.log").read_text())
+        fcntl.flock(starting, fcntl.LOCK_UN)
+        yield KafkaBroker(bootstrap=address.read_text())
+
+
+def _keep(folder: Path) -> None:
+    """Run the broker of a folder until nobody uses it."""
+    with KafkaBroker() as broker, (folder / "users").open("w") as users:
+        (folder / "bootstrap.new").write_text(broker.bootstrap)
+        (folder / "bootstrap.new").rename(folder / "bootstrap")
+        fcntl.flock(users, fcntl.LOCK_EX)
+        (folder / "bootstrap").unlink()
 
 
 def _external() -> str:
@@ -405,3 +467,7 @@ def _wait_until(done: Callable[[], bool], timeout_s: float, complaint: str) -> N
         if time.monotonic() > deadline:
             raise BrokerError(complaint)
         time.sleep(0.05)
+
+
+if __name__ == "__main__":
+    _keep(Path(sys.argv[1]))

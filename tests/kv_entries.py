@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-from stream.records import kv_prefix
+from stream.core.records import kv_prefix
 
 
 def entry(epoch: int, revision: int, body: bytes = b"body") -> bytes:
@@ -11,7 +11,7 @@ def entry(epoch: int, revision: int, body: bytes = b"body") -> bytes:
     return kv_prefix(epoch, revision) + body
 
 
-def eventually(check: Callable[[], bool], within_s: float = 3.0) -> None:
+def eventually(check: Callable[[], bool], within_s: float = 60.0) -> None:
     """Wait until `check` holds."""
     deadline = time.monotonic() + within_s
     while not check():

@@ -247,7 +247,7 @@ class Sender:
                 producer.begin_transaction()
             producer.produce(topic, value, key, headers=headers, timestamp=NOW_MS, on_delivery=delivered, **where)
             if transaction:
-                producer.flush(20)
+                producer.flush(60)
                 producer.commit_transaction(20) if how == "committed" else producer.abort_transaction(20)
         except KafkaException as exc:
             raise AssertionError(exc) from exc
@@ -256,7 +256,7 @@ class Sender:
     def flush(self) -> None:
         """Wait until all is acknowledged."""
         for producer in self._producers.values():
-            assert producer.flush(20) == 0
+            assert producer.flush(60) == 0
 
 
 def check_letter(letter: Message, kind: Kind, topic: str, sent: Sent) -> None:

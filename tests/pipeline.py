@@ -19,18 +19,20 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, Topi
 from confluent_kafka.admin import AdminClient
 from topic_admin import set_config
 
-from stream.dataset import EventRow
+from stream.config import load_settings
+from stream.core.events import EventRow
+from stream.core.records import decode, kv_entry
 from stream.errors import StoreError
-from stream.feed import Feeder
-from stream.items import ItemSpace
-from stream.keys import partition_of
-from stream.kv.base import KVReader
+from stream.feed.sender import Feeder
+from stream.items.space import ItemSpace
+from stream.keys import partition_of, user_cache_key
+from stream.kv.protocol import KVReader
 from stream.kv.stores import open_reader
-from stream.records import decode, kv_entry
 
 UEMB = [sys.executable, "-c", "from stream.cli import main; main()"]
 _KILLING_WORKER = Path(__file__).parent / "faults" / "killing_worker.py"
 _SLICE = 250
+_USER_VERSION = load_settings().versioned_encoder.version
 _COMING_BACK = (
     KafkaError.NOT_COORDINATOR,
     KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
@@ -97,6 +99,7 @@ class Pipeline:
     def start(self, command: Sequence[str] | None = None, **environment: str) -> None:
         """Start a worker; `command` replaces ``uemb worker``."""
         self._log_start = len(self.log.read_text(errors="replace")) if self.log.exists() else 0
+        self._before = self.epochs()  # the worker may be quicker than whoever asks for them later
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [*UEMB, "worker"] if command is None else list(command),
@@ -133,8 +136,8 @@ class Pipeline:
 
     # -- waiting --------------------------------------------------------------------------------------------------
 
-    def until(self, condition: Callable[[], bool], what: str, timeout_s: float = 60) -> None:
-        """Wait for a condition while the worker lives."""
+    def until(self, condition: Callable[[], bool], what: str, timeout_s: float = 180, every_s: float = 0.05) -> None:
+        """Wait for a condition, looked at `every_s`, while the worker lives."""
         deadline = time.monotonic() + timeout_s
         while not condition():
             assert self.process is not None
@@ -142,11 +145,11 @@ class Pipeline:
                 raise AssertionError(f"the worker ended ({self.process.returncode}) before {what}:\n{self.tail()}")
             if time.monotonic() > deadline:
                 raise AssertionError(f"not within {timeout_s} s: {what}\n{self.tail()}")
-            time.sleep(0.05)
+            time.sleep(every_s)
 
     def until_ready(self) -> None:
         """Wait until this run of the worker has claimed every partition."""
-        self.until_epochs_rise(self.epochs())
+        self.until_epochs_rise(self._before)
 
     def until_epochs_rise(self, before: Sequence[int]) -> list[int]:
         """Wait until every partition has a newer claim than `before`, as after each change of the group."""
@@ -164,10 +167,10 @@ class Pipeline:
         claims = dict(re.findall(r"partition (\d+): .*claimed epoch (\d+)", log))
         return [int(epoch) for _, epoch in sorted(claims.items())]
 
-    def until_committed(self, timeout_s: float = 90) -> None:
+    def until_committed(self, timeout_s: float = 180) -> None:
         """Wait until all input is committed, which means that all it caused is durable."""
         try:
-            self.until(lambda: self.lag() == 0, "all input is committed", timeout_s)
+            self.until(lambda: self.lag() == 0, "all input is committed", timeout_s, every_s=0.25)
         except AssertionError as exc:
             exc.add_note(f"committed, first and end of each input partition, or why not known: {self._seen}")
             raise
@@ -209,7 +212,7 @@ class Pipeline:
         """Write a record to partition 0 of a topic."""
         producer = Producer({"bootstrap.servers": self.bootstrap, "acks": "all", "log_level": 2})
         producer.produce(topic, value, key, partition=0)
-        assert producer.flush(20) == 0
+        assert producer.flush(60) == 0
 
     def length(self, topic: str) -> int:
         """Offsets that a topic has given out, markers of transactions included; quicker than reading it."""
@@ -302,6 +305,18 @@ class Pipeline:
         """Last record of each key of the output topic."""
         return {record.key().decode(): record.value() for record in self.read(self.output)}
 
+    def stored(self, users: Iterable[str]) -> dict[str, bytes | None]:
+        """Entries of users in the first item version, as another process reads them now."""
+        version = ItemSpace.load(self.environment["UEMB_ITEMS"]).version
+        return self.entries({user: user_cache_key(user, version, _USER_VERSION) for user in users})
+
+    def forget(self) -> None:
+        """Look at store and group anew, which have other partitions now."""
+        for opened in (self._store, self._group):
+            if opened is not None:
+                opened.close()
+        self._store = self._group = None
+
     def reader(self) -> KVReader:
         """The store, as another process sees it."""
         return open_reader(self.kv_url)
@@ -348,7 +363,7 @@ def erase(pipeline: Pipeline, rows: Iterable[EventRow]) -> None:
     for row in rows:
         value = json.dumps({"user_id": row.user_id, "ts": row.ts_ms}).encode()
         producer.produce(pipeline.deletions, value, row.user_id.encode())
-    assert producer.flush(20) == 0
+    assert producer.flush(60) == 0
 
 
 def seed() -> int:
@@ -368,7 +383,7 @@ def compact(pipeline: Pipeline) -> None:
 def delete_topics(bootstrap: str, prefix: str) -> None:
     """Remove a test's topics, so that a long run does not collect hundreds of partitions."""
     admin = AdminClient({"bootstrap.servers": bootstrap, "log_level": 0})
-    names = [name for name in admin.list_topics(timeout=10).topics if name.startswith(prefix)]
+    names = [name for name in admin.list_topics(timeout=60).topics if name.startswith(prefix)]
     for future in admin.delete_topics(names, operation_timeout=10).values() if names else ():
         future.exception()
 

@@ -1,5 +1,6 @@
 """Fixtures of tests that run workers: real data, learned item vectors, and a pipeline on the real Kafka."""
 
+import fcntl
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -7,10 +8,10 @@ import pytest
 from kafka_broker import KafkaBroker
 from pipeline import Pipeline, delete_topics
 
-from stream.dataset import Dataset, DatasetUnavailable
-from stream.itembuild import build_space
-from stream.items import ItemSpace
-from stream.movielens import movielens
+from stream.feed.dataset import Dataset, DatasetUnavailable
+from stream.feed.movielens import movielens
+from stream.items.space import ItemSpace
+from stream.learning.item_vectors import build_space
 
 
 @pytest.fixture(scope="session")
@@ -23,10 +24,13 @@ def films() -> Dataset:
 
 
 @pytest.fixture(scope="session")
-def item_folder(films: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Item vectors learned from the first 80 % of the films' stream."""
-    folder = tmp_path_factory.mktemp("items") / "v1"
-    build_space(films.events, folder, "films_v1")
+def item_folder(films: Dataset, shared_folder: Path) -> Path:
+    """Item vectors learned from the first 80 % of the films' stream; made once a run, never changed."""
+    folder = shared_folder / "items" / "v1"
+    with (shared_folder / "items.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            build_space(films.events, folder, "films_v1")
     return folder
 
 
@@ -50,7 +54,8 @@ def make_pipeline(
     yield make
     for pipeline in made:
         pipeline.close()
-    kafka.restore()
+    if not kafka.external:
+        kafka.restore()
     delete_topics(kafka.bootstrap, unique)
 
 

@@ -1,17 +1,18 @@
 """A store for readers that does as it is told, and the records that go into it."""
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from stream.embedding import Float32
+from stream.core.formulas import Float32
+from stream.core.records import EmbeddingRecord, encode, kv_prefix
 from stream.errors import StoreError
 from stream.keys import encoder_key, fallback_key, partition_of, user_cache_key
-from stream.kv.base import Meta, Serving
-from stream.records import EmbeddingRecord, encode, kv_prefix
-from stream.retrieval import UserEmbedding
+from stream.kv.protocol import Meta, Serving
+from stream.retrieval.answers import UserEmbedding
 
 DIM = 8
 PARTITIONS = 2
@@ -26,7 +27,18 @@ def unit(seed: int, dim: int = DIM) -> Float32:
 
 def record(user_id: str, item_version: str = ITEMS, **changes: object) -> EmbeddingRecord:
     plain = EmbeddingRecord(
-        user_id, 3, 17, "ok", "", 100, 2, 1_700_000_000_000, USER, item_version, unit(sum(user_id.encode())), 1.0
+        user_id=user_id,
+        epoch=3,
+        revision=17,
+        status="ok",
+        reason="",
+        history_len=100,
+        unknown_items=2,
+        as_of=1_700_000_000_000,
+        user_embedding_version=USER,
+        item_embedding_version=item_version,
+        vector=unit(sum(user_id.encode())),
+        norm=1.0,
     )
     return replace(plain, **changes)  # type: ignore[arg-type]
 
@@ -78,11 +90,25 @@ class FakeStore:
         self.broken = set(range(PARTITIONS))
 
 
-def eventually(check: Callable[[], bool], within_s: float = 3.0) -> None:
-    deadline = time.monotonic() + within_s
-    while not check():
-        assert time.monotonic() < deadline, "did not become true in time"
-        time.sleep(0.005)
+class Clock:
+    """Seconds that pass when the test says so."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Gate:
+    """Holds whoever comes until it is opened."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.held = 0
+
+    def __call__(self) -> None:
+        self.held += 1
+        assert self.open.wait(60), "nobody opened"
 
 
 def check_fallback(answer: UserEmbedding, reason: str, vector: Float32 = FALLBACK[ITEMS]) -> None:

@@ -1,8 +1,10 @@
 """A real Redis cluster for tests: some primaries, replicas if asked for, all on free ports of this machine."""
 
 import subprocess
+import tempfile
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -118,12 +120,25 @@ class RedisCluster:
 
     def reshard(self, source: int, target: int, slots: int) -> None:
         """Move slots with their keys from one primary to another, as an operator does."""
+        with self.resharding(source, target, slots) as moving:
+            moving.wait(120)
+
+    @contextmanager
+    def resharding(self, source: int, target: int, slots: int) -> Iterator["subprocess.Popen[bytes]"]:
+        """The same, under way: the process that does it, which is waited for at the end."""
         command = ["redis-cli", "--cluster", "reshard", f"127.0.0.1:{self.servers[0].port}", "--cluster-yes"]
         command += ["--cluster-from", self.node(source), "--cluster-to", self.node(target)]
-        ended = subprocess.run(
-            [*command, "--cluster-slots", str(slots)], capture_output=True, text=True, timeout=120, check=False
-        )
-        assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-2000:]
+        with (
+            tempfile.TemporaryFile() as said,
+            subprocess.Popen([*command, "--cluster-slots", str(slots)], stdout=said, stderr=said) as moving,
+        ):
+            try:
+                yield moving
+                moving.wait(120)
+            finally:
+                moving.kill()
+            said.seek(0)
+            assert moving.returncode == 0, said.read()[-2000:].decode()
 
     def close(self) -> None:
         """Kill all servers and remove their data; any number of times."""

@@ -12,15 +12,15 @@ from typing import NamedTuple
 import numpy as np
 from hypothesis import strategies as st
 
-from stream.batch import Record, StepResult
-from stream.encoders import VersionedEncoder
-from stream.engine import Engine
-from stream.events import EventRules
-from stream.history_codec import stored_order
-from stream.item_ids import ItemIds
-from stream.items import ItemSpace
+from stream.core.batch import Record, StepResult
+from stream.core.encoders import VersionedEncoder
+from stream.core.engine import Engine
+from stream.core.events import EventRules
+from stream.core.history_codec import stored_order
+from stream.core.records import decode, kv_entry
+from stream.items.ids import ItemIds
+from stream.items.space import ItemSpace
 from stream.keys import INT64_MAX, INT64_MIN
-from stream.records import decode, kv_entry
 
 T0 = 1_700_000_000_000
 MINUTE = 60_000

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from confluent_kafka import KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, NewPartitions, NewTopic
 
-_PATIENCE_S = 20
+_PATIENCE_S = 120
 
 
 def _client(bootstrap: str) -> AdminClient:
@@ -29,10 +29,10 @@ def delete_topic(bootstrap: str, topic: str) -> None:
     """Delete a topic, and wait until the broker knows it no more."""
     client = _client(bootstrap)
     deadline = time.monotonic() + _PATIENCE_S
-    while topic in client.list_topics(timeout=10).topics:
+    while topic in client.list_topics(timeout=60).topics:
         assert time.monotonic() < deadline
         try:
-            client.delete_topics([topic], operation_timeout=10)[topic].result()
+            client.delete_topics([topic], operation_timeout=60)[topic].result()
         except KafkaException as exc:
             gone, busy = KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._TIMED_OUT  # one that was paused elects anew
             if exc.args[0].code() not in (gone, busy):
@@ -43,7 +43,7 @@ def delete_topic(bootstrap: str, topic: str) -> None:
 def recreate_topic(bootstrap: str, topic: str, partitions: int, cleanup: str = "delete") -> None:
     """Delete a topic and make it anew, empty, as soon as the broker lets us."""
     client = _client(bootstrap)
-    client.delete_topics([topic], operation_timeout=10)[topic].result()
+    client.delete_topics([topic], operation_timeout=60)[topic].result()
     deadline = time.monotonic() + _PATIENCE_S
     while True:
         try:

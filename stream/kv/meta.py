@@ -1,28 +1,38 @@
 """The shared record as JSON: one format for every store, so that a record can be moved between them."""
 
-import base64
-import json
-from collections.abc import Mapping
-from typing import Any, Final
+from typing import Annotated, Final
 
+import msgspec
+
+from stream.core.json_records import decode_json, encode_json, format_of
 from stream.errors import StateError
-from stream.kv.base import Meta, Serving
+from stream.kv.protocol import Meta, Serving
 
 META_FORMAT: Final = 1
 
 
+class _Record(msgspec.Struct, frozen=True):
+    """Fields of the record, in their order; fallbacks are in base64."""
+
+    format: int
+    app: str | None
+    partitions: Annotated[int, msgspec.Meta(gt=0)] | None
+    current: Serving | None
+    fallbacks: dict[str, bytes]
+    encoders: dict[str, str]
+
+
 def encode_meta(meta: Meta) -> bytes:
     """The record's JSON, the same bytes for the same record."""
-    current = meta.current
-    raw = {
-        "format": META_FORMAT,
-        "app": meta.app,
-        "partitions": meta.partitions,
-        "current": current and serving_fields(current),
-        "fallbacks": {key: base64.b64encode(record).decode() for key, record in sorted(meta.fallbacks.items())},
-        "encoders": dict(sorted(meta.encoders.items())),
-    }
-    return json.dumps(raw, indent=1).encode() + b"\n"
+    record = _Record(
+        format=META_FORMAT,
+        app=meta.app,
+        partitions=meta.partitions,
+        current=meta.current,
+        fallbacks=dict(sorted(meta.fallbacks.items())),
+        encoders=dict(sorted(meta.encoders.items())),
+    )
+    return encode_json(record, indent=1) + b"\n"
 
 
 def decode_meta(data: bytes, where: str, repair: str) -> Meta:
@@ -37,32 +47,16 @@ def decode_meta(data: bytes, where: str, repair: str) -> Meta:
         StateError: the record is damaged, or of a format that this release does not know.
     """
     try:
-        raw = json.loads(data)
-        if raw["format"] != META_FORMAT:
-            msg = f"{where} has format {raw['format']!r}, this release reads {META_FORMAT}; upgrade"
+        if (found := format_of(data)) != META_FORMAT:
+            msg = f"{where} has format {found}, this release reads {META_FORMAT}; upgrade"
             raise StateError(msg)
-        return _meta_from(raw)
-    except (ValueError, KeyError, TypeError, AttributeError) as exc:
+        record = decode_json(data, _Record)
+    except ValueError as exc:
         msg = f"{where} is damaged; {repair}"
         raise StateError(msg) from exc
+    return Meta(record.app, record.partitions, record.current, record.fallbacks, record.encoders)
 
 
-def serving_fields(serving: Serving) -> dict[str, str | int]:
-    """The serving pair as JSON fields."""
-    return {"user_version": serving.user_version, "item_version": serving.item_version, "offset": serving.offset}
-
-
-def _meta_from(raw: Mapping[str, Any]) -> Meta:
-    current = raw["current"]
-    meta = Meta(
-        app=raw["app"],
-        partitions=raw["partitions"],
-        current=None
-        if current is None
-        else Serving(str(current["user_version"]), str(current["item_version"]), int(current["offset"])),
-        fallbacks={str(k): base64.b64decode(v, validate=True) for k, v in raw["fallbacks"].items()},
-        encoders={str(k): str(v) for k, v in raw["encoders"].items()},
-    )
-    if not isinstance(meta.app, str | None) or (meta.partitions is not None and not int(meta.partitions) > 0):
-        raise TypeError
-    return meta
+def encode_serving(serving: Serving) -> bytes:
+    """The serving pair alone, as other clients read it."""
+    return encode_json(serving)

@@ -1,7 +1,11 @@
 """Opening the key-value store that a URL names, for writing or for reading."""
 
-from stream.kv.base import KVReader, KVWriter
-from stream.kv.urls import RedisAddress, parse_kv_url
+import errno
+import os
+
+from stream.errors import ConfigError
+from stream.kv.protocol import KVReader, KVWriter
+from stream.kv.urls import MemoryAddress, RedisAddress, parse_kv_url
 
 
 def open_writer(url: str, *, lock_patience_s: float = 10.0) -> KVWriter:
@@ -13,20 +17,49 @@ def open_writer(url: str, *, lock_patience_s: float = 10.0) -> KVWriter:
 
     Raises:
         ConfigError: the URL is not one of a supported store.
+        StoreError: no store in this process's memory has the name in the URL.
     """
     address = parse_kv_url(url)
     # Imported here: a store's library loads when it is used.
     if isinstance(address, RedisAddress) and address.seeds:
-        from stream.kv.redis_cluster import ClusterKV
+        from stream.kv.redis.cluster_writer import ClusterKV
 
         return ClusterKV(address)
     if isinstance(address, RedisAddress):
-        from stream.kv.redis import RedisKV
+        from stream.kv.redis.writer import RedisKV
 
         return RedisKV(address)
-    from stream.kv.rocksdb import RocksKV
+    if isinstance(address, MemoryAddress):
+        from stream.kv.memory import MemoryWriter, living_store
+
+        return MemoryWriter(living_store(address.name))
+    from stream.kv.rocksdb.writer import RocksKV
 
     return RocksKV(address.path, lock_patience_s=lock_patience_s)
+
+
+def check_place(url: str) -> None:
+    """Make the folder of a store that is one: a place that can't be written is no store that is away for a while.
+
+    Raises:
+        ConfigError: it can't be made, or not written to, or it is in memory.
+    """
+    address = parse_kv_url(url)
+    if isinstance(address, RedisAddress):
+        return
+    if isinstance(address, MemoryAddress):
+        msg = (
+            "UEMB_KV_URL: a store in a worker's memory has no readers, for no other process can open it; "
+            "use rocksdb:///path or redis://host:port/db"
+        )
+        raise ConfigError(msg)
+    try:
+        address.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not os.access(address.path, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as exc:
+        msg = f"UEMB_KV_URL: {address.path} can't be used ({exc.strerror})"
+        raise ConfigError(msg) from exc
 
 
 def open_reader(url: str) -> KVReader:
@@ -39,13 +72,17 @@ def open_reader(url: str) -> KVReader:
     address = parse_kv_url(url)
     # Imported here: a store's library loads when it is used.
     if isinstance(address, RedisAddress) and address.seeds:
-        from stream.kv.redis_cluster_reader import ClusterReader
+        from stream.kv.redis.cluster_reader import ClusterReader
 
         return ClusterReader(address)
     if isinstance(address, RedisAddress):
-        from stream.kv.redis_reader import RedisReader
+        from stream.kv.redis.reader import RedisReader
 
         return RedisReader(address)
-    from stream.kv.rocksdb_reader import RocksReader
+    if isinstance(address, MemoryAddress):
+        from stream.kv.memory import MemoryReader, living_store
+
+        return MemoryReader(living_store(address.name))
+    from stream.kv.rocksdb.reader import RocksReader
 
     return RocksReader(address.path)

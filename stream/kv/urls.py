@@ -1,5 +1,6 @@
 """Key-value store URLs: where a store is."""
 
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -13,6 +14,7 @@ CA_PARAMETER: Final = "ssl_ca_certs"
 _USE: Final = "use rocksdb:///path or redis://host:port/db, for a cluster redis+cluster://host:port"
 _CLUSTER: Final = "+cluster"
 _MASK: Final = "**********"
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class RocksAddress(NamedTuple):
@@ -20,6 +22,12 @@ class RocksAddress(NamedTuple):
 
     scheme: str
     path: Path
+
+
+class MemoryAddress(NamedTuple):
+    """Which store of this process is meant; see `stream.kv.memory.MemoryStore`."""
+
+    name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +63,7 @@ class RedisAddress:
         return f"{scheme}://{_shown(self.host, self.port)}/{self.db}"
 
 
-KVAddress = RocksAddress | RedisAddress
+KVAddress = RocksAddress | RedisAddress | MemoryAddress
 
 
 def parse_kv_url(url: str) -> KVAddress:
@@ -75,12 +83,18 @@ def parse_kv_url(url: str) -> KVAddress:
         return _redis(parts)
     if parts.scheme in (f"redis{_CLUSTER}", f"rediss{_CLUSTER}"):
         return _cluster(parts)
+    if parts.scheme == "memory":
+        return _memory(parts)
     msg = f"KV url scheme {parts.scheme!r} is not supported by this release; {_USE}"
     raise ConfigError(msg)
 
 
 def masked_kv_url(url: str) -> str:
-    """A valid store URL with its password, if any, replaced by stars."""
+    """A valid store URL with its password, if any, replaced by stars.
+
+    >>> masked_kv_url("redis://ali:secret@host:6379/0")
+    'redis://ali:**********@host:6379/0'
+    """
     parts = urlsplit(url)
     if parts.password is None:
         return url
@@ -97,6 +111,13 @@ def _rocksdb(parts: SplitResult) -> RocksAddress:
         msg = "a rocksdb KV url takes a path and nothing after it: rocksdb:///path"
         raise ConfigError(msg)
     return RocksAddress(parts.scheme, Path(path))
+
+
+def _memory(parts: SplitResult) -> MemoryAddress:
+    if not _NAME.fullmatch(parts.netloc) or parts.path or parts.query or parts.fragment:
+        msg = "a memory KV url is memory://name, the url of a MemoryStore in the same process"
+        raise ConfigError(msg)
+    return MemoryAddress(parts.netloc)
 
 
 def _redis(parts: SplitResult) -> RedisAddress:

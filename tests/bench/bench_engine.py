@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from stream.bench.load import IDS, START_MS, Load
+from stream.cli.bench.load import IDS, START_MS, Load
 from stream.config import load_settings
-from stream.embedding import user_embed_mix
-from stream.engine import Engine
-from stream.items import ItemSpace
+from stream.core.engine import Engine
+from stream.core.formulas import user_embed_mix
+from stream.items.space import ItemSpace
 
 ROUNDS = 5
 TOPIC = "user-events.view"

@@ -6,7 +6,7 @@ One owner writes batches to one partition of two compacted topics, as a lane doe
 to the output. Compared, with the first as 1:
 
 - fence: the product's own way, one empty transaction and a claim when a partition is taken, then plain idempotent
-  batches (`stream.producer.fence`);
+  batches (`stream.kafka.producer.fence`);
 - transactions: all batches of 100 ms in one transaction, both topics at once;
 - detection: a plain idempotent producer, and a reader of its own output that looks for the records of others.
 
@@ -31,7 +31,7 @@ from aiokafka.errors import InvalidProducerEpoch, KafkaError, ProducerFenced
 from confluent_kafka.admin import AdminClient, NewTopic
 from harness import broker
 
-from stream.producer import FENCE_TIMEOUT_MS, MAX_BATCH_BYTES, fence
+from stream.kafka.producer import FENCE_TIMEOUT_MS, MAX_BATCH_BYTES, fence
 
 #: Users of a step, and bytes of their states (100 interactions) and vectors (64 dimensions).
 USERS, STATE_BYTES, VECTOR_BYTES = 100, 1_000, 400

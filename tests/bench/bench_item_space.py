@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from stream.item_import import import_items
-from stream.items import ItemSpace
+from stream.items.importer import import_items
+from stream.items.space import ItemSpace
 
 PIECE = 100_000
 PEER_ITEMS = 1_000_000

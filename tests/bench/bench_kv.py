@@ -27,10 +27,10 @@ from kv_entries import entry, eventually
 from redis_cluster import RedisCluster
 from redis_server import RedisServer, why_no_redis
 
+from stream.core.records import PREFIX_BYTES, kv_prefix
 from stream.keys import epoch_key, watermark_key
-from stream.kv.base import KVReader, KVWriter, Meta
+from stream.kv.protocol import KVReader, KVWriter, Meta
 from stream.kv.stores import open_reader, open_writer
-from stream.records import PREFIX_BYTES, kv_prefix
 
 BATCHES = (1, 100, 1000)
 ENTRY_BYTES = 300

@@ -14,32 +14,33 @@ from pathlib import Path
 
 from harness import broker
 
-from stream.bench.latency import measure_latency
-from stream.bench.load import Load, delete_topics
-from stream.bench.process import Ends
-from stream.bench.throughput import Stage
+from stream.cli.bench.latency import measure_latency
+from stream.cli.bench.load import Load, delete_topics
+from stream.cli.bench.process import Ends
+from stream.cli.bench.throughput import Setup
 from stream.config import load_settings
+from stream.kafka.connection import librdkafka_config
 
 RATE = 1_500.0
 
 
-def latencies(stage: Stage, seconds: float) -> dict[str, object]:
+def latencies(setup: Setup, seconds: float) -> dict[str, object]:
     """Latency of even traffic, then of traffic of which one user causes half."""
-    system, _ = stage.worker("hot-user")
+    system, _ = setup.worker("hot-user")
     with system:
-        system.until_claimed(stage.partitions)
-        measure_latency(stage, stage.kv_url("hot-user"), RATE, 3)  # warm
+        system.until_claimed(setup.partitions)
+        measure_latency(setup, setup.kv_url("hot-user"), RATE, 3)  # warm
         return {
-            name: measure_latency(stage, stage.kv_url("hot-user"), RATE, seconds, hot=share)
+            name: measure_latency(setup, setup.kv_url("hot-user"), RATE, seconds, hot=share)
             for name, share in (("even", 0.0), ("half_by_one_user", 0.5))
         }
 
 
-def memory(stage: Stage, hot_users: int) -> dict[str, object]:
+def memory(setup: Setup, hot_users: int) -> dict[str, object]:
     """Peak memory of a worker after every user has had events, most of them after others have taken its place."""
-    ends = Ends(stage.client, stage.partitions)
-    count = ends.count(stage.events)
-    system, output = stage.worker(f"hot{hot_users}", hot_users=str(hot_users))
+    ends = Ends(setup.client, setup.partitions)
+    count = ends.count(setup.events)
+    system, output = setup.worker(f"hot{hot_users}", hot_users=str(hot_users))
     with system:
         system.until_count(ends, output, count)
         ends.close()
@@ -55,17 +56,17 @@ def main() -> None:
     prefix = f"uemb-limits-{uuid.uuid4().hex[:8]}"
     with broker() as bootstrap, tempfile.TemporaryDirectory() as folder:
         settings = load_settings(bootstrap_servers=bootstrap)
-        hot = Stage(settings, f"{prefix}.a", Path(folder) / "a", Load())
-        many = Stage(settings, f"{prefix}.b", Path(folder) / "b", Load(users=args.users, length=20))
+        hot = Setup(settings, f"{prefix}.a", Path(folder) / "a", Load())
+        many = Setup(settings, f"{prefix}.b", Path(folder) / "b", Load(users=args.users, length=20))
         try:
-            for stage in (hot, many):
-                stage.folder.mkdir()
-                stage.prepare()
+            for setup in (hot, many):
+                setup.folder.mkdir()
+                setup.prepare()
             found: dict[str, object] = {"rate": RATE, "latency": latencies(hot, args.seconds)}
             many.feed(2 * args.users, 0)
             found["memory"] = {f"hot_users_{n}": memory(many, n) for n in (10_000, args.users)}
         finally:
-            delete_topics(settings.librdkafka_client, prefix)
+            delete_topics(librdkafka_config(settings), prefix)
     print(json.dumps({"users": args.users, **found}, indent=None if args.json else 1))
 
 

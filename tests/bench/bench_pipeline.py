@@ -8,7 +8,7 @@ import sys
 
 from harness import broker
 
-from stream.cli import main
+from stream.cli.root import main
 
 if __name__ == "__main__":
     with broker() as bootstrap:

@@ -33,11 +33,12 @@ from reader_faults import FAULTS, ITEM_VERSION, USER_VERSION, measure_fault
 from redis_cluster import RedisCluster
 from redis_server import RedisServer, why_no_redis
 
+from stream.core.records import EmbeddingRecord, decode, encode, kv_prefix
 from stream.keys import encoder_key, fallback_key, partition_of, user_cache_key, watermark_key
-from stream.kv.base import Meta, Serving
+from stream.kv.protocol import Meta, Serving
 from stream.kv.stores import open_writer
-from stream.records import EmbeddingRecord, decode, encode, kv_prefix
-from stream.retrieval import AsyncEmbeddingReader, EmbeddingReader
+from stream.retrieval import AsyncEmbeddingReader
+from stream.retrieval.reader import EmbeddingReader
 
 SEED = 20
 PARTITIONS = 4
@@ -52,18 +53,18 @@ def make_records(users: int, dim: int) -> list[EmbeddingRecord]:
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     return [
         EmbeddingRecord(
-            str(100_000 + n),
-            3,
-            17 + n,
-            "ok",
-            "",
-            100,
-            n % 5,
-            1_700_000_000_000 + n,
-            USER_VERSION,
-            ITEM_VERSION,
-            row,
-            1.0,
+            user_id=str(100_000 + n),
+            epoch=3,
+            revision=17 + n,
+            status="ok",
+            reason="",
+            history_len=100,
+            unknown_items=n % 5,
+            as_of=1_700_000_000_000 + n,
+            user_embedding_version=USER_VERSION,
+            item_embedding_version=ITEM_VERSION,
+            vector=row,
+            norm=1.0,
         )
         for n, row in enumerate(rows.astype(np.float32))
     ]

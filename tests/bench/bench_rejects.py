@@ -14,10 +14,11 @@ from pathlib import Path
 
 from harness import broker
 
-from stream.bench.load import Load, Writer, delete_topics
-from stream.bench.process import Ends
-from stream.bench.throughput import Stage, measure
+from stream.cli.bench.load import Load, Writer, delete_topics
+from stream.cli.bench.process import Ends
+from stream.cli.bench.throughput import Setup, measure
 from stream.config import load_settings
+from stream.kafka.connection import librdkafka_config
 
 
 def main() -> None:
@@ -28,29 +29,29 @@ def main() -> None:
     prefix = f"uemb-rejects-{uuid.uuid4().hex[:8]}"
     with broker() as bootstrap, tempfile.TemporaryDirectory() as folder:
         settings = load_settings(bootstrap_servers=bootstrap)
-        stage = Stage(settings, prefix, Path(folder), Load())
-        ends = Ends(settings.librdkafka_client, stage.partitions)
+        setup = Setup(settings, prefix, Path(folder), Load())
+        ends = Ends(librdkafka_config(settings), setup.partitions)
         try:
-            stage.prepare()
-            stage.feed(2 * args.events, 0)
-            system, output = stage.worker("w")
+            setup.prepare()
+            setup.feed(2 * args.events, 0)
+            system, output = setup.worker("w")
             with system:
-                system.until_claimed(stage.partitions)
+                system.until_claimed(setup.partitions)
                 applied = measure(system, ends, output, system.mark(), 2 * args.events)
-                stage.until_read(system)
+                setup.until_read(system)
                 bad = (
                     value.replace(b'"view"', b'"buy"').replace(b'"like"', b'"buy"') if n % 2 else value[:-1]
-                    for n, (_, value) in enumerate(stage.load.events(args.events))
+                    for n, (_, value) in enumerate(setup.load.events(args.events))
                 )
-                users = (user for user, _ in stage.load.events(args.events))
+                users = (user for user, _ in setup.load.events(args.events))
                 first = system.mark()
-                Writer(settings.librdkafka_client, stage.partitions).write(
-                    (stage.events, user, user, value) for user, value in zip(users, bad, strict=True)
+                Writer(librdkafka_config(settings), setup.partitions).write(
+                    (setup.events, user, user, value) for user, value in zip(users, bad, strict=True)
                 )
                 rejected = measure(system, ends, f"{prefix}.w.dlq", first, args.events)
         finally:
             ends.close()
-            delete_topics(settings.librdkafka_client, prefix)
+            delete_topics(librdkafka_config(settings), prefix)
     found = {
         "applied_cpu_us": applied.cpu_us_per_event,
         "rejected_cpu_us": rejected.cpu_us_per_event,

@@ -18,17 +18,18 @@ from typing import Any
 import numpy as np
 from harness import broker
 
-from stream.bench.latency import measure_latency
-from stream.bench.load import Load, delete_topics
-from stream.bench.throughput import Stage
+from stream.cli.bench.latency import measure_latency
+from stream.cli.bench.load import Load, delete_topics
+from stream.cli.bench.throughput import Setup
 from stream.config import load_settings
-from stream.item_control import ItemControl
-from stream.items import ItemSpace
+from stream.items.space import ItemSpace
+from stream.kafka.connection import librdkafka_config
+from stream.rollout.client import ItemControl
 
 
-def save(stage: Stage, version: str, dim: int) -> Path:
+def save(setup: Setup, version: str, dim: int) -> Path:
     """A version of the same items with other vectors."""
-    load, folder = stage.load, stage.folder / version
+    load, folder = setup.load, setup.folder / version
     rows = np.random.default_rng(sum(version.encode())).normal(size=(load.items, dim))
     ItemSpace.save(folder, version, [load.item_id(n) for n in range(load.items)], rows)
     return folder
@@ -43,43 +44,43 @@ def done(control: ItemControl, version: str) -> int:
     return sum(status.done for status in control.coverage.statuses.values() if status.item_version == version)
 
 
-def measure(stage: Stage, rate: float, dim: int, hot_users: int) -> dict[str, Any]:
+def measure(setup: Setup, rate: float, dim: int, hot_users: int) -> dict[str, Any]:
     name = "rollout"
-    system, _ = stage.worker(name, hot_users=str(hot_users))
+    system, _ = setup.worker(name, hot_users=str(hot_users))
 
     def events(seconds: float) -> dict[str, Any]:
         at = system.mark()
-        found = measure_latency(stage, stage.kv_url(name), rate, seconds)
+        found = measure_latency(setup, setup.kv_url(name), rate, seconds)
         now = system.mark()
         return {**found, "worker_cores": round((now.cpu_s - at.cpu_s) / (now.at_s - at.at_s), 2)}
 
     with system:
-        system.until_claimed(stage.partitions)
+        system.until_claimed(setup.partitions)
         settings = load_settings(
-            bootstrap_servers=stage.settings.bootstrap_servers,
-            app_id=f"{stage.prefix}-{name}",
-            item_versions_topic=f"{stage.prefix}.{name}.item-versions",
+            bootstrap_servers=setup.settings.bootstrap_servers,
+            app_id=f"{setup.prefix}-{name}",
+            item_versions_topic=f"{setup.prefix}.{name}.item-versions",
         )
         user_version = settings.versioned_encoder.version
         control = ItemControl(settings)
         events(5)  # warm
         before = events(20)
-        control.say(control.record_of(save(stage, "second", dim), "prepare"))
+        control.say(control.record_of(save(setup, "second", dim), "prepare"))
         at = time.perf_counter()
         meanwhile = events(20)
-        whole = not covered(control, user_version, "second", stage.partitions)
+        whole = not covered(control, user_version, "second", setup.partitions)
         paced = done(control, "second") / (time.perf_counter() - at)
-        while not covered(control, user_version, "second", stage.partitions):
+        while not covered(control, user_version, "second", setup.partitions):
             time.sleep(0.1)
         after = events(20)
-        control.say(control.record_of(save(stage, "third", dim), "prepare"))
+        control.say(control.record_of(save(setup, "third", dim), "prepare"))
         at, cpu = time.perf_counter(), system.mark().cpu_s
-        while not covered(control, user_version, "third", stage.partitions):
+        while not covered(control, user_version, "third", setup.partitions):
             time.sleep(0.1)
         took_s = time.perf_counter() - at
         cpu_s = system.mark().cpu_s - cpu
         control.close()
-    users = stage.load.users
+    users = setup.load.users
     return {
         "latency_before": before,
         "latency_meanwhile": meanwhile,
@@ -103,12 +104,12 @@ def main() -> None:
     prefix = f"uemb-rollout-{uuid.uuid4().hex[:8]}"
     with broker() as bootstrap, tempfile.TemporaryDirectory() as folder:
         settings = load_settings(bootstrap_servers=bootstrap)
-        stage = Stage(settings, prefix, Path(folder), Load(users=args.users))
+        setup = Setup(settings, prefix, Path(folder), Load(users=args.users))
         try:
-            stage.prepare()
-            found = measure(stage, args.rate, args.dim, args.hot_users)
+            setup.prepare()
+            found = measure(setup, args.rate, args.dim, args.hot_users)
         finally:
-            delete_topics(settings.librdkafka_client, prefix)
+            delete_topics(librdkafka_config(settings), prefix)
     print(json.dumps({"users": args.users, "dim": args.dim, **found}, indent=None if args.json else 1))
 
 

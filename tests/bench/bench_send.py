@@ -21,11 +21,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stream.config import load_settings
-from stream.devbroker import DevBroker
-from stream.event_files import EventFile
-from stream.event_writer import EventWriter
-from stream.feed import Feeder
-from stream.send_plan import SendPlan
+from stream.feed.event_files import EventFile
+from stream.feed.event_writer import EventWriter
+from stream.feed.send_plan import SendPlan
+from stream.feed.sender import Feeder
+from stream.kafka.embedded_broker import DevBroker
 
 SETTINGS = load_settings()
 

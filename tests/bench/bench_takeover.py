@@ -17,24 +17,25 @@ from pathlib import Path
 
 from harness import broker
 
-from stream.bench.load import Load, delete_topics
-from stream.bench.process import BenchError
-from stream.bench.throughput import Stage
+from stream.cli.bench.load import Load, delete_topics
+from stream.cli.bench.process import BenchError
+from stream.cli.bench.throughput import Setup
 from stream.config import load_settings
+from stream.kafka.connection import librdkafka_config
 
 SESSION_S = 3.0
 CLAIM = re.compile(r"partition (\d+): restored (\d+) records, claimed epoch (\d+) \((\d+\.\d+) s\)")
 
 
-def take_over(stage: Stage, standbys: int) -> dict[str, float]:
+def take_over(setup: Setup, standbys: int) -> dict[str, float]:
     """Kill one of two workers; return seconds to the survivor's last claim, and what it restored."""
     name = f"standbys{standbys}"
     more = {"standbys": str(standbys), "session_timeout_s": str(SESSION_S)}
-    first, _ = stage.worker(name, **more)
+    first, _ = setup.worker(name, **more)
     with first:
-        first.until_claimed(stage.partitions)
-        second = stage.join(name, "1", **more)
-        log = stage.folder / name / "log-1"
+        first.until_claimed(setup.partitions)
+        second = setup.join(name, "1", **more)
+        log = setup.folder / name / "log-1"
         with second:
             wait(lambda: len(CLAIM.findall(log.read_text())) >= 2, "the second worker owns its share")
             if standbys:
@@ -42,7 +43,7 @@ def take_over(stage: Stage, standbys: int) -> dict[str, float]:
             before = len(CLAIM.findall(log.read_text()))
             killed_at = time.perf_counter()
             first.kill()
-            wait(lambda: len(CLAIM.findall(log.read_text())) >= before + stage.partitions, "the survivor owns all")
+            wait(lambda: len(CLAIM.findall(log.read_text())) >= before + setup.partitions, "the survivor owns all")
             took_s = time.perf_counter() - killed_at
             claims = CLAIM.findall(log.read_text())[before:]
     return {
@@ -68,12 +69,12 @@ def main() -> None:
     prefix = f"uemb-takeover-{uuid.uuid4().hex[:8]}"
     with broker() as bootstrap, tempfile.TemporaryDirectory() as folder:
         settings = load_settings(bootstrap_servers=bootstrap)
-        stage = Stage(settings, prefix, Path(folder), Load(users=args.users))
+        setup = Setup(settings, prefix, Path(folder), Load(users=args.users))
         try:
-            stage.prepare()
-            found = {f"standbys_{n}": take_over(stage, n) for n in (0, 1)}
+            setup.prepare()
+            found = {f"standbys_{n}": take_over(setup, n) for n in (0, 1)}
         finally:
-            delete_topics(settings.librdkafka_client, prefix)
+            delete_topics(librdkafka_config(settings), prefix)
     print(json.dumps({"users": args.users, "session_timeout_s": SESSION_S, **found}, indent=None if args.json else 1))
 
 

@@ -26,8 +26,10 @@ from redis_cluster import SLOTS, RedisCluster
 from redis_server import RedisServer
 
 from stream.keys import user_cache_key
-from stream.kv.redis_slots import slot_of
-from stream.retrieval import AsyncEmbeddingReader, EmbeddingReader, UserEmbedding
+from stream.kv.redis.slots import slot_of
+from stream.retrieval import AsyncEmbeddingReader
+from stream.retrieval.answers import UserEmbedding
+from stream.retrieval.reader import EmbeddingReader
 
 USERS = [str(100_000 + n) for n in range(100)]
 USER_VERSION, ITEM_VERSION = "mix-0123abcd", "items_v1"

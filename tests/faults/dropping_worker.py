@@ -1,13 +1,15 @@
 """A worker that loses batches on their way from the client to the agent, at a given place, a given number of times."""
 
+import logging
 import sys
 from collections.abc import Iterator
 from itertools import chain, repeat
 from typing import Any
 
-from stream.app import EmbeddingApp
 from stream.config import load_settings
-from stream.worker import main, setup_logging
+from stream.logs import setup_logging
+from stream.worker.app import EmbeddingApp
+from stream.worker.run import main
 
 #: One of so many is lost; the first is not, so that both beginnings and later batches of runs are among the lost.
 EVERY = 3
@@ -25,7 +27,7 @@ class DroppingApp(EmbeddingApp):
 
         async def deliver(message: Any) -> None:
             """Lose the delivery, as Faust abandons it, or what waits for the agent, as Faust empties its buffers."""
-            lost = next(self.losses)
+            lost = self.loses()
             if not (lost and self.place == "delivery"):
                 await callback(message)
             if lost and self.place == "buffer":
@@ -36,13 +38,20 @@ class DroppingApp(EmbeddingApp):
         async def fetch(timeout: float) -> Any:
             """Lose what the client gave out, as a task that is ended while it waits for it does."""
             fetched, active = await wait_next_records(timeout)
-            return ({}, active) if fetched and next(self.losses) else (fetched, active)
+            return ({}, active) if fetched and self.loses() else (fetched, active)
 
         if self.place == "fetch":
             consumer._wait_next_records = fetch
         else:
             consumer.callback = deliver
         return consumer
+
+    def loses(self) -> bool:
+        """Whether this one is lost."""
+        lost = next(self.losses)
+        if lost:
+            logging.getLogger("stream").warning("lost at %s", self.place)
+        return lost
 
     async def restart_fetcher(self) -> None:
         """End the fetcher with whatever it holds, and begin it anew."""

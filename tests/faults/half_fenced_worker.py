@@ -5,9 +5,10 @@ import signal
 
 from aiokafka.producer.sender import Sender
 
-from stream.app import EmbeddingApp
 from stream.config import load_settings
-from stream.worker import main, setup_logging
+from stream.logs import setup_logging
+from stream.worker.app import EmbeddingApp
+from stream.worker.run import main
 
 
 async def _die(self: Sender, commit: bool) -> None:

@@ -4,9 +4,10 @@ import os
 import signal
 import sys
 
-from stream.app import EmbeddingApp
 from stream.config import load_settings
-from stream.worker import main, setup_logging
+from stream.logs import setup_logging
+from stream.worker.app import EmbeddingApp
+from stream.worker.run import main
 
 stage, users = sys.argv[1], {user.encode() for user in sys.argv[2].split(",")}
 pending = [signal.Signals[sys.argv[3]]]

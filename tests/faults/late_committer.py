@@ -1,8 +1,9 @@
 """A worker that commits nothing by itself before it stops, so that what it has done stays uncommitted until then."""
 
-from stream.app import EmbeddingApp
 from stream.config import load_settings
-from stream.worker import main, setup_logging
+from stream.logs import setup_logging
+from stream.worker.app import EmbeddingApp
+from stream.worker.run import main
 
 setup_logging("info")
 app = EmbeddingApp(load_settings())

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 from pipeline import Pipeline, event_json
 
-from stream.dataset import Dataset, EventRow
-from stream.feed import Feeder
+from stream.core.events import EventRow
+from stream.feed.dataset import Dataset
+from stream.feed.sender import Feeder
 
 EVENTS = 4_000
 DAY_S = 86_400
@@ -53,6 +54,7 @@ def test_a_worker_a_day_behind(rows: list[EventRow], make_pipeline: Callable[...
     assert pipeline.stop() == 0
 
 
+@pytest.mark.slow
 def test_a_producer_a_day_behind(rows: list[EventRow], make_pipeline: Callable[..., Pipeline]) -> None:
     pipeline = make_pipeline()
     pipeline.start()

@@ -12,13 +12,13 @@ import pytest
 from confluent_kafka import Consumer, TopicPartition
 from pipeline import Pipeline, erase, feeding, killing_worker, seed
 
-from stream.dataset import Dataset
-from stream.feed import Feeder
+from stream.feed.dataset import Dataset
+from stream.feed.sender import Feeder
 
 STAGES = ("local", "changelog", "output", "kv")
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [pytest.param(s, marks=[pytest.mark.slow] * (s != "changelog")) for s in STAGES])
 def test_killed_on_the_last_record_of_several_users(
     stage: str, films: Dataset, make_pipeline: Callable[..., Pipeline]
 ) -> None:
@@ -65,7 +65,7 @@ def ends(pipeline: Pipeline, isolation: str) -> list[int]:
     try:
         topics = (pipeline.changelog, pipeline.output)
         places = [TopicPartition(topic, p) for topic in topics for p in range(pipeline.partitions)]
-        return [consumer.get_watermark_offsets(place, timeout=10)[1] for place in places]
+        return [consumer.get_watermark_offsets(place, timeout=60)[1] for place in places]
     finally:
         consumer.close()
 
@@ -173,6 +173,7 @@ def rotation(workers: list[Pipeline], films: Dataset, turns: int, events: int, r
         assert worker.stop() == 0
 
 
+@pytest.mark.slow
 def test_three_workers_killed_stopped_and_added_in_rotation(
     films: Dataset, make_workers: Callable[..., list[Pipeline]]
 ) -> None:

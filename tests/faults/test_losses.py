@@ -9,19 +9,21 @@ from pathlib import Path
 import pytest
 from kafka_broker import KafkaBroker
 from pipeline import Pipeline
-from topic_admin import add_partitions, delete_records, recreate_topic
+from topic_admin import delete_records, recreate_topic
 
-from stream.dataset import Dataset
-from stream.feed import Feeder
-from stream.topic_watch import WATCH_S
-from stream.transport import FETCH_MAX_WAIT_MS
+from stream.feed.dataset import Dataset
+from stream.feed.sender import Feeder
+from stream.kafka.topic_watch import WATCH_S
+from stream.kafka.transport import IDLE_FETCH_MAX_WAIT_MS
 
 EVENTS = 6_000
 LOSSES = 8
 _DROPPING_WORKER = Path(__file__).parent / "dropping_worker.py"
 
 
-@pytest.mark.parametrize("place", ["fetch", "fetcher", "delivery", "buffer"])
+@pytest.mark.parametrize(
+    "place", ["fetch", "buffer", *(pytest.param(place, marks=pytest.mark.slow) for place in ("fetcher", "delivery"))]
+)
 def test_a_batch_that_is_lost_on_its_way_is_read_again(
     place: str, films: Dataset, make_pipeline: Callable[..., Pipeline]
 ) -> None:
@@ -34,7 +36,9 @@ def test_a_batch_that_is_lost_on_its_way_is_read_again(
             feeder.send(films.events[start : start + EVENTS // 4])
             pipeline.until_committed()
     log = pipeline.log.read_text()
-    assert place == "fetcher" or "not all arrived that was fetched; reading on from offset" in log, "nothing was lost"
+    assert f"lost at {place}" in log
+    if place != "fetcher":  # a fetcher that begins has all partitions positioned, before any gap can be seen
+        assert "not all arrived that was fetched; reading on from offset" in log
     pipeline.check(len({row.user_id for row in films.events[:EVENTS]}))
     assert pipeline.stop() == 0
 
@@ -50,7 +54,7 @@ def frozen(films: Dataset, kafka: KafkaBroker, make_pipeline: Callable[..., Pipe
         pipeline.until_committed()
         assert pipeline.process is not None
         pipeline.process.send_signal(signal.SIGSTOP)
-        time.sleep(50 * FETCH_MAX_WAIT_MS / 1000)  # a fetch that waits at the broker would take the first of them
+        time.sleep(10 * IDLE_FETCH_MAX_WAIT_MS / 1000)  # a fetch that waits at the broker would take the first of them
         feeder.send(films.events[1_000:2_000])
     return pipeline
 
@@ -80,40 +84,5 @@ def test_a_topic_that_is_made_anew_under_a_running_worker_stops_it(films: Datase
     frozen.process.send_signal(signal.SIGCONT)
     assert frozen.wait(WATCH_S + 40) == 1
     (said,) = [line for line in frozen.log.read_text().splitlines() if line.startswith("uemb: ")]
-    assert f"{topic} was made anew" in said or f"of {topic}-" in said
+    assert f"{topic} was made anew" in said or "the next to be read, is gone" in said
     assert "kafka-consumer-groups --reset-offsets" in said
-
-
-def test_a_topic_that_grows_under_a_running_worker_stops_it(
-    films: Dataset, make_pipeline: Callable[..., Pipeline], tmp_path: Path
-) -> None:
-    """And the way on that the README shows leads to every user's whole history."""
-    old = make_pipeline()
-    old.start()
-    old.until_ready()
-    events = films.events[:4_000]
-    with Feeder(old.bootstrap, old.topics) as feeder:
-        feeder.send(events[:2_000])
-        old.until_committed()
-        add_partitions(old.bootstrap, old.topics["like"], 6)
-        assert old.wait(WATCH_S + 40) == 2
-        (said,) = [line for line in old.log.read_text().splitlines() if line.startswith("uemb: ")]
-        assert f"{old.topics['like']} has 6 partitions and 4 are served" in said
-        old.start()
-        assert old.wait() == 2, "nor does it start"
-
-        for topic in (old.topics["view"], old.deletions):
-            add_partitions(old.bootstrap, topic, 6)
-        new = make_pipeline(kv_url=f"rocksdb://{tmp_path / 'new-kv'}", state_dir=tmp_path / "new-state")
-        name = f"{old.app_id}-new"
-        new.output, new.dlq, new.app_id, new.partitions = f"{name}.out", f"{name}.dlq", name, 6
-        new.environment |= {"UEMB_APP_ID": name, "UEMB_OUTPUT_TOPIC": new.output, "UEMB_DLQ_TOPIC": new.dlq}
-        new.start()
-        new.until_ready()
-    with Feeder(old.bootstrap, old.topics) as feeder:
-        feeder.send(events[2_000:])
-    new.until_committed()
-    assert "sent again" in new.uemb("dlq", "replay", "--reason", "wrong_partition")
-    new.until_committed()
-    new.check(len({row.user_id for row in events}))
-    assert new.stop() == 0

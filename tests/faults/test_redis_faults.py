@@ -11,7 +11,7 @@ from pipeline import Pipeline, feeding
 from prober import RedisProber
 from redis_server import RedisServer
 
-from stream.dataset import Dataset
+from stream.feed.dataset import Dataset
 
 EVENTS = 15_000
 
@@ -86,10 +86,11 @@ def committed(pipeline: Pipeline) -> int:
     return sum(sum(pipeline.committed(topic)) for topic in pipeline.inputs)
 
 
-FAULTS = [away, slow, out_of_memory, scripts_forgotten, restarted_empty, flushed]
+RARE = (slow, out_of_memory, scripts_forgotten, restarted_empty, away_for_long)
+FAULTS = [away, flushed, *(pytest.param(fault, marks=pytest.mark.slow) for fault in RARE)]
 
 
-@pytest.mark.parametrize("fault", [*FAULTS, pytest.param(away_for_long, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_store_with_a_fault(
     fault: Callable[[RedisServer], object], films: Dataset, redis: RedisServer, make_pipeline: Callable[..., Pipeline]
 ) -> None:

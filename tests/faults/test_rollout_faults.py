@@ -10,9 +10,9 @@ import pytest
 from pipeline import Pipeline, feeding
 from prober import Prober
 
-from stream.dataset import Dataset
-from stream.itembuild import build_space
-from stream.retrieval import EmbeddingReader
+from stream.feed.dataset import Dataset
+from stream.learning.item_vectors import build_space
+from stream.retrieval.reader import EmbeddingReader
 
 EVENTS = 20_000
 
@@ -105,7 +105,7 @@ def test_a_rollout_under_load(
     assert one.stop() == 0
 
 
-@pytest.mark.parametrize("command", ["publish", "retire"])
+@pytest.mark.parametrize("command", ["publish", pytest.param("retire", marks=pytest.mark.slow)])
 def test_killed_in_the_middle_of_the_work_on_all_users(
     command: str, films: Dataset, make_pipeline: Callable[..., Pipeline], tmp_path: Path
 ) -> None:

@@ -10,12 +10,20 @@ import pytest
 from kafka_broker import KafkaBroker
 from pipeline import Pipeline
 
-from stream.dataset import Dataset, EventRow
-from stream.feed import Feeder
-from stream.worker import FAULT_STOP_TIMEOUT_S, SAME_SIGNAL_S
+from stream.core.events import EventRow
+from stream.feed.dataset import Dataset
+from stream.feed.sender import Feeder
+from stream.worker.app import STOP_TIMEOUT_S, TOO_LATE
+from stream.worker.run import FAULT_STOP_TIMEOUT_S, SAME_SIGNAL_S
 
 EVENTS = 30_000
 LATE_COMMITTER = [sys.executable, str(Path(__file__).parent / "late_committer.py")]
+
+
+@pytest.fixture(scope="module")
+def kafka(own_kafka: KafkaBroker) -> KafkaBroker:
+    """One that may be paused and killed."""
+    return own_kafka
 
 
 def in_a_backlog(pipeline: Pipeline, films: Dataset) -> Pipeline:
@@ -49,6 +57,7 @@ def go_on(pipeline: Pipeline, events: Sequence[EventRow]) -> None:
     """A new start finishes what is left, and all is in order."""
     assert "Traceback" not in pipeline.log.read_text()
     pipeline.start()
+    pipeline.until_ready()  # a commit that a frozen broker took in after all leaves nothing to wait for
     pipeline.until_committed(120)
     pipeline.check(len({row.user_id for row in events}))
     assert pipeline.stop() == 0
@@ -77,6 +86,7 @@ def test_two_signals_under_load_end_it_at_once(busy: Pipeline, films: Dataset) -
     go_on(busy, films.events[:EVENTS])
 
 
+@pytest.mark.slow
 def test_two_signals_while_the_broker_is_away_end_it_at_once(
     busy: Pipeline, films: Dataset, kafka: KafkaBroker
 ) -> None:
@@ -115,3 +125,21 @@ def test_a_commit_while_the_broker_is_away_is_not_waited_for_long(
     pipeline.until(lambda: len(pipeline.last_output()) == len(events), "all is published")
     assert "no commit of offsets for 3 s; see whether the brokers are up" in stop_without(kafka, pipeline)
     go_on(pipeline, events)
+
+
+@pytest.mark.slow
+def test_a_stop_of_fausts_own_command_ends_in_time_too(
+    films: Dataset, kafka: KafkaBroker, make_pipeline: Callable[..., Pipeline]
+) -> None:
+    pipeline = make_pipeline()
+    pipeline.start([sys.executable, "-m", "faust", "-A", "stream.app", "worker", "-l", "warn"])
+    pipeline.until_ready()
+    with Feeder(pipeline.bootstrap, pipeline.topics) as feeder:
+        feeder.send(films.events[:EVENTS])
+    kafka.pause()
+    try:
+        assert pipeline.stop(STOP_TIMEOUT_S + 30) != 0
+    finally:
+        kafka.resume()
+    assert TOO_LATE in pipeline.log.read_text()
+    go_on(pipeline, films.events[:EVENTS])

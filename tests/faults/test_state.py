@@ -8,13 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from confluent_kafka import Consumer, TopicPartition
+from confluent_kafka import OFFSET_INVALID, Consumer, KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient
 from pipeline import UEMB, Pipeline
 from topic_admin import recreate_topic, set_config
 
-from stream.dataset import Dataset
-from stream.feed import Feeder
+from stream.feed.dataset import Dataset
+from stream.feed.sender import Feeder
 
 FIRST, ALL = 5_000, 8_000
 
@@ -70,7 +70,9 @@ def flip(file: Path) -> None:
     file.write_bytes(data)
 
 
-@pytest.mark.parametrize("kind", ["*.sst", "MANIFEST-*", "CURRENT"])
+@pytest.mark.parametrize(
+    "kind", ["*.sst", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("MANIFEST-*", "CURRENT"))]
+)
 def test_a_damaged_table_is_wiped_and_restored(kind: str, pipeline: Pipeline, films: Dataset) -> None:
     assert pipeline.stop() == 0
     for db in databases(pipeline.state):
@@ -160,8 +162,13 @@ def test_a_changelog_that_was_emptied_is_no_reason_to_hang(pipeline: Pipeline, f
     admin = AdminClient({"bootstrap.servers": pipeline.bootstrap, "log_level": 2})
     ends = [TopicPartition(pipeline.changelog, p, -1) for p in range(pipeline.partitions)]
     set_config(pipeline.bootstrap, pipeline.changelog, cleanup_policy="delete")
-    for future in admin.delete_records(ends).values():
-        future.result()
+    emptied = False
+    while not emptied:  # the broker that has the partition learns of its new policy in its own time
+        try:
+            emptied = bool([future.result() for future in admin.delete_records(ends).values()])
+        except KafkaException as exc:
+            if exc.args[0].code() != KafkaError.POLICY_VIOLATION:
+                raise
     set_config(pipeline.bootstrap, pipeline.changelog, cleanup_policy="compact")
     # local state goes on, and what is published from here on is in the changelog again
     pipeline.start()
@@ -191,7 +198,8 @@ def test_committed_offsets_outside_of_their_topic_stop_the_worker(
     assert len(said) == 1
     assert view in said[0]
     assert "--reset-offsets" in said[0]
-    assert pipeline.committed(view) == before
+    forgotten = [OFFSET_INVALID] * pipeline.partitions  # with a topic that is deleted, in the broker's own time
+    assert pipeline.committed(view) in (before, forgotten)
     # what the message asks for
     group = Consumer({"bootstrap.servers": pipeline.bootstrap, "group.id": pipeline.app_id, "log_level": 2})
     places = [TopicPartition(view, p) for p in range(pipeline.partitions)]

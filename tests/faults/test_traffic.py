@@ -7,7 +7,7 @@ from collections.abc import Callable
 from odd_records import APPLIED, KINDS, MINUTE_MS, NOW_MS, REFUSED, UNSEEN, Sender, event
 from pipeline import Pipeline, event_json, seed
 
-from stream.dataset import Dataset
+from stream.feed.dataset import Dataset
 
 EVENTS = 8_000
 LARGEST = 10_000  # bytes of a bad value; larger ones have tests of their own

@@ -13,7 +13,7 @@ from pipeline import Pipeline, event_json
 from topic_admin import set_config
 
 from stream.keys import partition_of
-from stream.retrieval import EmbeddingReader
+from stream.retrieval.reader import EmbeddingReader
 
 
 def test_large_values_are_kept_whole_and_those_the_topic_refuses_are_referred_to(
@@ -34,11 +34,13 @@ def test_large_values_are_kept_whole_and_those_the_topic_refuses_are_referred_to
     assert [letter.value() for letter in pipeline.read(pipeline.dlq)] == [long, NOISE]
     set_config(pipeline.bootstrap, pipeline.dlq, max_message_bytes=9_000)
     noise = random.Random(5).randbytes(20_000)
-    sender.send(pipeline.topics["view"], b"1", noise)
-    sender.flush()
-    pipeline.until_committed(30)
     reference = pipeline.read(pipeline.dlq)[-1]
-    assert (reference.key(), reference.value()) == (b"1", None)
+    while reference.value() is not None:  # a broker takes its time to follow a setting
+        sender.send(pipeline.topics["view"], b"1", noise)
+        sender.flush()
+        pipeline.until_committed(30)
+        reference = pipeline.read(pipeline.dlq)[-1]
+    assert reference.key() == b"1"
     headers = dict(reference.headers())
     assert headers["dlq.reason"] == b"not_json"
     assert headers["dlq.value_sha256"] == hashlib.sha256(noise).hexdigest().encode()
@@ -62,6 +64,7 @@ def send_expanding(pipeline: Pipeline, topic: str, value: bytes, codec: str) -> 
     assert producer.flush(60) == 0
 
 
+@pytest.mark.slow
 def test_batches_that_expand_too_far_are_referred_to_and_cost_no_memory(make_pipeline: Callable[..., Pipeline]) -> None:
     """Some kilobytes that stand for 900 MB of zeros, and valid events after which come 200 MB of blanks."""
     pipeline = make_pipeline()
@@ -85,7 +88,7 @@ def test_batches_that_expand_too_far_are_referred_to_and_cost_no_memory(make_pip
     assert {(letter["key"], letter["value"], letter["dlq.partition"]) for letter in letters} == {
         (None, None, b"%d" % there)
     }
-    places = sorted((letter["dlq.topic"].decode(), int(letter["dlq.offset"])) for letter in letters)
+    places = sorted({(letter["dlq.topic"].decode(), int(letter["dlq.offset"])) for letter in letters})  # once or more
     assert places == sorted([(view, 1), (view, 3), (view, 5), (pipeline.deletions, 0)])
     assert pipeline.process is not None
     status = Path(f"/proc/{pipeline.process.pid}/status").read_text()
@@ -97,7 +100,7 @@ def test_batches_that_expand_too_far_are_referred_to_and_cost_no_memory(make_pip
     assert pipeline.stop() == 0
 
 
-@pytest.mark.parametrize("codec", ["zstd", "gzip"])
+@pytest.mark.parametrize("codec", ["zstd", pytest.param("gzip", marks=pytest.mark.slow)])
 def test_batches_that_expand_nearly_too_far_are_read_by_all(codec: str, make_pipeline: Callable[..., Pipeline]) -> None:
     """The worker and `uemb verify` have different clients, and must draw the line in one place."""
     pipeline = make_pipeline()
@@ -125,7 +128,7 @@ def test_a_misplaced_record_is_committed_once_its_topic_has_shown_a_well_placed_
     there = partition_of(b"1", PARTITIONS)
     sender.send(view, b"1", event_json(1, 7, "view", NOW_MS), (there + 1) % PARTITIONS)
     sender.flush()
-    pipeline.until(lambda: bool(pipeline.read(pipeline.dlq)), "the misplaced record is dead-lettered", 20)
+    pipeline.until(lambda: bool(pipeline.read(pipeline.dlq)), "the misplaced record is dead-lettered")
     assert committed(pipeline, view) == 0
     sender.send(view, b"1", event_json(1, 7, "view", NOW_MS), there)
     sender.flush()
@@ -164,6 +167,6 @@ def committed(pipeline: Pipeline, topic: str) -> int:
     consumer = Consumer({"bootstrap.servers": pipeline.bootstrap, "group.id": pipeline.app_id, "log_level": 2})
     try:
         places = [TopicPartition(topic, p) for p in range(PARTITIONS)]
-        return sum(max(0, place.offset) for place in consumer.committed(places, timeout=10))
+        return sum(max(0, place.offset) for place in consumer.committed(places, timeout=60))
     finally:
         consumer.close()

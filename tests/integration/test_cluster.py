@@ -10,8 +10,8 @@ from confluent_kafka import Producer
 from pipeline import Pipeline, event_json
 from redis_cluster import RedisCluster
 
-from stream.items import ItemSpace
-from stream.retrieval import EmbeddingReader
+from stream.items.space import ItemSpace
+from stream.retrieval.reader import EmbeddingReader
 
 NOW_MS = time.time_ns() // 1_000_000
 USERS = [f"user-{n}" for n in range(40)]
@@ -36,7 +36,7 @@ def send(pipeline: Pipeline) -> None:
         for n in range(4):
             event = event_json(user, str((number + 7 * n) % 50), "view", NOW_MS - 7_200_000 + n)
             producer.produce(pipeline.topics["view"], event, user)
-    assert producer.flush(20) == 0
+    assert producer.flush(60) == 0
 
 
 def users_stored(cluster: RedisCluster) -> dict[str, int]:

@@ -12,16 +12,26 @@ from kafka_broker import KafkaBroker
 from pipeline import UEMB, Event, Pipeline, check_end_state, event_json, expected
 from topic_admin import delete_topic
 
-from stream import dlq_replay, topic_reader
+from stream.cli.dlq import replay as dlq_replay
+from stream.cli.dlq.letters import Filter, read_letters
+from stream.cli.dlq.replay import Replayer
 from stream.config import Settings, load_settings
-from stream.dataset import Dataset, EventRow
-from stream.dlq import Filter, read_letters
-from stream.dlq_replay import Replayer
+from stream.core.events import EventRow
 from stream.errors import DeliveryError
-from stream.items import ItemSpace
+from stream.feed.dataset import Dataset
+from stream.items.space import ItemSpace
+from stream.kafka import brokers
+from stream.kafka import log_reader as topic_reader
+from stream.kafka.dead_letters import Header
 from stream.keys import partition_of
 
 USER_VERSION = load_settings().versioned_encoder.version
+
+
+@pytest.fixture(scope="module")
+def kafka(own_kafka: KafkaBroker) -> KafkaBroker:
+    """One that may be paused and killed."""
+    return own_kafka
 
 
 def uemb(pipeline: Pipeline, *args: str, code: int = 0) -> str:
@@ -54,7 +64,7 @@ class Sender:
         self._producer.produce(topic, value, key, on_delivery=delivered, **more)
 
     def flush(self) -> None:
-        assert self._producer.flush(20) == 0
+        assert self._producer.flush(60) == 0
 
 
 def _event(row: EventRow) -> Event:
@@ -245,7 +255,7 @@ def test_a_topic_that_ends_to_be_read_is_an_error(
 ) -> None:
     monkeypatch.setattr(topic_reader.read, "__defaults__", (None, 3, None))
     monkeypatch.setattr(topic_reader, "_BATCH", 1)  # and no more than a fetch is read ahead
-    monkeypatch.setattr(topic_reader, "Consumer", lambda config: Consumer({**config, "queued.max.messages.kbytes": 1}))
+    monkeypatch.setattr(brokers, "Consumer", lambda config: Consumer({**config, "queued.max.messages.kbytes": 1}))
     reading = read_letters(letters[1], Filter())
     next(reading)
     delete_topic(letters[0].bootstrap, letters[0].dlq)
@@ -259,7 +269,7 @@ def test_a_reference_whose_topic_is_silent_is_no_reference_to_nothing(
     monkeypatch.setattr(topic_reader, "TIMEOUT_S", 3)
     monkeypatch.setattr(dlq_replay, "TIMEOUT_S", 3)
     found = list(read_letters(letters[1], Filter()))
-    (reference,) = [letter for letter in found if letter.text("value_sha256")]
+    (reference,) = [letter for letter in found if letter.text(Header.VALUE_SHA256)]
     with Replayer(letters[1], dry_run=True) as replayer:
         assert replayer.replay([reference]).sent == 1
         kafka.pause()

@@ -15,12 +15,12 @@ from rocksdict import Cache
 from topic_admin import set_config
 
 from stream.config import load_settings
-from stream.history import History
-from stream.history_codec import NEVER, HistoryCodec
-from stream.items import ItemSpace
-from stream.records import kv_entry
-from stream.retrieval import EmbeddingReader
-from stream.table import PartitionDB
+from stream.core.history import History
+from stream.core.history_codec import NEVER, HistoryCodec
+from stream.core.records import kv_entry
+from stream.items.space import ItemSpace
+from stream.pipeline.table import PartitionDB
+from stream.retrieval.reader import EmbeddingReader
 
 SETTINGS = load_settings()
 USER_VERSION = SETTINGS.versioned_encoder.version
@@ -61,23 +61,23 @@ class Side:
     def events(self, events: Iterable[Event]) -> None:
         for user, item, kind, ts in events:
             self._producer.produce(self.pipeline.topics[kind], event_json(user, item, kind, ts), user)
-        assert self._producer.flush(20) == 0
+        assert self._producer.flush(60) == 0
 
     def erase(self, user: str, ts: int = ERASURE_MS) -> None:
         self._producer.produce(self.pipeline.deletions, json.dumps({"user_id": user, "ts": ts}), user)
-        assert self._producer.flush(20) == 0
+        assert self._producer.flush(60) == 0
 
     def withdraw(self, user: str) -> None:
         """A null value for the user's key on the deletion topic."""
         self._producer.produce(self.pipeline.deletions, None, user)
-        assert self._producer.flush(20) == 0
+        assert self._producer.flush(60) == 0
 
     def output_ends(self) -> dict[int, int]:
         """End of each partition of the output topic."""
         consumer = Consumer({"bootstrap.servers": self.pipeline.bootstrap, "group.id": "ends", "log_level": 2})
         try:
             places = [TopicPartition(self.pipeline.output, p) for p in range(self.pipeline.partitions)]
-            return {place.partition: consumer.get_watermark_offsets(place, timeout=10)[1] for place in places}
+            return {place.partition: consumer.get_watermark_offsets(place, timeout=60)[1] for place in places}
         finally:
             consumer.close()
 
@@ -226,7 +226,7 @@ def test_a_changelog_that_was_lost_is_no_way_back(space: ItemSpace, make_pipelin
     assert pipeline.stop() == 0
     epochs = pipeline.epochs()
     admin = AdminClient({"bootstrap.servers": pipeline.bootstrap, "log_level": 2})
-    for future in admin.delete_topics([pipeline.changelog], operation_timeout=10).values():
+    for future in admin.delete_topics([pipeline.changelog], operation_timeout=60).values():
         future.result()
     shutil.rmtree(pipeline.state)
     side.rewind(pipeline.topics.values())

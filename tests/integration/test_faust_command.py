@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pipeline import Pipeline, check_end_state, expected
 
 from stream.config import load_settings
-from stream.dataset import EventRow
-from stream.feed import Feeder
-from stream.items import ItemSpace
+from stream.core.events import EventRow
+from stream.feed.sender import Feeder
+from stream.items.space import ItemSpace
 
 
 def test_the_faust_command_runs_the_application(space: ItemSpace, make_pipeline: Callable[..., Pipeline]) -> None:

@@ -12,13 +12,13 @@ from types import SimpleNamespace
 import pytest
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
-from stream import feed_run
-from stream.dataset import EventRow
-from stream.devbroker import DevBroker
+from stream.core.events import EventRow
 from stream.errors import ConfigError, DeliveryError
-from stream.feed import Feeder
+from stream.feed import send_run as feed_run
+from stream.feed.sender import Feeder
+from stream.feed.synthetic import synthetic
+from stream.kafka.embedded_broker import DevBroker
 from stream.keys import partition_of
-from stream.synthetic import synthetic
 
 PARTITIONS = 4
 ROWS = synthetic(users=300, items=50, events=3000).events

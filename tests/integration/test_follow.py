@@ -14,10 +14,10 @@ from confluent_kafka import Producer
 from pipeline import Pipeline, expected
 
 from stream.config import load_settings
-from stream.dataset import Dataset
-from stream.feed import Feeder
-from stream.items import ItemSpace
-from stream.user_matrix import UserMatrix
+from stream.feed.dataset import Dataset
+from stream.feed.sender import Feeder
+from stream.items.space import ItemSpace
+from stream.retrieval.user_matrix import UserMatrix
 
 README = Path(__file__).parents[2] / "README.md"
 USER_VERSION = load_settings().versioned_encoder.version
@@ -57,7 +57,7 @@ def test_the_readme_keeps_a_matrix_of_users_current(
     erasure = json.dumps({"user_id": ERASED, "ts": time.time_ns() // 1_000_000}).encode()
     producer = Producer({"bootstrap.servers": pipeline.bootstrap, "partitioner": "murmur2_random", "log_level": 2})
     producer.produce(pipeline.deletions, erasure, ERASED)
-    assert producer.flush(20) == 0
+    assert producer.flush(60) == 0
     pipeline.until_committed()
     assert pipeline.stop() == 0
 

@@ -8,7 +8,7 @@ from confluent_kafka import Producer
 from pipeline import Pipeline
 from strategies import acts
 
-from stream.terminal import escaped
+from stream.logs import escaped
 
 USERS = ["[/x]", "[red]boo[/red]", "a:smile:b", "like:100:5", "x\u202ey", "a\u2028b"]
 
@@ -17,7 +17,7 @@ def send(pipeline: Pipeline, *records: tuple[bytes, bytes, list[Any]]) -> None:
     producer = Producer({"bootstrap.servers": pipeline.bootstrap, "partitioner": "murmur2_random", "log_level": 2})
     for key, value, headers in records:
         producer.produce(pipeline.topics["like"], value, key, headers=headers)
-    assert producer.flush(20) == 0
+    assert producer.flush(60) == 0
 
 
 def test_what_is_printed_of_topics_is_text(make_pipeline: Callable[..., Pipeline]) -> None:

@@ -27,8 +27,8 @@ from pipeline import Event, Pipeline, check_end_state, delete_topics, event_json
 from rocksdict import AccessType, Options, Rdict
 
 from stream.config import load_settings
-from stream.dataset import Dataset
-from stream.items import ItemSpace
+from stream.feed.dataset import Dataset
+from stream.items.space import ItemSpace
 
 USER_VERSION = load_settings().versioned_encoder.version
 SCHEMA = (Path(__file__).parents[2] / "schemas" / "user_embedding.v1.avsc").read_text()
@@ -276,6 +276,7 @@ def test_a_client_without_avro_takes_the_last_bytes_of_topic_and_store(
             database.close()
 
 
+@pytest.mark.slow
 def test_kcat_reads_json_and_its_default_partitioner_is_turned_away(
     films: Dataset, space: ItemSpace, make_pipeline: Callable[..., Pipeline]
 ) -> None:

@@ -9,11 +9,12 @@ from kafka_broker import KafkaBroker, why_unavailable
 from pipeline import Event, Pipeline, check_end_state, expected
 
 from stream.config import load_settings
-from stream.dataset import Dataset, EventRow
-from stream.feed import Feeder
-from stream.items import ItemSpace
+from stream.core.events import EventRow
+from stream.feed.dataset import Dataset
+from stream.feed.sender import Feeder
+from stream.items.space import ItemSpace
 from stream.keys import partition_of
-from stream.retrieval import EmbeddingReader
+from stream.retrieval.reader import EmbeddingReader
 
 USER_VERSION = load_settings().versioned_encoder.version
 IDLE_MS = 1_000
@@ -75,6 +76,7 @@ def impatient_kafka() -> Iterator[KafkaBroker]:
         yield broker
 
 
+@pytest.mark.slow
 def test_an_event_now_and_then_after_all_connections_were_closed(
     impatient_kafka: KafkaBroker, films: Dataset, space: ItemSpace, unique: str, tmp_path: Path, item_folder: Path
 ) -> None:

@@ -35,9 +35,9 @@ from odd_records import (
 from pipeline import Event, Pipeline, check_end_state, delete_topics, event_json, expected
 
 from stream.config import load_settings
-from stream.dataset import Dataset
-from stream.events import Reason
-from stream.items import ItemSpace
+from stream.core.events import Reason
+from stream.feed.dataset import Dataset
+from stream.items.space import ItemSpace
 
 USER_VERSION = load_settings().versioned_encoder.version
 TOPICS = ("view", "like", "deletions")
@@ -204,7 +204,7 @@ def test_a_compacted_topic_holds_no_record_without_a_key(pipeline: Pipeline) -> 
         producer = Producer({"bootstrap.servers": pipeline.bootstrap, "log_level": 2})
         sent = topic_name(pipeline, case.topic), case.kind.value, case.kind.key, 0
         producer.produce(*sent, on_delivery=lambda error, _, errors=errors: errors.append(error))
-        producer.flush(10)
+        producer.flush(60)
         assert len(errors) == 1
         assert errors[0] is not None
 

@@ -9,24 +9,27 @@ from typing import Any
 
 import pytest
 from half_open import HalfOpenProxy
-from reader_store import ITEMS, META, USER, eventually, key, record, stored
+from kv_entries import eventually
+from reader_store import ITEMS, META, USER, key, record, stored
 from redis_server import RedisServer
 
+from stream.core.records import kv_prefix
 from stream.errors import StoreError
 from stream.keys import watermark_key
-from stream.kv.base import Serving
-from stream.kv.redis import RedisKV
-from stream.kv.redis_reader import RedisReader
+from stream.kv.protocol import Serving
+from stream.kv.redis.reader import RedisReader
+from stream.kv.redis.writer import RedisKV
 from stream.kv.urls import RedisAddress
-from stream.records import kv_prefix
-from stream.retrieval import AsyncEmbeddingReader, EmbeddingReader, UserEmbedding
+from stream.retrieval import AsyncEmbeddingReader
+from stream.retrieval.answers import UserEmbedding
+from stream.retrieval.reader import EmbeddingReader
 
 PARTITIONS = 1
 Ask = Callable[[], UserEmbedding]
 
 
 async def fill(port: int) -> None:
-    """One user, and a progress record whose heartbeat lasts."""
+    """One user, and a watermark whose heartbeat lasts."""
     kv = RedisKV(RedisAddress(tls=False, host="127.0.0.1", port=port))
     await kv.update_meta(lambda _: replace(META, partitions=PARTITIONS, current=Serving(USER, ITEMS, -1)))
     await kv.open_partition(0)
@@ -82,13 +85,13 @@ def test_a_server_that_is_paused_killed_and_started_again(redis: RedisServer, fa
     assert not answer.stale, "the pipeline's state is another question"
     assert get_many() == ["store_down"] * 2
     redis.resume()
-    eventually(lambda: get().status == "ok", 5.0)
+    eventually(lambda: get().status == "ok")
     redis.kill()
-    eventually(lambda: get().reason == "store_down", 5.0)
+    eventually(lambda: get().reason == "store_down")
     assert get_many() == ["store_down"] * 2
     redis.start()
     asyncio.run(fill(redis.port))
-    eventually(lambda: get().status == "ok", 5.0)
+    eventually(lambda: get().status == "ok")
     assert get_many() == ["", "missing"]
 
 
@@ -100,7 +103,7 @@ def test_connections_that_died_silently_are_replaced(redis: RedisServer, face: F
         before = proxy.accepted
         proxy.go_half_open()
         assert get().reason == "timeout"
-        eventually(lambda: get().status == "ok", 10.0)
+        eventually(lambda: get().status == "ok")
         assert proxy.accepted > before
 
 

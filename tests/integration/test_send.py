@@ -15,16 +15,16 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from confluent_kafka import Consumer, TopicPartition
+from confluent_kafka import Consumer, Producer, TopicPartition
 from kafka_broker import KafkaBroker
 from pipeline import UEMB, Pipeline, check_end_state, expected
 
 from stream.config import load_settings
-from stream.dataset import Dataset, EventRow
-from stream.devbroker import DevBroker
-from stream.events import EventDecoder
-from stream.feed import Feeder
-from stream.items import ItemSpace
+from stream.core.events import EventDecoder, EventRow
+from stream.feed.dataset import Dataset
+from stream.feed.sender import Feeder
+from stream.items.space import ItemSpace
+from stream.kafka.embedded_broker import DevBroker
 
 USER_VERSION = load_settings().versioned_encoder.version
 CLEAN = {k: v for k, v in os.environ.items() if not k.startswith("UEMB_")}
@@ -59,7 +59,7 @@ def values(bootstrap: str, *topics: str) -> list[dict[str, object]]:
     try:
         found = []
         for topic in topics:
-            ends = {p: consumer.get_watermark_offsets(TopicPartition(topic, p), timeout=10)[1] for p in range(4)}
+            ends = {p: consumer.get_watermark_offsets(TopicPartition(topic, p), timeout=60)[1] for p in range(4)}
             consumer.assign([TopicPartition(topic, p, 0) for p in ends])
             for _ in range(sum(ends.values())):
                 message = consumer.poll(10)
@@ -78,7 +78,7 @@ def both(broker: DevBroker) -> Counter[str]:
 
 def until_saved(process: subprocess.Popen[str], progress: Path) -> int:
     """Wait until a running send has noted its first position."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not progress.exists():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, "nothing was noted"
@@ -141,8 +141,11 @@ def test_bad_rows_end_the_sending_or_are_counted(broker: DevBroker, tmp_path: Pa
 
 def test_stopped_in_order_it_goes_on_with_the_next_row(broker: DevBroker, tmp_path: Path) -> None:
     at = {"UEMB_BOOTSTRAP_SERVERS": broker.bootstrap}
-    files = [write_csv(tmp_path / "a.csv", ROWS[:900]), write_csv(tmp_path / "b.csv", ROWS[900:])]
-    progress = tmp_path / "a.csv.uemb-send.json"
+    files = [tmp_path / "parts"]
+    files[0].mkdir()
+    write_csv(files[0] / "a.csv", ROWS[:900])
+    write_csv(files[0] / "b.csv", ROWS[900:])
+    progress = files[0] / "a.csv.uemb-send.json"
     with start(*files, "--rate", "600", **at) as process:
         until_saved(process, progress)
         process.send_signal(signal.SIGTERM)
@@ -188,12 +191,39 @@ def test_ctrl_c_is_heard_while_standard_input_is_silent(broker: DevBroker) -> No
         assert process.stdin is not None
         process.stdin.write('{"user_id":1,"item_id":"0","type":"view","ts":1600000000000}\n{"user_id":')
         process.stdin.flush()
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         while len(values(broker.bootstrap, "user-events.view")) < 2:
             assert time.monotonic() < deadline
         process.send_signal(signal.SIGINT)
-        out, _ = process.communicate(timeout=20)
+        out, _ = process.communicate(timeout=60)
     assert (process.returncode, out[:2]) == (130, "1 ")
+
+
+def test_purchases_of_several_items_and_a_table_without_header(
+    films: Dataset, space: ItemSpace, make_pipeline: Callable[..., Pipeline], tmp_path: Path
+) -> None:
+    rows = films.events[:3_000]
+    purchases: dict[tuple[str, str, int], list[str]] = {}
+    for row in rows[:2_000]:
+        purchases.setdefault((row.user_id, row.type, row.ts_ms), []).append(row.item_id)
+    assert max(map(len, purchases.values())) > 1
+    pipeline = make_pipeline(event_fields="item_id=items[].item_id")
+    pipeline.start()
+    pipeline.until_ready()
+    producer = Producer({"bootstrap.servers": pipeline.bootstrap, "partitioner": "murmur2_random"})
+    for (user, kind, ts), items in [*purchases.items(), *reversed(purchases.items())]:  # each of them twice
+        value = {"user_id": user, "type": kind, "ts": str(ts), "items": [{"item_id": item} for item in items]}
+        producer.produce(pipeline.topics[kind], json.dumps(value), user)
+    assert producer.flush(30) == 0
+    table = tmp_path / "u.data"
+    table.write_text("".join(f"{r.user_id}\t{r.item_id}\t5\t{r.ts_ms}\t{r.type}\n" for r in rows[2_000:]))
+    said = pipeline.uemb("send", str(table), "--columns", "user_id,item_id,_,ts,type", "--fields", "item_id=item_id")
+    assert "1,000 " in said
+    pipeline.until_committed()
+    check_end_state(pipeline, expected(map(tuple, rows), space), space, USER_VERSION)
+    assert pipeline.read(pipeline.dlq) == []
+    pipeline.check(len({row.user_id for row in rows}))
+    assert pipeline.stop() == 0
 
 
 def test_killed_in_the_middle_and_resumed_beside_live_traffic_of_the_same_users(
@@ -212,7 +242,7 @@ def test_killed_in_the_middle_and_resumed_beside_live_traffic_of_the_same_users(
         traffic = threading.Thread(target=feeder.send, args=(live,), kwargs={"rate": 1500.0, "stop": stop})
         traffic.start()
         try:
-            with start(file, "--rate", "2000", **at) as process:
+            with start(file, "--rate", "200", **at) as process:
                 until_saved(process, tmp_path / "year.csv.uemb-send.json")
                 process.kill()
             mark = json.loads((tmp_path / "year.csv.uemb-send.json").read_text())["rows"]

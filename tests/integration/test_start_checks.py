@@ -22,21 +22,22 @@ import pytest
 from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic
 from kafka_broker import KafkaBroker
 from pipeline import UEMB, Event, Pipeline, check_end_state, delete_topics, expected
+from topic_admin import delete_topic
 
 from stream.config import load_settings
-from stream.dataset import EventRow
+from stream.core.events import EventRow
 from stream.errors import UembError
-from stream.feed import Feeder
-from stream.items import ItemSpace
-from stream.kv.rocksdb import RocksKV
-from stream.retrieval import EmbeddingReader
-from stream.topics import prepare_topics
+from stream.feed.sender import Feeder
+from stream.items.space import ItemSpace
+from stream.kafka.topics import prepare_topics
+from stream.kv.rocksdb.writer import RocksKV
+from stream.retrieval.reader import EmbeddingReader
 
 USER_VERSION = load_settings().versioned_encoder.version
 COMPACT, DELETE = {"cleanup.policy": "compact"}, {"cleanup.policy": "delete"}
 LARGE = {"max.message.bytes": "2000000"}
 #: A refused start that takes longer is one that hangs.
-PATIENCE_S = 25
+PATIENCE_S = 120
 NOW_MS = time.time_ns() // 1_000_000
 
 
@@ -104,6 +105,7 @@ CASES = {
     "no_items": Case(("UEMB_ITEMS is not set", "no item version is active"), settings={"UEMB_ITEMS": ""}),
     "items_missing": Case(("{folder}/nowhere", "manifest.json"), settings={"UEMB_ITEMS": "{folder}/nowhere"}),
     "items_damaged": Case(("{folder}/damaged", "vectors.npy"), settings={"UEMB_ITEMS": "{folder}/damaged"}),
+    "items_of_a_pipe": Case(("{folder}/pipe", "no regular file"), settings={"UEMB_ITEMS": "{folder}/pipe"}),
     "store_of_another_application": Case(
         ("'another'", "UEMB_KV_URL"), settings={"UEMB_KV_URL": "rocksdb://{folder}/others"}, code=None
     ),
@@ -112,6 +114,12 @@ CASES = {
     ),
     "store_of_no_known_kind": Case(("UEMB_KV_URL",), settings={"UEMB_KV_URL": "leveldb:///x"}),
     "state_folder_that_can_not_be": Case(("{folder}/file",), settings={"UEMB_STATE_DIR": "{folder}/file/state"}),
+    "store_that_can_not_be": Case(
+        ("UEMB_KV_URL", "{folder}/file"), settings={"UEMB_KV_URL": "rocksdb://{folder}/file/kv"}
+    ),
+    "no_home": Case(
+        ("UEMB_STATE_DIR /proc/nobody/state",), settings={"HOME": "/proc/nobody", "UEMB_STATE_DIR": "~/state"}
+    ),
     "credentials_missing": Case(("UEMB_SASL_",), settings={"UEMB_SECURITY_PROTOCOL": "SASL_PLAINTEXT"}),
 }
 
@@ -154,7 +162,9 @@ def check_refusal(ended: Ended, *says: str, code: int | None = 2, logged: bool =
     """One line that names what is wrong, no traceback, and the right exit code; `logged`: beside a line in the log."""
     assert ended.code is not None, f"it went on running:\n{ended.stderr}"
     assert "Traceback" not in ended.stderr, ended.stderr
-    is_log = re.compile(r"\d{4}-\d\d-\d\d .* (ERROR|CRITICAL) (stream\.app: stopping|aiokafka\.consumer)").match
+    is_log = re.compile(
+        r"\d{4}-\d\d-\d\d .* (CRITICAL stream\.worker\.app: stopping|(WARNING|ERROR) aiokafka\.consumer)"
+    ).match
     lines = [line for line in ended.stderr.splitlines() if not (logged and is_log(line))]
     assert [line[:6] for line in lines] == ["uemb: "], ended.stderr
     assert not [what for what in says if what not in lines[0]], lines[0]
@@ -163,7 +173,7 @@ def check_refusal(ended: Ended, *says: str, code: int | None = 2, logged: bool =
 
 def create(admin: AdminClient, topics: Mapping[str, Case]) -> None:
     new = [NewTopic(name, t.partitions, 1, config=dict(t.config)) for name, t in topics.items()]
-    for future in admin.create_topics(new, operation_timeout=20).values():
+    for future in admin.create_topics(new, operation_timeout=60).values():
         future.result()
 
 
@@ -199,6 +209,8 @@ def started(
     """Starts of all `CASES`, under way while the tests run: one waits 20 s for a broker that isn't there."""
     folder = tmp_path_factory.mktemp("start")
     shutil.copytree(item_folder, folder / "damaged")
+    (folder / "pipe").mkdir()
+    os.mkfifo(folder / "pipe" / "manifest.json")
     vectors = bytearray((folder / "damaged" / "vectors.npy").read_bytes())
     vectors[-3] ^= 1
     (folder / "damaged" / "vectors.npy").write_bytes(vectors)
@@ -246,7 +258,7 @@ def started(
             )
             for name, case in CASES.items()
         }
-    now = {name for name in admin.list_topics(timeout=10).topics if name.startswith(prefix)}
+    now = {name for name in admin.list_topics(timeout=60).topics if name.startswith(prefix)}
     delete_topics(kafka.bootstrap, prefix)
     assert now == set(right | wrong), "a worker that refused has made topics"
 
@@ -264,6 +276,7 @@ def events_of(users: range, count: int, kind: str = "view") -> list[Event]:
     return [(str(u), str(items[i, n]), kind, int(ts[i, n])) for n in range(count) for i, u in enumerate(users)]
 
 
+@pytest.mark.slow
 def test_settings_that_existing_state_was_not_made_for(
     space: ItemSpace, make_pipeline: Callable[..., Pipeline], subtests: pytest.Subtests
 ) -> None:
@@ -287,7 +300,8 @@ def test_settings_that_existing_state_was_not_made_for(
     refused("UEMB_HISTORY_LIMIT=100", history_limit="50")
     refused("like:2", "UEMB_EVENT_TYPES", event_types="view:1")
     refused("like:2", "UEMB_EVENT_TYPES", event_types="view:1,like:3")
-    refused(repr(pipeline.app_id), "UEMB_KV_URL", app_id=f"{pipeline.app_id}b")
+    other = {"output_topic": f"{pipeline.app_id}b.out", "dlq_topic": f"{pipeline.app_id}b.dlq"}
+    refused(repr(pipeline.app_id), "UEMB_KV_URL", app_id=f"{pipeline.app_id}b", **other)
     check_end_state(pipeline, expected(events, space), space, USER_VERSION)
 
     # an appended type and an alias are accepted, and kept
@@ -312,7 +326,7 @@ def test_settings_that_existing_state_was_not_made_for(
 def check_topics(pipeline: Pipeline) -> None:
     """The worker has made its topics: three partitions each, and the right policies and limits."""
     admin = AdminClient({"bootstrap.servers": pipeline.bootstrap, "log_level": 2})
-    made = {name: t for name, t in admin.list_topics(timeout=10).topics.items() if name.startswith(pipeline.app_id)}
+    made = {name: t for name, t in admin.list_topics(timeout=60).topics.items() if name.startswith(pipeline.app_id)}
     control = {pipeline.item_versions, pipeline.item_status}
     ours = {*pipeline.inputs, pipeline.output, pipeline.dlq, pipeline.changelog, *control}
     assert set(made) == ours
@@ -345,8 +359,10 @@ def test_histories_are_nobody_elses_to_read(make_pipeline: Callable[..., Pipelin
     """Whatever the umask, and also where the folder was there and open to all."""
     pipeline = make_pipeline()
     own = pipeline.state / pipeline.app_id
-    own.mkdir(parents=True)
-    own.chmod(0o755)
+    (own / "v1" / "tables").mkdir(parents=True)
+    (own / "v1" / "tables" / "note").write_text("")
+    for path in (own, *own.rglob("*")):
+        path.chmod(0o755)
     umask = os.umask(0)
     try:
         pipeline.start()
@@ -362,10 +378,45 @@ def test_histories_are_nobody_elses_to_read(make_pipeline: Callable[..., Pipelin
     assert pipeline.stop() == 0
 
 
+def test_what_another_application_writes_to_is_its_own(make_pipeline: Callable[..., Pipeline], tmp_path: Path) -> None:
+    first = make_pipeline()
+    first.start()
+    first.until_ready()
+    second = make_pipeline(kv_url=f"rocksdb://{tmp_path / 'kv2'}", state_dir=tmp_path / "state2")
+    name = f"{first.app_id}-second"
+    second.environment["UEMB_APP_ID"] = name
+    second.log = tmp_path / "second.log"
+    for setting, topic in (("UEMB_OUTPUT_TOPIC", first.output), ("UEMB_DLQ_TOPIC", first.dlq)):
+        second.start()
+        assert second.wait() == 2
+        said = second.log.read_text().splitlines()[-1]
+        assert said.startswith(f"uemb: {setting}: application {first.app_id} writes to {topic}; name another")
+        second.environment[setting] = f"{name}.{setting.lower()}"
+    second.start()  # inputs, erasures and item versions may be shared
+    second.until_ready()
+    assert second.stop() == 0
+    second.environment["UEMB_OUTPUT_TOPIC"] = first.output
+    assert first.stop() == 0
+    delete_topic(first.bootstrap, first.item_status)  # as the line says, of an application that is no more
+    second.start()
+    second.until_ready_again()
+    assert second.stop() == 0
+
+
+def test_a_worker_that_waits_to_start_ends_when_it_is_told_to(make_pipeline: Callable[..., Pipeline]) -> None:
+    """Here for a store that is away, for which it would wait a minute."""
+    pipeline = make_pipeline(kv_url="redis://127.0.0.1:1/0")
+    pipeline.start()
+    pipeline.until(lambda: "nothing is committed meanwhile" in pipeline.tail(), "it waits")
+    assert pipeline.stop() == 0
+    assert "did not stop in time" not in pipeline.log.read_text()
+
+
 def test_a_state_folder_that_a_paused_worker_holds(make_pipeline: Callable[..., Pipeline]) -> None:
     pipeline = make_pipeline()
     pipeline.start()
     pipeline.until_ready()
+    before = pipeline.epochs()
     assert pipeline.process is not None
     pipeline.process.send_signal(signal.SIGSTOP)
     try:
@@ -373,9 +424,10 @@ def test_a_state_folder_that_a_paused_worker_holds(make_pipeline: Callable[..., 
         ended = start_and_wait({**pipeline.environment, "UEMB_LOG_LEVEL": "warning", "UEMB_KV_LOCK_PATIENCE_S": "1"})
     finally:
         pipeline.process.send_signal(signal.SIGCONT)
+    pipeline.until_epochs_rise(before)  # one that finds out by an event that its partition was given away stops
     with Feeder(pipeline.bootstrap, pipeline.topics) as feeder:
         feeder.send([EventRow(*event) for event in events_of(range(1, 9), 2)])
-    pipeline.until_committed(20)
+    pipeline.until_committed()
     assert pipeline.stop() == 0
     check_refusal(ended, str(pipeline.state), "UEMB_STATE_DIR", code=None, logged=True)
 

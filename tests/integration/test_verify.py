@@ -14,12 +14,12 @@ from kafka_broker import KafkaBroker
 from pipeline import Pipeline, delete_topics, event_json
 
 from stream.config import load_settings
-from stream.dataset import Dataset
-from stream.history_codec import stored_order
-from stream.items import ItemSpace
+from stream.core.history_codec import stored_order
+from stream.core.records import decode, encode, kv_entry, kv_prefix
+from stream.feed.dataset import Dataset
+from stream.items.space import ItemSpace
 from stream.keys import partition_of
-from stream.kv.rocksdb import RocksKV
-from stream.records import decode, encode, kv_entry, kv_prefix
+from stream.kv.rocksdb.writer import RocksKV
 
 USER_VERSION = load_settings().versioned_encoder.version
 ERASED = "259"  # who has the first event
@@ -37,7 +37,7 @@ class Sender:
         self._producer.produce(topic, value, key.encode())
 
     def flush(self) -> None:
-        assert self._producer.flush(20) == 0
+        assert self._producer.flush(60) == 0
 
     def skip(self) -> None:
         """Commit all input without processing it."""
@@ -79,7 +79,7 @@ def ended(
         delete_topics(kafka.bootstrap, "verify-ended")
 
 
-@pytest.mark.parametrize("output_format", ["avro", "json"])
+@pytest.mark.parametrize("output_format", ["avro", pytest.param("json", marks=pytest.mark.slow)])
 def test_what_a_worker_did_is_in_order_while_it_runs_and_after(
     output_format: str, films: Dataset, make_pipeline: Callable[..., Pipeline]
 ) -> None:
@@ -198,14 +198,14 @@ def output_with_an_older_record(pipeline: Pipeline, space: ItemSpace, user: str)
     partition = partition_of(user.encode(), pipeline.partitions)
     producer = Producer({"bootstrap.servers": pipeline.bootstrap})
     producer.produce(pipeline.output, first.value(), first.key(), partition)
-    producer.flush(10)
+    producer.flush(60)
 
 
 def output_with_a_tombstone(pipeline: Pipeline, space: ItemSpace, user: str) -> None:
     partition = partition_of(user.encode(), pipeline.partitions)
     producer = Producer({"bootstrap.servers": pipeline.bootstrap})
     producer.produce(pipeline.output, None, key_of(space, user).encode(), partition)
-    producer.flush(10)
+    producer.flush(60)
 
 
 def changelog_with_an_older_record(pipeline: Pipeline, space: ItemSpace, user: str) -> None:
@@ -214,7 +214,7 @@ def changelog_with_an_older_record(pipeline: Pipeline, space: ItemSpace, user: s
     assert stored_order(oldest.value()) < stored_order(records[-1].value())
     producer = Producer({"bootstrap.servers": pipeline.bootstrap})
     producer.produce(pipeline.changelog, oldest.value(), user.encode(), partition_of(user.encode(), 4))
-    producer.flush(10)
+    producer.flush(60)
 
 
 def an_event_that_was_skipped(pipeline: Pipeline, space: ItemSpace, user: str) -> None:
@@ -234,7 +234,7 @@ def a_user_nobody_sent(pipeline: Pipeline, space: ItemSpace, user: str) -> None:
     stranger = next(f"x{n}" for n in range(99) if partition_of(f"x{n}".encode(), 4) == records[-1].partition())
     producer = Producer({"bootstrap.servers": pipeline.bootstrap})
     producer.produce(pipeline.changelog, records[-1].value(), stranger.encode(), records[-1].partition())
-    producer.flush(10)
+    producer.flush(60)
 
 
 def a_reject_without_a_letter(pipeline: Pipeline, space: ItemSpace, user: str) -> None:

@@ -21,13 +21,14 @@ from pipeline import UEMB, Event, Pipeline, check_end_state, expected, feeding, 
 from rocksdict import Options, Rdict
 
 from stream.config import load_settings
-from stream.dataset import Dataset, EventRow
-from stream.feed import Feeder
-from stream.items import ItemSpace
+from stream.core.events import EventRow
+from stream.core.records import decode
+from stream.feed.dataset import Dataset
+from stream.feed.sender import Feeder
+from stream.items.space import ItemSpace
 from stream.keys import partition_of
-from stream.kv.rocksdb_layout import partition_path
-from stream.records import decode
-from stream.table import CLAIM_KEY
+from stream.kv.rocksdb.layout import partition_path
+from stream.pipeline.table import CLAIM_KEY
 
 USER_VERSION = load_settings().versioned_encoder.version
 REBUILDS = "lacks committed writes"
@@ -90,7 +91,9 @@ def test_three_workers_under_a_rolling_restart(
         assert worker.stop() == 0
 
 
-@pytest.mark.parametrize("store", ["kept", "removed", "older"])
+@pytest.mark.parametrize(
+    "store", [pytest.param(store, marks=pytest.mark.slow) for store in ("kept", "removed", "older")]
+)
 def test_killed_in_the_middle_with_the_disk_wiped(
     store: str, films: Dataset, space: ItemSpace, make_pipeline: Callable[..., Pipeline], tmp_path: Path
 ) -> None:
@@ -148,7 +151,7 @@ def test_killed_in_the_middle_of_a_rebuild(
     assert pipeline.stop() == 0
 
 
-@pytest.mark.parametrize("running", [True, False])
+@pytest.mark.parametrize("running", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_rebuild_by_hand(
     running: bool, films: Dataset, space: ItemSpace, make_pipeline: Callable[..., Pipeline]
 ) -> None:
@@ -185,6 +188,7 @@ def test_rebuild_by_hand(
     assert "0 to 3" in only.stderr.decode()
 
 
+@pytest.mark.slow
 def test_epochs_rise_when_the_changelog_is_made_anew_and_when_the_store_is_wiped(
     films: Dataset, space: ItemSpace, make_pipeline: Callable[..., Pipeline]
 ) -> None:
@@ -245,6 +249,7 @@ def test_a_stranger_that_reads_other_topics_stays_out(
         assert worker.stop() == 0
 
 
+@pytest.mark.slow
 def test_strangers_that_start_together_never_share_a_user(
     films: Dataset, space: ItemSpace, make_workers: Callable[..., list[Pipeline]]
 ) -> None:
@@ -256,7 +261,7 @@ def test_strangers_that_start_together_never_share_a_user(
     assert first.stop() == 0
     for worker in (first, stranger):
         worker.start()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while first.process.poll() is None and stranger.process.poll() is None and time.monotonic() < deadline:  # type: ignore[union-attr]
         time.sleep(0.1)
     assert stranger.process is not None

@@ -8,13 +8,14 @@ from hypothesis import strategies as st
 from reader_store import FakeStore
 from strategies import TYPES, Driver, Event, arrivals, make_space, small_spaces, streams
 
-from stream.encoders import AvgEncoder, MixEncoder, VersionedEncoder
-from stream.history import History, HistoryCodec
-from stream.items import ItemSpace
+from stream.core.encoders import AvgEncoder, MixEncoder, VersionedEncoder
+from stream.core.history import History, HistoryCodec
+from stream.core.records import EmbeddingRecord, encode
+from stream.items.space import ItemSpace
 from stream.keys import encoder_key, fallback_key
-from stream.kv.base import Meta, Serving
-from stream.records import EmbeddingRecord, encode
-from stream.retrieval import EmbeddingReader, UserEmbedding, get_or_build_user_embedding
+from stream.kv.protocol import Meta, Serving
+from stream.retrieval.answers import UserEmbedding
+from stream.retrieval.reader import EmbeddingReader, get_or_build_user_embedding
 
 CODEC = HistoryCodec(TYPES)
 USERS = ("u", 7)
@@ -31,7 +32,18 @@ encoders = st.builds(
 def store_of(encoder: VersionedEncoder, space: ItemSpace) -> FakeStore:
     """An empty store that serves the pair."""
     own = EmbeddingRecord(
-        "fallback", 0, 0, "fallback", "", 0, 0, None, encoder.version, space.version, space.fallback, 1.0
+        user_id="fallback",
+        epoch=0,
+        revision=0,
+        status="fallback",
+        reason="",
+        history_len=0,
+        unknown_items=0,
+        as_of=None,
+        user_embedding_version=encoder.version,
+        item_embedding_version=space.version,
+        vector=space.fallback,
+        norm=1.0,
     )
     return FakeStore(
         Meta(

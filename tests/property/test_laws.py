@@ -3,7 +3,7 @@
 import hashlib
 import json
 import random
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from oracle import LEAD_MS, Oracle, check_record
 from strategies import (
+    DELETIONS,
     LATE_ENOUGH,
     MINUTE,
     T0,
@@ -18,6 +19,7 @@ from strategies import (
     Driver,
     Erase,
     Event,
+    Message,
     arrivals,
     interactions,
     make_space,
@@ -30,12 +32,13 @@ from strategies import (
     topic_of,
 )
 
-from stream.encoders import AvgEncoder, MixEncoder, VersionedEncoder, encoder_hash, make_encoder, user_version
+from stream.core.encoders import AvgEncoder, MixEncoder, VersionedEncoder, encoder_hash, make_encoder, user_version
+from stream.core.events import EventRules
+from stream.core.history import History, Outcome
+from stream.core.history_codec import NEVER, TS_BYTES, HistoryCodec, sort_key
+from stream.core.records import decode, kv_entry
+from stream.core.space_engine import fallback_record
 from stream.errors import StateError
-from stream.history import History, Outcome
-from stream.history_codec import NEVER, TS_BYTES, HistoryCodec, sort_key
-from stream.publisher import fallback_record
-from stream.records import decode, kv_entry
 
 CODEC = HistoryCodec(TYPES)
 
@@ -262,6 +265,55 @@ def test_every_encoder_equals_the_formula(data, stream, limit):
         encoder = MixEncoder(alpha, long, short, weights)
         oracle = Oracle(limit, [space], alpha_short=alpha, decay_long=long, decay_short=short, type_weights=weights)
     check_every_event(Driver([space], VersionedEncoder(encoder, limit)), oracle, data.draw(arrivals(stream)))
+
+
+SEVERAL = EventRules(TYPES, fields={"item_id": "of[].item", "type": "of[].type", "ts": "of[].ts"})
+
+
+@st.composite
+def several(draw, users=("u", 7)):
+    """Events of several interactions each, and erasures."""
+    element = st.tuples(
+        st.integers(0, 20).map(lambda n: T0 + n * MINUTE),
+        st.sampled_from(["a", "b", "3", "é", "unknown"]),
+        st.sampled_from(sorted(TYPES)),
+    )
+    events = st.tuples(st.sampled_from(users), st.lists(element, max_size=4) | st.lists(element, max_size=12))
+    erasures = st.builds(Erase, st.sampled_from(users), st.integers(0, 20).map(lambda n: T0 + n * MINUTE))
+    happened = draw(st.lists(st.one_of(events, events, events, erasures), max_size=8))
+    again = draw(st.lists(st.sampled_from(happened), max_size=4)) if happened else []
+    return draw(st.permutations([*happened, *again]))
+
+
+def message_of_several(user, elements):
+    of = [{"item": item, "type": kind, "ts": ts} for ts, item, kind in elements]
+    return Message(str(user).encode(), json.dumps({"user_id": user, "of": of}).encode())
+
+
+@given(st.data(), several(), small_spaces(), st.sampled_from([2, 3, 100]), st.booleans())
+def test_an_event_of_several_items_is_published_once_as_its_interactions_sent_apart(data, log, space, limit, weighted):
+    encoder = VersionedEncoder(MixEncoder(type_weights={"like": 3.0} if weighted else {}), limit)
+    driver = Driver([space], encoder, SEVERAL, hot_users=data.draw(st.integers(1, 3)))
+    latest = Driver([space], encoder, SEVERAL, publish_latest=True)
+    apart = Driver([space], encoder)
+    oracle = Oracle(limit, [space], type_weights=encoder.encoder.type_weights)
+    ledger = Ledger(oracle, [space])
+    cuts = data.draw(st.lists(st.integers(0, len(log)), max_size=4))
+    for start, end in pairwise([0, *sorted(cuts), len(log)]):
+        for erases, group in groupby(log[start:end], lambda one: isinstance(one, Erase)):
+            operations, changes, records = [], [], []
+            for one in group:
+                parts = [one] if erases else [Event(one[0], item, kind, ts) for ts, item, kind in one[1]]
+                changes += [change for part in parts if (change := ledger.fold(part))][-1:]
+                records.append(message(one) if erases else message_of_several(*one))
+                operations += parts
+            topic = DELETIONS if erases else "user-events"
+            ledger.check(driver.feed(topic, records), changes)
+            latest.feed(topic, records)
+            apart.feed(topic, [message(operation) for operation in operations])
+    for each in (driver, latest, apart):
+        check_end(each, oracle)
+    assert driver.states == latest.states == apart.states
 
 
 @given(st.data(), streams())

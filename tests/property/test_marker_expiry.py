@@ -4,10 +4,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import MINUTE, T0, TYPES, Driver, Erase, Event, message, random_space, streams, topic_of
 
-from stream.history import History
-from stream.history_codec import NEVER, HistoryCodec, marker_erased_at
-from stream.marker_expiry import stream_time_ms
-from stream.records import kv_entry
+from stream.core.history import History
+from stream.core.history_codec import NEVER, HistoryCodec, marker_erased_at
+from stream.core.records import kv_entry
+from stream.worker.marker_expiry import stream_time_ms
 
 #: Markers are kept for so long; no event is later than that, which is what the retention of input topics is for.
 KEPT_MS = 60 * MINUTE

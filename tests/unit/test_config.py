@@ -9,6 +9,7 @@ import pytest
 
 from stream.config import ENV_PREFIX, Settings, load_settings, misspelt
 from stream.errors import ConfigError
+from stream.kafka.connection import aiokafka_config, librdkafka_config
 
 
 @pytest.fixture(autouse=True)
@@ -131,7 +132,7 @@ WRONG: dict[str, tuple[dict[str, str], str, str]] = {
     "history_long": ({"history_limit": "10001"}, "HISTORY_LIMIT", "10000"),
     "protocol": ({"security_protocol": "TLS"}, "SECURITY_PROTOCOL", "SASL_SSL"),
     "mechanism": ({"sasl_mechanism": "GSSAPI"}, "SASL_MECHANISM", "PLAIN"),
-    "unit": ({"event_ts_unit": "us"}, "EVENT_TS_UNIT", "iso8601"),
+    "unit": ({"event_ts_unit": "h"}, "EVENT_TS_UNIT", "iso8601"),
     "publish": ({"publish": "some"}, "PUBLISH", "latest"),
     "format": ({"output_format": "protobuf"}, "OUTPUT_FORMAT", "avro"),
     "level": ({"log_level": "loud"}, "LOG_LEVEL", "warning"),
@@ -218,15 +219,15 @@ def test_a_password_within_the_store_url_is_shown_nowhere(load: Loader) -> None:
 
 def test_plain_connections_need_no_credentials(load: Loader) -> None:
     settings = load(bootstrap_servers="a:1,b:2")
-    assert settings.kafka_client == {"bootstrap_servers": "a:1,b:2", "security_protocol": "PLAINTEXT"}
-    assert settings.librdkafka_client == {"bootstrap.servers": "a:1,b:2", "security.protocol": "PLAINTEXT"}
+    assert aiokafka_config(settings) == {"bootstrap_servers": "a:1,b:2", "security_protocol": "PLAINTEXT"}
+    assert librdkafka_config(settings) == {"bootstrap.servers": "a:1,b:2", "security.protocol": "PLAINTEXT"}
 
 
 def test_both_clients_get_the_same_credentials(load: Loader) -> None:
     settings = load(
         security_protocol="SASL_SSL", sasl_mechanism="SCRAM-SHA-512", sasl_username="ali", sasl_password="open-sesame"
     )
-    client = settings.kafka_client
+    client = aiokafka_config(settings)
     assert isinstance(client.pop("ssl_context"), ssl.SSLContext)
     assert client == {
         "bootstrap_servers": "127.0.0.1:9092",
@@ -235,7 +236,7 @@ def test_both_clients_get_the_same_credentials(load: Loader) -> None:
         "sasl_plain_username": "ali",
         "sasl_plain_password": "open-sesame",
     }
-    assert settings.librdkafka_client == {
+    assert librdkafka_config(settings) == {
         "bootstrap.servers": "127.0.0.1:9092",
         "security.protocol": "SASL_SSL",
         "sasl.mechanism": "SCRAM-SHA-512",
@@ -259,7 +260,7 @@ def test_sasl_needs_a_user_and_a_password(load: Loader, variables: Mapping[str, 
 
 def test_certificates_that_are_not_there_are_named(load: Loader) -> None:
     with pytest.raises(ConfigError, match="UEMB_SSL_CAFILE") as raised:
-        _ = load(security_protocol="SSL", ssl_cafile="/nowhere/ca.pem").kafka_client
+        _ = aiokafka_config(load(security_protocol="SSL", ssl_cafile="/nowhere/ca.pem"))
     assert "/nowhere/ca.pem" in str(raised.value)
 
 

@@ -18,6 +18,12 @@ from kafka_broker import BrokerError, KafkaBroker, why_unavailable
 RECORDS = [(f"user-{i}".encode(), f"value-{i}".encode(), 1_700_000_000_000 + i) for i in range(200)]
 
 
+@pytest.fixture(scope="module")
+def kafka(own_kafka: KafkaBroker) -> KafkaBroker:
+    """One that may be paused and killed."""
+    return own_kafka
+
+
 async def create_topic(bootstrap: str, topic: str, partitions: int) -> None:
     admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
     await admin.start()
@@ -210,6 +216,7 @@ def test_a_run_that_must_be_whole_fails_what_skips(tmp_path: Path) -> None:
     assert "UEMB_TEST_REQUIRE=all: could not import 'no_such_module'" in strict
 
 
+@pytest.mark.slow
 def test_slow_tests_run_when_named(tmp_path: Path) -> None:
     (tmp_path / "test_some.py").write_text(SOME_TESTS)
     assert "2 failed, 7 deselected" in run_pytest(tmp_path, "-m", "slow")

@@ -1,0 +1,1 @@
+"""``uemb demo``: the whole pipeline on real data, in one command."""

@@ -1,0 +1,1 @@
+"""``uemb dlq``: dead letters are listed, shown and replayed."""

@@ -1,0 +1,71 @@
+"""One history in, one vector out, without Kafka: the seed's input JSON to its output JSON plus the record's fields."""
+
+import json
+from typing import Any
+
+import numpy as np
+
+from stream.config import Settings
+from stream.core.encoders import REASONS
+from stream.core.records import EmbeddingRecord, to_json
+from stream.errors import ConfigError
+from stream.items.space import ItemSpace
+from stream.keys import canonical_id
+
+
+def embed_document(data: bytes, settings: Settings) -> dict[str, Any]:
+    """Embed the history of an input document.
+
+    ``history_ts`` only gives an order (a stable sort); it may be left out when the items are oldest first. Nothing is
+    deduplicated and no time is implausible here.
+
+    Raises:
+        ConfigError: the document is not such an input, or asks for another item version.
+        ItemSpaceError: the item space can't be loaded.
+    """
+    if settings.items is None:
+        msg = "no item space; give --items FOLDER or set UEMB_ITEMS"
+        raise ConfigError(msg)
+    space = ItemSpace.load(settings.items)
+    try:
+        document = json.loads(data)
+        user = canonical_id(document["user_id"])
+        ids = [canonical_id(i) for i in document["history_item_ids"]]
+        times = document.get("history_ts") or list(range(len(ids)))
+        version = document.get("item_embedding_version", space.version)
+        if len(times) != len(ids):
+            raise ValueError("history_ts and history_item_ids differ in length")  # noqa: EM101
+        if not np.isfinite(np.asarray(times, dtype=np.float64)).all():
+            raise ValueError("history_ts must be finite")  # noqa: EM101
+        order = np.argsort(np.asarray(times, dtype=np.float64), kind="stable").tolist()
+    except KeyError as exc:
+        msg = f"the input lacks {exc.args[0]}"
+        raise ConfigError(msg) from exc
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as exc:
+        msg = f"not an input document: {exc}"
+        raise ConfigError(msg) from exc
+    if version != space.version:
+        msg = f"the input asks for item version {version!r}, the folder holds {space.version!r}; spaces never mix"
+        raise ConfigError(msg)
+    encoder = settings.versioned_encoder
+    history = [ids[i] for i in order][-encoder.history_limit :]
+    vector, found, unknown = encoder.embed(space, history)
+    status, reason = REASONS[found]
+    norm = float(np.linalg.norm(vector.astype(np.float64)))
+    newest = max(times) if ids else None
+    return to_json(
+        EmbeddingRecord(
+            user_id=user,
+            epoch=0,
+            revision=0,
+            status=status,
+            reason=reason,
+            history_len=len(history),
+            unknown_items=unknown,
+            as_of=newest,
+            user_embedding_version=encoder.version,
+            item_embedding_version=space.version,
+            vector=vector,
+            norm=norm,
+        )
+    )

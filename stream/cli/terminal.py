@@ -1,0 +1,83 @@
+"""What commands print: results on stdout, progress on stderr (a bar on a terminal, one plain line elsewhere).
+
+Ids, keys, headers and names are other people's text. It is shown as it is: nothing in it is markup or an emoji's name,
+and characters that would act on a terminal, or on the order of what stands beside them, are escaped.
+"""
+
+import json
+import os
+import sys
+import unicodedata
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final, TextIO
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+from stream.logs import ACTIVE, escaped
+
+USAGE_ERROR: Final = 2
+INTERRUPTED: Final = 130
+
+
+class PlainConsole(Console):
+    """A console to which strings are text and nothing else; lines and tables of our own making are printed as such."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, **kwargs)
+
+    def print(self, *objects: Any, **kwargs: Any) -> None:
+        """Print; see `Console.print`."""
+        super().print(*(escaped(o) if isinstance(o, str) else o for o in objects), **kwargs)
+
+
+err: Final = PlainConsole(stderr=True)
+out: Final = PlainConsole(soft_wrap=True)
+
+
+def print_json(value: object) -> None:
+    """One JSON document on one line of stdout; what would act on a terminal is escaped in it as JSON does."""
+    text = json.dumps(value, ensure_ascii=not _takes_all(sys.stdout))
+    if not text.isascii() or "\x7f" in text:
+        text = "".join(json.dumps(c)[1:-1] if unicodedata.category(c) in ACTIVE else c for c in text)
+    click.echo(text.replace("\x7f", "\\u007f"))
+
+
+def take_any_text() -> None:
+    """Have stdout and stderr escape what their encoding lacks (as in the C locale), where they would fail."""
+    for stream in (sys.stdout, sys.stderr):
+        if not _takes_all(stream):
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+
+
+def as_utf8(argument: str) -> str:
+    """A command-line argument whose bytes are UTF-8, as text, whatever the locale took them for."""
+    try:
+        return os.fsencode(argument).decode()
+    except UnicodeDecodeError:
+        return argument
+
+
+def _takes_all(stream: TextIO) -> bool:
+    return (stream.encoding or "").lower().replace("-", "") in ("utf8", "utf16", "utf32")
+
+
+@contextmanager
+def progress_bar(text: str) -> Iterator[Callable[[int, int | None], None]]:
+    """Yield ``update(done, total)``; a total of None means that it is not known."""
+    if not err.is_terminal:
+        last = [0]
+
+        def remember(done: int, _: int | None) -> None:
+            last[0] = done
+
+        yield remember
+        if last[0]:
+            err.print(f"{text}: {last[0]:,}")
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=err) as progress:
+        task = progress.add_task(text, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -1,0 +1,1 @@
+"""``uemb verify``: topics and store against the laws."""

@@ -1,0 +1,124 @@
+"""What goes into a step and what comes out of it: decoded records of one partition, and what they caused."""
+
+from collections.abc import Callable, Container, Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from stream.core.events import DeletionDecoder, EventDecoder, Reason, Reject
+from stream.keys import partition_of
+
+
+class Record(Protocol):
+    """What the step reads of a Kafka record."""
+
+    key: bytes | None
+    value: bytes | None
+    timestamp: int
+
+
+class Op(NamedTuple):
+    """One thing to do to one user.
+
+    Attributes:
+        user: canonical id in UTF-8.
+        what: add an interaction (its sort key) or those of one event, erase up to a time, or only send again (None).
+    """
+
+    user: bytes
+    what: bytes | tuple[bytes, ...] | int | None
+
+
+@dataclass
+class Batch:
+    """Decoded records: operations in log order, rejects with the index of their record, counters.
+
+    Attributes:
+        placed: how many valid records were on the partition of their key, those that cause nothing included.
+    """
+
+    ops: list[Op] = field(default_factory=list)
+    rejects: list[tuple[int, Reject]] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+    placed: int = 0
+
+    def count(self, name: str, by: int = 1) -> None:
+        """Add to a counter."""
+        self.counts[name] = self.counts.get(name, 0) + by
+
+
+@dataclass
+class StepResult:
+    """What a batch caused, in the order in which it must become durable.
+
+    Attributes:
+        states: new stored state by user, for the local table and the changelog.
+        output: key and value of each record for the output topic, in order; a None value is a tombstone.
+        entries: last entry of each key for the key-value store, prefix included.
+        removals: keys to take out of the key-value store.
+        forgotten: users to take out of the changelog, once their keys are out of the store.
+        counts: counters by name.
+    """
+
+    states: dict[bytes, bytes] = field(default_factory=dict)
+    output: list[tuple[bytes, bytes | None]] = field(default_factory=list)
+    entries: dict[bytes, bytes] = field(default_factory=dict)
+    removals: list[bytes] = field(default_factory=list)
+    forgotten: list[bytes] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+class BatchDecoder:
+    """Decodes the fetched batches of one partition.
+
+    Args:
+        events: decodes an event; may be shared with other partitions, so that its memo is held once.
+        partition: number of this partition.
+        partitions: how many there are.
+        placed: users that are known to belong here; murmur2 in Python is too dear to compute for every event.
+    """
+
+    def __init__(self, events: EventDecoder, partition: int, partitions: int, placed: Container[bytes]) -> None:
+        self._decode_event = events.decode
+        self._decode_deletion = DeletionDecoder().decode
+        self._partition = partition
+        self._partitions = partitions
+        self._placed = placed
+
+    def events(self, topic: str, records: Iterable[Record]) -> Batch:
+        """Operations and rejects of a fetched batch of one event topic."""
+        decode = self._decode_event
+        return self._decode(records, lambda r: decode(topic, r.key, r.value, r.timestamp), "ignored")
+
+    def deletions(self, records: Iterable[Record]) -> Batch:
+        """Operations and rejects of a fetched batch of the deletion topic."""
+        decode = self._decode_deletion
+        return self._decode(records, lambda r: decode(r.key, r.value, r.timestamp), "withdrawn")
+
+    def _decode(
+        self,
+        records: Iterable[Record],
+        decode: Callable[[Record], bytes | tuple[bytes, ...] | int | Reject | None],
+        none_means: str,
+    ) -> Batch:
+        batch = Batch()
+        known, ops = self._placed, batch.ops
+        placed: set[bytes] = set()
+        for index, record in enumerate(records):
+            what = decode(record)
+            key = record.key
+            if type(what) is Reject:
+                batch.rejects.append((index, what))
+            elif key is not None:
+                if key not in known and key not in placed:
+                    if partition_of(key, self._partitions) != self._partition:
+                        detail = "the key's murmur2 partition is another one"
+                        batch.rejects.append((index, Reject(Reason.WRONG_PARTITION, detail)))
+                        continue
+                    placed.add(key)
+                if what is None:
+                    batch.count(none_means)
+                else:
+                    ops.append(Op(key, what))  # type: ignore[arg-type]
+        batch.placed = len(ops) + batch.counts.get(none_means, 0)
+        batch.count("rejected", len(batch.rejects))
+        return batch

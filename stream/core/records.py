@@ -1,0 +1,375 @@
+"""Bytes of embedding records: Avro single-object encoding, the seed's JSON shape, and key-value entries.
+
+A key-value entry is epoch and revision (8 bytes each, big-endian), then the Avro record; an empty body is a deletion.
+"""
+
+import io
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any, Final
+
+import fastavro
+import numpy as np
+from fastavro.schema import fingerprint, parse_schema, to_parsing_canonical_form
+
+from stream.core.formulas import Float32, is_unit
+
+AVRO_MARKER: Final = b"\xc3\x01"
+PREFIX_BYTES: Final = 16
+SCHEMA_FILES: Final = ("user_embedding.v1.avsc",)  # oldest first; the last one is written
+
+_PREFIX = struct.Struct(">QQ")
+_DOUBLE = struct.Struct("<d")
+_FLOAT32 = np.dtype("<f4")
+_HEADER_BYTES: Final = 10
+_LAST_SHIFT: Final = 56  # of a varint's ninth byte; a tenth could overflow 64 bits
+
+
+class CorruptRecord(ValueError):
+    """Bytes that are no record of a schema this release carries."""
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingRecord:
+    """One user's vector as it is published; all but epoch and revision follow from the history (law 2).
+
+    It is built by name everywhere but in `RecordDecoder`, where names cost a reader half a microsecond a record.
+    """
+
+    user_id: str
+    epoch: int
+    revision: int
+    status: str
+    reason: str
+    history_len: int
+    unknown_items: int
+    as_of: int | None
+    user_embedding_version: str
+    item_embedding_version: str
+    vector: Float32
+    norm: float
+
+
+@cache
+def _schemas() -> tuple[dict[bytes, Any], bytes]:
+    readable: dict[bytes, Any] = {}
+    header = b""
+    for name in SCHEMA_FILES:
+        raw = json.loads(files("schemas").joinpath(name).read_text())
+        # fastavro prints the Rabin fingerprint's bytes in the order that single-object encoding stores them.
+        header = AVRO_MARKER + bytes.fromhex(fingerprint(to_parsing_canonical_form(raw), "CRC-64-AVRO"))
+        readable[header] = parse_schema(raw)
+    return readable, header
+
+
+def _long(value: int) -> bytes:
+    """Avro's zigzag varint of a value that is never negative here."""
+    if value < _SMALL:
+        return _SMALL_LONGS[value]
+    value <<= 1
+    if _SIX_BYTES <= value < _SEVEN_BYTES:  # an event time
+        return bytes(
+            (
+                value & 0x7F | 0x80,
+                value >> 7 & 0x7F | 0x80,
+                value >> 14 & 0x7F | 0x80,
+                value >> 21 & 0x7F | 0x80,
+                value >> 28 & 0x7F | 0x80,
+                value >> 35,
+            )
+        )
+    return _varint(value)
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+#: Lengths, most revisions and most epochs.
+_SMALL: Final = 4096
+_SMALL_LONGS: Final = tuple(_varint(value << 1) for value in range(_SMALL))
+_SIX_BYTES: Final = 1 << 35
+_SEVEN_BYTES: Final = 1 << 42
+
+
+def _string(text: str) -> bytes:
+    data = text.encode()
+    return _long(len(data)) + data
+
+
+_OK: Final = _string("ok") + _string("")  # status and reason of nearly every record
+
+
+class RecordEncoder:
+    """Writes records of one pair of versions; what is the same in all of them is encoded once.
+
+    The Avro body is written by hand (tests hold it against fastavro byte for byte): it is on the path of every event.
+    """
+
+    def __init__(self, user_embedding_version: str, item_embedding_version: str, dim: int) -> None:
+        self.user_embedding_version = user_embedding_version
+        self.item_embedding_version = item_embedding_version
+        self.dim = dim
+        self._header = _schemas()[1]
+        self._versions = _string(user_embedding_version) + _string(item_embedding_version) + _long(dim)
+        self._vector_size = _long(4 * dim)
+        self._status: dict[tuple[str, str], bytes] = {}
+
+    def avro(
+        self,
+        user_id: bytes,
+        epoch: int,
+        revision: int,
+        status: tuple[str, str],
+        history_len: int,
+        unknown_items: int,
+        as_of: int | None,
+        norm: float,
+        vector: bytes,
+    ) -> bytes:
+        """One record in Avro single-object encoding; `user_id` is UTF-8, `vector` little-endian float32."""
+        flags = self._status.get(status)
+        if flags is None:
+            flags = self._status[status] = _string(status[0]) + _string(status[1])
+        return b"".join(
+            (
+                self._header,
+                _long(len(user_id)),
+                user_id,
+                _long(epoch),
+                _long(revision),
+                flags,
+                _long(history_len),
+                _long(unknown_items),
+                b"\x00" if as_of is None else b"\x02" + _long(as_of),
+                self._versions,
+                _DOUBLE.pack(norm),
+                self._vector_size,
+                vector,
+            )
+        )
+
+
+def encode(record: EmbeddingRecord) -> bytes:
+    """One record in Avro single-object encoding."""
+    encoder = RecordEncoder(record.user_embedding_version, record.item_embedding_version, len(record.vector))
+    return encoder.avro(
+        user_id=record.user_id.encode(),
+        epoch=record.epoch,
+        revision=record.revision,
+        status=(record.status, record.reason),
+        history_len=record.history_len,
+        unknown_items=record.unknown_items,
+        as_of=record.as_of,
+        norm=record.norm,
+        vector=np.asarray(record.vector, dtype="<f4").tobytes(),
+    )
+
+
+def _take_long(data: bytes, at: int) -> tuple[int, int]:
+    """A long and the place after it; raises `ValueError` or `IndexError` for what fastavro has to judge."""
+    byte = data[at]
+    at += 1
+    value = byte & 0x7F
+    shift = 7
+    while byte > 0x7F:
+        if shift > _LAST_SHIFT:
+            raise ValueError
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        shift += 7
+    return (value >> 1) ^ -(value & 1), at
+
+
+def _take_string(data: bytes, at: int) -> tuple[str, int]:
+    """A string and the place after it, which may lie behind the end: the caller checks where the record ends."""
+    size = data[at]
+    at += 1
+    if size & 0x81:  # negative, or longer than 63 bytes
+        size, at = _take_long(data, at - 1)
+        if size < 0:
+            raise ValueError
+    else:
+        size >>= 1
+    end = at + size
+    return data[at:end].decode(), end
+
+
+class RecordDecoder:
+    """Reads sound records of the newest schema, by hand: a fraction of what fastavro takes.
+
+    What is the same in all records of a pair of versions is decoded once, for the pair that was read last; threads may
+    share a decoder.
+    """
+
+    def __init__(self) -> None:
+        self._header = _schemas()[1]
+        # The bytes from the versions to dim, what they say, and the bytes of the vector's size. At first a header,
+        # which no sound body has at that place.
+        self._pair: tuple[bytes, str, str, int, bytes] = (self._header, "", "", 0, b"")
+
+    def __call__(self, data: bytes) -> EmbeddingRecord:
+        """Read one record.
+
+        Raises:
+            ValueError: the bytes are damaged, of another schema, or valid in an unusual way; fastavro decides which.
+            IndexError: the same.
+            struct.error: the same.
+        """
+        if not data.startswith(self._header):
+            raise ValueError
+        user_id, at = _take_string(data, _HEADER_BYTES)
+        epoch, at = _take_long(data, at)
+        revision, at = _take_long(data, at)
+        if data.startswith(_OK, at):
+            status, reason = "ok", ""
+            at += len(_OK)
+        else:
+            status, at = _take_string(data, at)
+            reason, at = _take_string(data, at)
+        history_len, at = _take_long(data, at)
+        unknown_items, at = _take_long(data, at)
+        branch = data[at]
+        at += 1
+        if branch == 2:  # zigzag of 1: the union's long
+            as_of, at = _take_long(data, at)
+        elif branch:
+            raise ValueError
+        else:
+            as_of = None
+        known, user_version, item_version, dim, size = self._pair
+        if data.startswith(known, at):
+            at += len(known)
+        else:
+            start = at
+            user_version, at = _take_string(data, at)
+            item_version, at = _take_string(data, at)
+            dim, at = _take_long(data, at)
+            if not dim > 0:
+                raise ValueError
+            size = _long(4 * dim)
+            self._pair = data[start:at], user_version, item_version, dim, size
+        (norm,) = _DOUBLE.unpack_from(data, at)
+        end = at + 8 + len(size)
+        # No step goes back, so with this end nothing before it was cut short.
+        if not data.startswith(size, at + 8) or end + 4 * dim != len(data):
+            raise ValueError
+        vector = np.frombuffer(data, _FLOAT32, dim, end).astype(np.float32)
+        if not is_unit(vector):
+            raise ValueError
+        return EmbeddingRecord(
+            user_id,
+            epoch,
+            revision,
+            status,
+            reason,
+            history_len,
+            unknown_items,
+            as_of,
+            user_version,
+            item_version,
+            vector,
+            norm,
+        )
+
+
+def _decode_any(data: bytes) -> EmbeddingRecord:
+    """Read a record of any schema with fastavro, the judge of all that is unusual."""
+    readable, newest = _schemas()
+    writer = readable.get(bytes(data[:_HEADER_BYTES]))
+    if writer is None:
+        msg = "not an embedding record of a schema this release carries"
+        raise CorruptRecord(msg)
+    try:
+        body_bytes = io.BytesIO(data[_HEADER_BYTES:])
+        raw: Mapping[str, Any] = fastavro.schemaless_reader(body_bytes, writer, readable[newest])
+        body = raw["user_embedding"]
+        vector = np.frombuffer(body["vector"], _FLOAT32).astype(np.float32)
+        if len(vector) != body["dim"] or not is_unit(vector) or body_bytes.read(1):
+            raise ValueError
+    except Exception as exc:  # fastavro raises many kinds on damaged bytes
+        msg = "damaged embedding record"
+        raise CorruptRecord(msg) from exc
+    return EmbeddingRecord(
+        user_id=raw["user_id"],
+        epoch=raw["epoch"],
+        revision=raw["revision"],
+        status=raw["status"],
+        reason=raw["reason"],
+        history_len=raw["history_len"],
+        unknown_items=raw["unknown_items"],
+        as_of=raw["as_of"],
+        user_embedding_version=raw["user_embedding_version"],
+        item_embedding_version=raw["depends_on"]["item_embedding_version"],
+        vector=vector,
+        norm=body["norm"],
+    )
+
+
+_decode_sound = RecordDecoder()
+
+
+def decode(data: bytes) -> EmbeddingRecord:
+    """Read one record in Avro single-object encoding, of this or any older schema; its vector is a unit vector.
+
+    Raises:
+        CorruptRecord: unknown schema, or bytes that don't decode.
+    """
+    try:
+        return _decode_sound(data)
+    except (ValueError, IndexError, struct.error):
+        return _decode_any(data)
+
+
+def to_json(record: EmbeddingRecord) -> dict[str, Any]:
+    """The seed's output shape plus the record's fields."""
+    return {
+        "user_id": record.user_id,
+        "epoch": record.epoch,
+        "revision": record.revision,
+        "status": record.status,
+        "reason": record.reason,
+        "history_len": record.history_len,
+        "unknown_items": record.unknown_items,
+        "as_of": record.as_of,
+        "user_embedding_version": record.user_embedding_version,
+        "depends_on": {"item_embedding_version": record.item_embedding_version},
+        "user_embedding": {
+            "dim": len(record.vector),
+            "norm": record.norm,
+            "vector": [float(x) for x in record.vector],
+        },
+    }
+
+
+def kv_prefix(epoch: int, revision: int) -> bytes:
+    """First 16 bytes of a key-value entry; entries compare by them."""
+    return _PREFIX.pack(epoch, revision)
+
+
+def kv_entry(data: bytes) -> tuple[int, int, bytes]:
+    """Epoch, revision and body of a key-value entry; an empty body is a deletion.
+
+    >>> kv_entry(kv_prefix(3, 17) + b"a record")
+    (3, 17, b'a record')
+    >>> kv_prefix(3, 17) < kv_prefix(3, 18) < kv_prefix(4, 1)  # bytes compare as (epoch, revision)
+    True
+
+    Raises:
+        CorruptRecord: shorter than its prefix.
+    """
+    if len(data) < PREFIX_BYTES:
+        msg = "a key-value entry shorter than its 16-byte prefix"
+        raise CorruptRecord(msg)
+    epoch, revision = _PREFIX.unpack_from(data)
+    return epoch, revision, data[PREFIX_BYTES:]

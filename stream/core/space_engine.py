@@ -1,0 +1,323 @@
+"""One item space's side of the step: running sums, vectors and records of the users that a batch touched."""
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stream.core.batch import StepResult
+from stream.core.encoders import REASONS, Status, VersionedEncoder, finish
+from stream.core.formulas import Float32, Float64
+from stream.core.history import History
+from stream.core.history_codec import TS_BYTES, Stored
+from stream.core.item_rows import StoredRows
+from stream.core.records import EmbeddingRecord, RecordEncoder, kv_prefix, to_json
+from stream.core.space import Space
+from stream.core.sums import DecayedSums, Newer
+from stream.keys import user_cache_key
+
+#: Up to so many events of one user in a batch are added one round at a time, together with other users'; from there on
+#: one matrix product for the user alone is cheaper.
+MAX_ROUNDS: Final = 8
+_STAYS: Final = 1 << 40
+
+Int64 = NDArray[np.int64]
+
+#: A state to publish, right after one operation: history length, as_of (ms), revision, what was added, what left, and
+#: how many interactions are newer than what was added. A plain tuple, for one is made for every event.
+Step = tuple[int, int | None, int, bytes | None, Sequence[bytes], int]
+
+
+class User:
+    """A user in memory: the history, and a slot of running sums in each space."""
+
+    __slots__ = ("age", "history", "slot")
+
+    def __init__(self, history: History, slot: int) -> None:
+        self.history = history
+        self.slot = slot
+        self.age = 0
+
+
+class Touch:
+    """What a batch did to one user so far."""
+
+    __slots__ = ("afresh", "again", "plain", "steps", "user")
+
+    def __init__(self, user: User) -> None:
+        self.user = user
+        self.steps: list[Step] = []
+        self.plain = True  # all steps are additions that the running sums can follow
+        self.again = False  # something arrived that was known already
+        self.afresh = False  # the running sums can't follow; sum the interactions again
+
+
+class _Sums(NamedTuple):
+    """Sums [n, K, d], totals [n, K], known items [n] and newest rows [n, M], newest first, of n states."""
+
+    sums: Float64
+    totals: Float64
+    known: Int64
+    newest: Int64
+
+
+class Publisher:
+    """Vectors and records in one item space, with the running sums of users in memory.
+
+    Args:
+        space: the item space.
+        stored_rows: where stored interactions lie in it.
+        encoder: the encoder and history length.
+        capacity: slots to begin with.
+        json_output: write JSON instead of Avro to the output topic.
+    """
+
+    def __init__(
+        self, space: Space, stored_rows: StoredRows, encoder: VersionedEncoder, *, capacity: int, json_output: bool
+    ) -> None:
+        self.space = space
+        self.sums = DecayedSums(space.history_vectors, encoder.encoder.decays, encoder.history_limit, capacity)
+        self._encoder = encoder
+        self._newest = encoder.encoder.newest
+        self._json_output = json_output
+        self._key_prefix = user_cache_key("", space.version, encoder.version).encode()
+        self._records = RecordEncoder(encoder.version, space.version, space.dim)
+        self._row_of = space.row
+        self._rows: dict[int, list[int]] = {}  # by slot, aligned with the history's keys
+        self._row_weights: dict[int, list[float]] = {}  # the same; empty where all types weigh 1
+        self._stored_rows = stored_rows
+        self._weights = {b"\0" + t.encode(): w for t, w in encoder.encoder.type_weights.items() if w != 1.0}
+
+    def key(self, user: bytes) -> bytes:
+        """Key of a user's vector in this space."""
+        return self._key_prefix + user
+
+    def load(self, users: Sequence[tuple[int, Sequence[bytes]]]) -> None:
+        """Set the sums of users that were read from the store: their slots and stored interactions."""
+        known: list[Int64] = []
+        known_weights: list[Float64] = []
+        for slot, bodies in users:
+            rows = self._rows[slot] = self._stored_rows.rows(bodies)
+            if self._weights:
+                weights = self._row_weights[slot] = self._stored_rows.weights(bodies)
+                known_weights.append(_newest_known(weights, rows, np.float64))
+            known.append(_newest_known(rows, rows, np.int64))
+        self.sums.load(np.array([slot for slot, _ in users]), known, known_weights if self._weights else None)
+
+    def _rows_of(self, keys: Sequence[bytes]) -> list[int]:
+        row_of = self._row_of
+        return [row_of(key[TS_BYTES : key.rindex(b"\0")], -1) for key in keys]
+
+    def _weight(self, key: bytes) -> float:
+        return self._weights.get(key[key.rindex(b"\0") :], 1.0) if self._weights else 1.0
+
+    def publish(
+        self,
+        touched: Mapping[bytes, Touch],
+        states: Sequence[tuple[bytes, Touch, int]],
+        epoch: int,
+        result: StepResult,
+    ) -> None:
+        """Follow the touched users, and add the records of all `states` (user, touch, step) to `result`."""
+        places: dict[bytes, list[int]] = {}
+        for place, (key, _, _) in enumerate(states):
+            places.setdefault(key, []).append(place)
+        sums, totals, known, newest = computed = self._room(len(states))
+        rounds: list[list[tuple[Touch, int]]] = [[] for _ in range(MAX_ROUNDS)]
+        for key, wanted in places.items():
+            touch = touched[key]
+            if touch.afresh:
+                steps = [states[place][2] for place in wanted]
+                sums[wanted], totals[wanted], known[wanted], newest[wanted] = self._afresh(touch, steps)
+                continue
+            if len(wanted) < len(touch.steps):  # not after each element of an event, nor with `publish_latest`
+                place_of = {states[place][2]: place for place in wanted}
+                wanted = [place_of.get(step, -1) for step in range(len(touch.steps))]
+            for step, place in enumerate(wanted):
+                rounds[step].append((touch, place))
+        for step, members in enumerate(rounds):
+            if members:
+                slots, at = self._insert_round(members, step)
+                slots, at = slots[at >= 0], at[at >= 0]
+                sums[at], totals[at], known[at] = self.sums.read(slots)
+                if self._newest:
+                    newest[at] = [self._newest_of(self._rows[slot]) for slot in slots.tolist()]
+        shown = [(key, touch.steps[step]) for key, touch, step in states]
+        self._emit(shown, computed, epoch, result)
+
+    def publish_cold(self, users: Mapping[bytes, Stored], epoch: int, result: StepResult) -> None:
+        """Add the present state of users that need not be in memory; leaves the running sums alone.
+
+        Counts what a report on the version wants to know: fallbacks, items, unknown items.
+        """
+        computed = self._room(len(users))
+        shown: list[tuple[bytes, Step]] = []
+        for place, (user, (revision, as_of, bodies)) in enumerate(users.items()):
+            rows = self._stored_rows.rows(bodies)
+            weights = _newest_known(self._stored_rows.weights(bodies), rows, np.float64) if self._weights else None
+            newest_first = _newest_known(rows, rows, np.int64)
+            computed.known[place] = len(newest_first)
+            computed.sums[place], computed.totals[place] = self.sums.sum_of(newest_first, weights)
+            computed.newest[place, : len(newest_first)] = newest_first[: self._newest]
+            shown.append((user, (len(bodies), as_of, revision, None, (), 0)))
+        status = self._emit(shown, computed, epoch, result)
+        lengths = np.array([step[0] for _, step in shown], dtype=np.int64)
+        items = int(lengths.sum())
+        result.counts = {
+            "fallbacks": int(((status != Status.OK) & (lengths > 0)).sum()),
+            "items": items,
+            "unknown_items": items - int(computed.known.sum()),
+        }
+
+    def _room(self, count: int) -> _Sums:
+        decays = len(self._encoder.encoder.decays)
+        sums = np.zeros((count, decays, self.space.dim))
+        newest = np.full((count, self._newest), -1)
+        return _Sums(sums, np.zeros((count, decays)), np.zeros(count, dtype=np.int64), newest)
+
+    def _newest_of(self, rows: Sequence[int]) -> list[int]:
+        """The newest of a history's rows (oldest first) that the space has, newest first, -1 where there are fewer."""
+        found = list(islice((row for row in reversed(rows) if row >= 0), self._newest))
+        return found + [-1] * (self._newest - len(found))
+
+    def _insert_round(self, members: Sequence[tuple[Touch, int]], step: int) -> tuple[Int64, Int64]:
+        """One step of many users; return their slots and places."""
+        row_of = self._row_of
+        count = len(members)
+        slots = np.fromiter((touch.user.slot for touch, _ in members), dtype=np.int64, count=count)
+        places = np.fromiter((place for _, place in members), dtype=np.int64, count=count)
+        new_rows, old_rows = np.full(count, -1), np.full(count, -1)
+        new_weights, old_weights = np.ones(count), np.ones(count)
+        late: list[int] = []
+        newer_rows: list[list[int]] = []
+        newer_weights: list[list[float]] = []
+        for i, (touch, _) in enumerate(members):
+            _, _, _, added, gone, newer = touch.steps[step]
+            if added is None:  # sent again, or an erasure that took nothing
+                continue
+            rows = self._rows[touch.user.slot]
+            if gone:
+                old_rows[i] = rows.pop(0)
+            row = row_of(added[TS_BYTES : added.rindex(b"\0")], -1)
+            new_rows[i] = row
+            at = len(rows) - newer
+            rows.insert(at, row)
+            if self._weights:
+                weights = self._row_weights[touch.user.slot]
+                if gone:
+                    old_weights[i] = weights.pop(0)
+                new_weights[i] = self._weight(added)
+                weights.insert(at, float(new_weights[i]))
+            if newer and row >= 0:
+                known = [n for n in range(len(rows) - 1, at, -1) if rows[n] >= 0]
+                if known:
+                    late.append(i)
+                    newer_rows.append([rows[n] for n in known])
+                    if self._weights:
+                        newer_weights.append([weights[n] for n in known])
+        aside = Newer(np.array(late), newer_rows, newer_weights if self._weights else None) if late else None
+        self.sums.insert(slots, new_rows, new_weights, old_rows, old_weights, aside)
+        return slots, places
+
+    def _afresh(self, touch: Touch, wanted: Sequence[int]) -> _Sums:
+        """Sums of the wanted steps of one user from the interactions themselves; leaves the user's slot valid."""
+        user = touch.user
+        arrived: dict[bytes, int] = {}
+        left: dict[bytes, int] = {}
+        for step, (_, _, _, added, gone, _) in enumerate(touch.steps):
+            if added is not None:
+                arrived[added] = step
+            for key in gone:
+                left[key] = step
+        keys = user.history.keys
+        if left:  # what has left was there before, or came and went in this batch
+            keys = sorted({*keys, *left})
+        rows = np.array(self._rows_of(keys), dtype=np.int64)
+        weights = np.array([self._weight(k) for k in keys]) if self._weights else None
+        arrivals = np.fromiter((arrived.get(k, -1) for k in keys), dtype=np.int64, count=len(keys))
+        departures = np.fromiter((left.get(k, _STAYS) for k in keys), dtype=np.int64, count=len(keys))
+        steps = np.asarray(wanted, dtype=np.int64)
+        newest = np.full((len(steps), self._newest), -1)
+        if self._newest:
+            for n, step in enumerate(wanted):
+                newest[n] = self._newest_of(rows[(arrivals <= step) & (step < departures)].tolist())
+        computed = _Sums(*self.sums.window(rows, weights, arrivals, departures, steps), newest)
+        self._rows[user.slot] = rows[departures == _STAYS].tolist()
+        if weights is not None:
+            self._row_weights[user.slot] = weights[departures == _STAYS].tolist()
+        self.sums.put(user.slot, computed.sums[-1], computed.totals[-1], int(computed.known[-1]))
+        return computed
+
+    def _emit(
+        self, shown: Sequence[tuple[bytes, Step]], computed: _Sums, epoch: int, result: StepResult
+    ) -> NDArray[np.int8]:
+        """Add records of users after a step each, in order; return the `Status` of each."""
+        vectors, status = finish(
+            self._encoder.encoder,
+            *computed,
+            space=self.space,
+        )
+        norms = np.sqrt(np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64)).tolist()
+        block = vectors.astype("<f4", copy=False).tobytes()
+        size = 4 * self.space.dim
+        prefix, avro = self._key_prefix, self._records.avro
+        for place, (user, (length, as_of, revision, _, _, _)) in enumerate(shown):
+            key = prefix + user
+            if not length:
+                result.output.append((key, None))
+                result.entries[key] = kv_prefix(epoch, revision)
+                continue
+            reason = REASONS[status[place]]
+            unknown = length - int(computed.known[place])
+            vector = block[place * size : place * size + size]
+            body = avro(user, epoch, revision, reason, length, unknown, as_of, norms[place], vector)
+            result.entries[key] = kv_prefix(epoch, revision) + body
+            if self._json_output:
+                record = EmbeddingRecord(
+                    user_id=user.decode(),
+                    epoch=epoch,
+                    revision=revision,
+                    status=reason[0],
+                    reason=reason[1],
+                    history_len=length,
+                    unknown_items=unknown,
+                    as_of=as_of,
+                    user_embedding_version=self._encoder.version,
+                    item_embedding_version=self.space.version,
+                    vector=vectors[place],
+                    norm=norms[place],
+                )
+                result.output.append((key, json.dumps(to_json(record)).encode()))
+            else:
+                result.output.append((key, body))
+        return status
+
+
+def _newest_known(values: Sequence[float], rows: Sequence[int], dtype: type[np.number[Any]]) -> NDArray[Any]:
+    """The values [n] of those of `rows` (oldest first) that the space has, newest first."""
+    reverse = np.array(values, dtype=dtype)[::-1]
+    return reverse if min(rows, default=0) >= 0 else reverse[np.array(rows)[::-1] >= 0]
+
+
+def fallback_record(space: Space, encoder: VersionedEncoder) -> EmbeddingRecord:
+    """The record under which readers find a pair's fallback vector."""
+    vector: Float32 = space.fallback
+    norm = float(np.linalg.norm(vector.astype(np.float64)))
+    status, reason = REASONS[Status.NO_KNOWN_ITEMS]
+    return EmbeddingRecord(
+        user_id="",
+        epoch=0,
+        revision=0,
+        status=status,
+        reason=reason,
+        history_len=0,
+        unknown_items=0,
+        as_of=None,
+        user_embedding_version=encoder.version,
+        item_embedding_version=space.version,
+        vector=vector,
+        norm=norm,
+    )

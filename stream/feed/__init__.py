@@ -1,0 +1,1 @@
+"""Interactions from files and data sets onto topics."""

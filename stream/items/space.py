@@ -1,0 +1,228 @@
+"""Item spaces: an immutable, hash-checked folder of item ids and vectors per version.
+
+``manifest.json`` (version, dim, count, dtype, metric, max_row_norm, fallback, sha256 per file), ``ids.txt`` (one UTF-8
+id per line, row order) and ``vectors.npy`` (float32 [n, d], memory-mapped); optionally ``popularity.npy``, and lists
+that were made later (`stream.items.popularity`).
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from stream.core.formulas import Float32, is_unit
+from stream.items.ids import BadIds, ItemIds
+from stream.items.manifest import Manifest, Metric, bad_space, file_sha256
+from stream.items.popularity import read_popularity, top_rows
+from stream.items.writer import SpaceWriter, check_norms
+from stream.keys import check_version_name
+
+_CHUNK_ROWS: Final = 65_536
+_CHUNK_NUMBERS: Final = 1 << 20
+
+
+class ItemSpace:
+    """One version of the item vectors, loaded and checked.
+
+    Attributes:
+        version: name of the version; every user vector made from it carries it.
+        dim: dimension d.
+        ids: canonical item ids as UTF-8, row order, memory-mapped.
+        vectors: float32 [n, d], read-only.
+        metric: ``cosine`` (unit rows) or ``dot``.
+        fallback: unit float32 [d] for users without a vector of their own.
+        max_row_norm: length of the longest row.
+        sha256: of ``manifest.json``, which holds those of the other files.
+        popularity: float32 [n] or None, as the version was made with.
+    """
+
+    def __init__(
+        self,
+        version: str,
+        ids: ItemIds,
+        vectors: Float32,
+        *,
+        metric: Metric,
+        fallback: Float32,
+        max_row_norm: float,
+        sha256: str,
+        popularity: Float32 | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        self.version = version
+        self.ids = ids
+        self.vectors = vectors
+        self.metric = metric
+        self.fallback = fallback
+        self.max_row_norm = max_row_norm
+        self.sha256 = sha256
+        self.popularity = popularity
+        self._folder = folder
+        self._popular: tuple[str | None, Float32] | None = None
+        self.row: Final[Callable[[bytes, int], int]] = ids.row
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def dim(self) -> int:
+        """Dimension d of the space."""
+        return int(self.vectors.shape[1])
+
+    @property
+    def history_vectors(self) -> Float32:
+        """What items count as when they lie in a history [n, d]: their own rows."""
+        return self.vectors
+
+    def rows(self, item_ids: Sequence[str | int]) -> NDArray[np.int64]:
+        """Row of each item id, -1 where this version lacks it."""
+        # what is no text in UTF-8 is no id, and not known
+        return np.array([self.row(str(i).encode(errors="surrogatepass"), -1) for i in item_ids], dtype=np.int64)
+
+    @property
+    def popularity_version(self) -> str | None:
+        """Name of the popularity list; None without one, or where it is the one the version was made with.
+
+        Raises:
+            ItemSpaceError: the list is damaged.
+        """
+        return self._popularity_list()[0]
+
+    def popular(self, k: int) -> list[tuple[str, float]]:
+        """Ids and scores of the `k` most popular items, most popular first; items with nothing to say are left out.
+
+        Of the list that `uemb items popular` made last before the first call, else of what the version was made with.
+
+        Raises:
+            ItemSpaceError: there is no popularity, or its list is damaged.
+        """
+        scores = self._popularity_list()[1]
+        if scores is None:
+            folder = self._folder or Path(self.version)
+            raise bad_space(folder, "has no popularity; make a list with `uemb items popular`")
+        return [(self.ids[row].decode(), float(scores[row])) for row in top_rows(scores, k).tolist()]
+
+    def _popularity_list(self) -> tuple[str | None, Float32 | None]:
+        if self._popular is None:
+            made = None if self._folder is None else read_popularity(self._folder, self)
+            if made is not None:
+                self._popular = made[0].version, made[1]
+            elif self.popularity is not None:
+                self._popular = None, self.popularity
+            else:
+                return None, None
+        return self._popular
+
+    @classmethod
+    def load(cls, path: str | Path) -> "ItemSpace":
+        """Load and check a folder: every row finite, non-zero and of the right shape, ids unique, hashes equal.
+
+        Raises:
+            ItemSpaceError: in one line, what is wrong with which file.
+        """
+        folder = Path(path)
+        manifest, manifest_sha = _read_manifest(folder)
+        for name, digest in manifest.sha256.items():
+            if file_sha256(folder / name) != digest:
+                raise bad_space(
+                    folder, f"{name} is not the file its manifest describes (sha256 differs); publish it again"
+                )
+        ids = _read_ids(folder, manifest.count)
+        vectors = _open_array(folder / "vectors.npy", (manifest.count, manifest.dim))
+        longest = _longest_row(vectors, manifest.metric, folder)
+        if abs(longest - manifest.max_row_norm) > 1e-6 * longest:
+            raise bad_space(folder, f"max_row_norm is {manifest.max_row_norm}, the rows say {longest}")
+        fallback = np.asarray(manifest.fallback, dtype=np.float32)
+        if fallback.shape != (manifest.dim,) or not is_unit(fallback):
+            raise bad_space(folder, f"the fallback must be one unit vector of dimension {manifest.dim}")
+        popularity = None
+        if "popularity.npy" in manifest.sha256:
+            popularity = _open_array(folder / "popularity.npy", (manifest.count,))
+        return cls(
+            manifest.version,
+            ids,
+            vectors,
+            metric=manifest.metric,
+            fallback=fallback,
+            max_row_norm=longest,
+            sha256=manifest_sha,
+            popularity=popularity,
+            folder=folder,
+        )
+
+    @classmethod
+    def save(
+        cls,
+        path: str | Path,
+        version: str,
+        ids: Sequence[str | int],
+        vectors: ArrayLike,
+        *,
+        metric: Metric = "cosine",
+        popularity: ArrayLike | None = None,
+    ) -> "ItemSpace":
+        """Write a folder as a whole or not at all, and return it loaded.
+
+        Args:
+            path: folder to make; it must not exist, for versions are immutable.
+            version: its name, ``[A-Za-z0-9._-]{1,64}``.
+            ids: n item ids, row order.
+            vectors: [n, d]; rows are normalised for ``cosine`` and kept for ``dot``.
+            metric: the similarity the ANN index uses.
+            popularity: optional weight per item [n].
+
+        Raises:
+            ItemSpaceError: an id or a row is not acceptable, or the folder exists.
+        """
+        matrix = np.asarray(vectors)
+        if matrix.ndim != 2 or matrix.shape[0] != len(ids) or 0 in matrix.shape:
+            text = f"{len(ids)} ids need vectors of shape [{len(ids)}, d], got {matrix.shape}"
+            raise bad_space(Path(path), text)
+        weights = None if popularity is None else np.asarray(popularity, dtype=np.float32)
+        if weights is not None and weights.shape != (len(ids),):
+            raise bad_space(Path(path), "popularity must be one finite number per item")
+        with SpaceWriter(path, version, metric) as writer:
+            for start in range(0, len(ids), _CHUNK_ROWS):
+                piece = slice(start, start + _CHUNK_ROWS)
+                writer.append(ids[piece], matrix[piece], None if weights is None else weights[piece])
+        return cls.load(path)
+
+
+def _longest_row(vectors: Float32, metric: Metric, folder: Path) -> float:
+    """Norm of the longest row; the first row that is not acceptable is an error."""
+    size = max(1, _CHUNK_NUMBERS // vectors.shape[1])
+    chunks = range(0, vectors.shape[0], size)
+    return max(float(check_norms(vectors[n : n + size], metric, n, folder).max()) for n in chunks)
+
+
+def _read_manifest(folder: Path) -> tuple[Manifest, str]:
+    digest = file_sha256(folder / "manifest.json")
+    try:
+        manifest = msgspec.json.decode((folder / "manifest.json").read_bytes(), type=Manifest)
+        check_version_name(manifest.version)
+    except (ValueError, RecursionError) as exc:  # msgspec's errors are ValueErrors
+        raise bad_space(folder, "manifest.json is not a manifest of this format; make it with `uemb items`") from exc
+    files = set(manifest.sha256)
+    if not {"ids.txt", "vectors.npy"} <= files <= {"ids.txt", "vectors.npy", "popularity.npy"}:
+        raise bad_space(folder, "manifest.json must list ids.txt, vectors.npy and at most popularity.npy")
+    return manifest, digest
+
+
+def _read_ids(folder: Path, count: int) -> ItemIds:
+    try:
+        return ItemIds.load(folder / "ids.txt", count)
+    except BadIds as exc:
+        raise bad_space(folder, f"ids.txt {exc}") from exc
+
+
+def _open_array(path: Path, shape: tuple[int, ...]) -> Float32:
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")  # plain arrays only: no archives, no pickled objects
+    except (OSError, ValueError, EOFError) as exc:
+        raise bad_space(path.parent, f"{path.name} is not a plain .npy array") from exc
+    if array.dtype != np.float32 or array.shape != shape:
+        raise bad_space(path.parent, f"{path.name} is {array.dtype} {array.shape}, the manifest says float32 {shape}")
+    return np.asarray(array)

@@ -1,0 +1,241 @@
+"""The one way of librdkafka's clients to the brokers: a first contact that fails names its cause, and the setting.
+
+The client tells causes to its error callback, and only some of them: it takes a port that hangs up for one that is
+busy. So what it does not tell is looked at over a connection of our own.
+"""
+
+import logging
+import socket
+import ssl
+import struct
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, BinaryIO, Final
+
+from confluent_kafka import Consumer, KafkaError, KafkaException, Producer
+from confluent_kafka.admin import AdminClient, ClusterMetadata
+
+from stream.config import Settings
+from stream.errors import ConfigError, NotAllowed
+from stream.kafka.connection import librdkafka_config
+from stream.kafka.grants import REFUSED
+from stream.kv.tls_probe import speaks_tls
+
+#: So long a first contact is tried while nothing says that it can't succeed.
+PATIENCE_S: Final = 10.0
+_FIRST_LOOK_S: Final = 0.25
+_PROBE_S: Final = 1.0
+#: The client's own lines on stderr; what matters of them is in our errors.
+_QUIET: Final = {"log_level": 0}
+#: The same for producers, whose fatal errors are told at any level.
+SILENT: Final = logging.getLogger("librdkafka")
+SILENT.addHandler(logging.NullHandler())
+SILENT.propagate = False
+_OTHER_HOST: Final = (62, 64)  # X509_V_ERR_HOSTNAME_MISMATCH, X509_V_ERR_IP_ADDRESS_MISMATCH
+# ApiVersions, version 0, which every broker answers to every client; then Metadata, version 1, of no topic.
+_HELLO: Final = struct.pack(">ihhih", 10, 18, 0, 1, -1)
+_WHO: Final = struct.pack(">ihhihi", 14, 3, 1, 2, -1, 0)
+
+_reached: set[tuple[tuple[str, Any], ...]] = set()
+
+
+def admin_client(settings: Settings) -> AdminClient:
+    """A client that asks and orders; keep it while its futures are awaited.
+
+    Raises:
+        ConfigError: the brokers can't be reached, and why.
+    """
+    reach(settings)
+    return AdminClient({**librdkafka_config(settings), **_QUIET})
+
+
+def consumer(settings: Settings, config: Mapping[str, Any]) -> Consumer:
+    """A client that reads; `config` are its settings beside those of the connection.
+
+    Raises:
+        ConfigError: the brokers can't be reached, and why.
+    """
+    reach(settings)
+    return Consumer({**librdkafka_config(settings), **_QUIET, **config})
+
+
+def producer(settings: Settings, config: Mapping[str, Any]) -> Producer:
+    """A client that writes; `config` are its settings beside those of the connection.
+
+    Raises:
+        ConfigError: the brokers can't be reached, and why.
+    """
+    reach(settings)
+    return Producer({**librdkafka_config(settings), **_QUIET, "logger": SILENT, **config})
+
+
+def list_topics(client: AdminClient | Consumer, settings: Settings, topic: str | None = None) -> ClusterMetadata:
+    """What the brokers say of themselves and of all topics, or of one.
+
+    Raises:
+        ConfigError: no broker answers.
+    """
+    try:
+        return client.list_topics(topic, timeout=PATIENCE_S) if topic else client.list_topics(timeout=PATIENCE_S)
+    except KafkaException as exc:
+        raise _no_answer(settings, exc.args[0].str()) from exc
+
+
+def check_allowed(error: KafkaError | None, topic: str) -> None:
+    """Look at why a record was not taken.
+
+    Raises:
+        NotAllowed: it may not be written there.
+    """
+    if error is not None and error.code() in REFUSED:
+        raise NotAllowed(topic, to="Write topic")
+
+
+@contextmanager
+def writing(topics: Callable[[], str]) -> Iterator[None]:
+    """Say why an idempotent client has given up as a whole: it has no leave to write to any topic.
+
+    Raises:
+        NotAllowed: to write to `topics`.
+    """
+    try:
+        yield
+    except KafkaException as exc:
+        check_allowed(exc.args[0], topics())
+        raise
+
+
+def reach(settings: Settings) -> None:
+    """Make sure, once a process, that the brokers can be reached; blocking.
+
+    Raises:
+        ConfigError: they can't, and why.
+    """
+    config = librdkafka_config(settings)
+    if (key := tuple(sorted(config.items()))) not in _reached:
+        _first_contact(settings, config)
+        _reached.add(key)
+
+
+def _first_contact(settings: Settings, config: Mapping[str, Any]) -> None:
+    tls = settings.tls_context()
+    troubles: list[KafkaError] = []
+    try:
+        client = AdminClient({**config, **_QUIET, "error_cb": troubles.append})
+    except KafkaException as exc:
+        msg = f"the Kafka client refuses its settings: {exc.args[0].str()}"
+        raise ConfigError(msg) from exc
+    begun, look_s, said = time.monotonic(), _FIRST_LOOK_S, "no answer"
+    fault: str | None = None
+    while True:
+        try:
+            client.list_topics(timeout=look_s)
+        except KafkaException as exc:
+            said = exc.args[0].str()
+        else:
+            return
+        client.poll(0)
+        if any(trouble.code() == KafkaError._ALL_BROKERS_DOWN for trouble in troubles):
+            causes = _causes(settings, tls, troubles)
+            fault = next(filter(None, causes), fault)
+            if fault is not None and None not in causes:
+                raise ConfigError(fault)
+            troubles.clear()  # of the others one may be on its way
+        left_s = begun + PATIENCE_S - time.monotonic()
+        if left_s <= 0:
+            raise _no_answer(settings, said) if fault is None else ConfigError(fault)
+        look_s = min(2 * look_s, left_s)
+
+
+def _no_answer(settings: Settings, said: str) -> ConfigError:
+    return ConfigError(f"no broker answers at {settings.bootstrap_servers} ({said}); set UEMB_BOOTSTRAP_SERVERS")
+
+
+def _causes(settings: Settings, tls: ssl.SSLContext | None, troubles: Sequence[KafkaError]) -> list[str | None]:
+    """Why brokers can't be reached, with the setting that is to be changed; None for what may pass by itself."""
+    for trouble in troubles:
+        if trouble.code() == KafkaError._AUTHENTICATION:
+            return [_refused_login(settings, trouble.str())]
+    return [_look_at(address.strip(), settings, tls) for address in settings.bootstrap_servers.split(",")]
+
+
+def _refused_login(settings: Settings, said: str) -> str:
+    where = settings.bootstrap_servers
+    if "mechanism handshake failed" not in said:
+        return f"{where} refuses the login; check UEMB_SASL_USERNAME and UEMB_SASL_PASSWORD"
+    _, _, offered = said.partition("supported mechanisms: ")
+    if offered := offered.partition("(")[0].strip():
+        return f"{where} takes no login by {settings.sasl_mechanism}; set UEMB_SASL_MECHANISM to one of: {offered}"
+    return f"{where} takes no login; set UEMB_SECURITY_PROTOCOL to {settings.security_protocol.removeprefix('SASL_')}"
+
+
+def _look_at(address: str, settings: Settings, tls: ssl.SSLContext | None) -> str | None:
+    """What one broker has against a client of these settings; None for nothing that lasts."""
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    try:
+        with socket.create_connection((host, int(port)), _PROBE_S) as connection:
+            if tls is None:
+                return _exchange(address, settings, connection)
+            return _shake_hands(host, address, settings, tls, connection)
+    except (OSError, ValueError):  # it is not there, or not yet
+        return None
+
+
+def _shake_hands(
+    host: str, address: str, settings: Settings, tls: ssl.SSLContext, connection: socket.socket
+) -> str | None:
+    try:
+        secured = tls.wrap_socket(connection, server_hostname=host)
+    except ssl.SSLCertVerificationError as exc:
+        if exc.verify_code in _OTHER_HOST:
+            return f"the certificate of {address} is for another host; name it in UEMB_BOOTSTRAP_SERVERS as that does"
+        ca = "by no CA that this system knows" if settings.ssl_cafile is None else f"not by {settings.ssl_cafile}"
+        return f"the certificate of {address} is signed {ca} ({exc.verify_message}); set UEMB_SSL_CAFILE to its CA's"
+    except (ssl.SSLError, ConnectionError):
+        plain = settings.security_protocol.replace("SSL", "PLAINTEXT")
+        return f"{address} speaks no TLS; set UEMB_SECURITY_PROTOCOL to {plain}, or the port to that of TLS"
+    try:
+        with secured:
+            return _exchange(address, settings, secured)
+    except (ssl.SSLError, ConnectionError):  # such a refusal comes after the client has shaken hands
+        if settings.ssl_certfile is None:
+            return f"{address} demands a client's certificate; set UEMB_SSL_CERTFILE and UEMB_SSL_KEYFILE"
+        return f"{address} refuses the certificate in UEMB_SSL_CERTFILE; set one that is signed by a CA that it trusts"
+
+
+def _exchange(address: str, settings: Settings, connection: socket.socket) -> str | None:
+    with connection.makefile("rb") as answers:
+        connection.sendall(_HELLO)
+        if not _answered(answers):
+            return None if isinstance(connection, ssl.SSLSocket) else _plain_to_tls(address, settings)
+        if settings.security_protocol.startswith("SASL"):
+            return None
+        connection.sendall(_WHO)
+        if _answered(answers):
+            return None
+    secured = "SASL_SSL" if settings.security_protocol == "SSL" else "SASL_PLAINTEXT"
+    return f"{address} demands a login; set UEMB_SECURITY_PROTOCOL to {secured}, and UEMB_SASL_USERNAME and _PASSWORD"
+
+
+def _answered(answers: BinaryIO) -> bool:
+    """Whether an answer came, which is read; False when the other side hung up, or sent an alert of TLS.
+
+    Raises:
+        TimeoutError: it does neither.
+    """
+    try:
+        head = answers.read(4)
+        return len(head) == 4 and head[:2] != b"\x15\x03" and bool(answers.read(*struct.unpack(">i", head)))
+    except ConnectionResetError:
+        return False
+
+
+def _plain_to_tls(address: str, settings: Settings) -> str | None:
+    """What to say of a port that hangs up on plain text."""
+    host, _, port = address.rpartition(":")
+    if not speaks_tls(host.strip("[]"), int(port)):
+        return None
+    secured = settings.security_protocol.replace("PLAINTEXT", "SSL")
+    return f"{address} speaks TLS; set UEMB_SECURITY_PROTOCOL to {secured}, or to SASL_SSL if it demands a login"

@@ -1,0 +1,154 @@
+"""Reading stretches of topics to their ends: the command line's view of a log, outside any consumer group."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Final, NamedTuple
+
+from confluent_kafka import OFFSET_INVALID, Consumer, KafkaError, KafkaException, Message, TopicPartition
+
+from stream.config import Settings
+from stream.core.events import MAX_EXPANDED_BYTES
+from stream.errors import DeliveryError, NotAllowed, UembError
+from stream.kafka.brokers import consumer
+from stream.kafka.grants import TOPIC_REFUSED
+from stream.logs import OnProgress
+
+TIMEOUT_S: Final = 10.0
+STALL_S: Final = 30.0
+_POLL_S: Final = 0.05  # the client waits so long for a batch to fill
+_BATCH: Final = 500
+#: A connection answers in order: other questions wait behind a fetch for records that are not there (500 ms as given).
+_FETCH_WAIT_MS: Final = 20
+#: What the client expands a batch to at most, in steps: it must read all that a worker does (its default is 100 MB).
+_EXPANDED_BYTES: Final = 4 * MAX_EXPANDED_BYTES
+#: Errors that waiting does not mend; a client goes on by itself after any other.
+_LASTING: Final = (TOPIC_REFUSED, KafkaError._AUTHENTICATION)
+_NOT_THERE: Final = (KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION, KafkaError.UNKNOWN_TOPIC_OR_PART)
+#: Called with topic, partition and offset.
+Unreadable = Callable[[str, int, int], None]
+
+
+class Span(NamedTuple):
+    """Records of a partition: from offset `start` to before `end`."""
+
+    topic: str
+    partition: int
+    start: int
+    end: int
+
+
+def open_consumer(settings: Settings, purpose: str) -> Consumer:
+    """A consumer that joins no group and sees what is committed; `purpose` tells it apart in the brokers' logs."""
+    return consumer(
+        settings,
+        {
+            "group.id": f"{settings.app_id}-{purpose}",  # nothing is committed under it
+            "enable.auto.commit": False,
+            "enable.partition.eof": True,
+            "auto.offset.reset": "earliest",
+            "isolation.level": "read_committed",
+            "fetch.wait.max.ms": _FETCH_WAIT_MS,
+            "receive.message.max.bytes": _EXPANDED_BYTES,
+        },
+    )
+
+
+def whole(consumer: Consumer, topic: str, partition: int) -> Span | None:
+    """All that a partition holds now; None when there is no such partition.
+
+    Raises:
+        DeliveryError: the broker does not answer.
+        NotAllowed: the topic may not be read.
+    """
+    try:
+        low, high = consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=TIMEOUT_S)
+    except KafkaException as exc:
+        if exc.args[0].code() in _NOT_THERE:
+            error = consumer.list_topics(topic, timeout=TIMEOUT_S).topics[topic].error
+            if error is not None and error.code() == TOPIC_REFUSED:  # which hides it
+                raise unreadable(topic, error) from exc
+            return None
+        raise unreadable(topic, exc.args[0]) from exc
+    return Span(topic, partition, low, high)
+
+
+def read(
+    consumer: Consumer,
+    spans: Iterable[Span],
+    on_progress: OnProgress | None = None,
+    stall_s: float = STALL_S,
+    on_unreadable: Unreadable | None = None,
+) -> Iterator[Message]:
+    """The records of `spans`, each in its order; offsets that hold none (compacted, aborted) are passed over.
+
+    Args:
+        consumer: its assignment is replaced.
+        spans: at most one of a partition.
+        on_progress: called with offsets done and their total.
+        on_unreadable: called for each offset of a batch that expands beyond what the client bears, or a worker, which
+            is then passed over; without it that is an error.
+        stall_s: seconds without progress that are an error.
+
+    Raises:
+        DeliveryError: a span can't be read to its end.
+        NotAllowed: its topic may not be read.
+    """
+    left = {(span.topic, span.partition): span for span in spans if span.start < span.end}
+    at = {place: span.start for place, span in left.items()}
+    first, total = sum(at.values()), sum(span.end - span.start for span in left.values())
+    consumer.assign([TopicPartition(*place, offset) for place, offset in at.items()])
+    moved_at, problem = time.monotonic(), "no answer"
+    while left:
+        before, unreadable_at = sum(at.values()), set[tuple[str, int]]()
+        for message in consumer.consume(_BATCH, _POLL_S):
+            place = message.topic(), message.partition()
+            if place not in left:
+                continue
+            if (error := message.error()) is None:
+                end = left[place].end
+                at[place] = min(message.offset() + 1, end)
+                if message.offset() < end:
+                    yield message
+            elif error.code() == KafkaError._PARTITION_EOF:  # beyond markers that end a transaction
+                at[place] = min(max(at[place], message.offset()), left[place].end)
+            elif error.code() == KafkaError._BAD_COMPRESSION and on_unreadable is not None:
+                unreadable_at.add(place)
+            else:
+                problem = _checked(error, message.topic())
+        for place in unreadable_at:  # the client says the same of each offset of such a batch, but not where it ends
+            on_unreadable(*place, at[place])  # type: ignore[misc]
+            at[place] += 1
+            consumer.seek(TopicPartition(*place, at[place]))
+        for seen in consumer.position([TopicPartition(*place) for place in left]):
+            place = seen.topic, seen.partition
+            if seen.offset != OFFSET_INVALID:
+                at[place] = max(at[place], min(seen.offset, left[place].end))
+            if at[place] >= left[place].end:
+                del left[place]
+                consumer.incremental_unassign([TopicPartition(*place)])
+        if (now := sum(at.values())) > before:
+            moved_at = time.monotonic()
+            if on_progress is not None:
+                on_progress(now - first, total)
+        elif left and time.monotonic() - moved_at > stall_s:
+            raise unreadable(next(iter(left))[0], problem)
+
+
+def _checked(error: KafkaError, topic: str) -> str:
+    """Text of an error that may pass.
+
+    Raises:
+        UembError: it won't.
+    """
+    if error.fatal() or error.code() in _LASTING:
+        raise unreadable(topic, error)
+    return str(error.str())
+
+
+def unreadable(topic: str, problem: KafkaError | str) -> UembError:
+    """An error about a topic that is to be read."""
+    if isinstance(problem, KafkaError):
+        if problem.code() == TOPIC_REFUSED:
+            return NotAllowed(topic, to="Read topic")
+        problem = problem.str()
+    return DeliveryError(f"{topic} can't be read ({problem}); see the brokers' logs, then try again")

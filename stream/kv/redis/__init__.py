@@ -1,0 +1,1 @@
+"""The networked store: one Redis or Valkey, or a cluster of them."""

@@ -1,0 +1,100 @@
+"""A store that may be away for a while: what fails is tried again until patience ends, so that nothing is skipped."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Final, TypeVar
+
+from stream.errors import StoreError
+from stream.kv.protocol import KVWriter, Meta
+
+log = logging.getLogger(__name__)
+
+_PAUSES_S: Final = (0.05, 1.0)
+_T = TypeVar("_T")
+
+
+class PatientKV:
+    """A `KVWriter` in front of another one. All that it repeats may be repeated: equal entries are accepted (law 7).
+
+    Args:
+        store: the store itself.
+        patience_s: how long one call may keep failing.
+    """
+
+    def __init__(self, store: KVWriter, patience_s: float) -> None:
+        self._store = store
+        self._patience_s = patience_s
+        self._away_since: float | None = None
+
+    async def update_meta(self, change: Callable[[Meta], Meta]) -> Meta:
+        """See `KVWriter`."""
+        return await self._insist(lambda: self._store.update_meta(change))
+
+    async def open_partition(self, partition: int) -> None:
+        """See `KVWriter`."""
+        await self._insist(lambda: self._store.open_partition(partition))
+
+    async def close_partition(self, partition: int) -> None:
+        """See `KVWriter`."""
+        await self._store.close_partition(partition)
+
+    async def get(self, partition: int, keys: Sequence[bytes]) -> list[bytes | None]:
+        """See `KVWriter`."""
+        return await self._insist(lambda: self._store.get(partition, keys))
+
+    async def put(self, partition: int, entries: Mapping[bytes, bytes]) -> int:
+        """See `KVWriter`."""
+        return await self._insist(lambda: self._store.put(partition, entries))
+
+    async def remove(self, partition: int, keys: Sequence[bytes], epoch: int) -> None:
+        """See `KVWriter`."""
+        await self._insist(lambda: self._store.remove(partition, keys, epoch))
+
+    async def ask_rebuild(self, partition: int) -> None:
+        """See `KVWriter`."""
+        await self._insist(lambda: self._store.ask_rebuild(partition))
+
+    async def rebuild_request(self, partition: int) -> bytes | None:
+        """See `KVWriter`."""
+        return await self._insist(lambda: self._store.rebuild_request(partition))
+
+    async def rebuild_done(self, partition: int, request: bytes) -> None:
+        """See `KVWriter`."""
+        await self._insist(lambda: self._store.rebuild_done(partition, request))
+
+    async def is_owned(self, partition: int) -> bool:
+        """See `KVWriter`."""
+        return await self._insist(lambda: self._store.is_owned(partition))
+
+    async def move(self, partitions: int) -> int:
+        """See `KVWriter`."""
+        return await self._insist(lambda: self._store.move(partitions))
+
+    async def sweep(self, partitions: int) -> None:
+        """See `KVWriter`."""
+        await self._insist(lambda: self._store.sweep(partitions))
+
+    async def close(self) -> None:
+        """See `KVWriter`."""
+        await self._store.close()
+
+    async def _insist(self, call: Callable[[], Awaitable[_T]]) -> _T:
+        clock = asyncio.get_running_loop().time
+        give_up_at, pause_s = clock() + self._patience_s, _PAUSES_S[0]
+        while True:
+            try:
+                result = await call()
+            except StoreError as exc:
+                if not exc.retriable or clock() >= give_up_at:
+                    raise
+                if self._away_since is None:
+                    self._away_since = clock()
+                    log.warning("%s; trying again for %g s, nothing is committed meanwhile", exc, self._patience_s)
+            else:
+                if self._away_since is not None:
+                    log.info("the key-value store answers again after %.1f s", clock() - self._away_since)
+                    self._away_since = None
+                return result
+            await asyncio.sleep(min(pause_s, max(0.0, give_up_at - clock())))
+            pause_s = min(2 * pause_s, _PAUSES_S[1])

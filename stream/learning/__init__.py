@@ -1,0 +1,1 @@
+"""Offline: item vectors out of events."""

@@ -1,0 +1,1 @@
+"""One batch of one partition: decode, fold, keep, make durable, mark."""

@@ -1,0 +1,189 @@
+"""The agent's work on one fetched batch: decode, fold, store locally, queue for durability. Order, nothing else."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from stream.core.batch import Batch, Op, StepResult
+from stream.core.engine import Engine
+from stream.core.events import Reason
+from stream.core.history_codec import marker_erased_at
+from stream.errors import OwnershipError
+from stream.kafka.delivery import BatchMissing, DeliveryChain, DurableMarks, GivenOut, RecordBatch
+from stream.pipeline.lanes import Lanes, OnStage, Work
+from stream.pipeline.table import PartitionDB
+from stream.pipeline.watermark import Progress
+
+
+@dataclass
+class Owned:
+    """A partition this worker owns: its claim, its state and its engine.
+
+    `left_behind` gives the prefixes of the keys under which the partition has vectors that nobody keeps current.
+    `turn` is held from a step's computation until it is queued, so that steps are queued in the order of their states.
+    """
+
+    partition: int
+    epoch: int
+    db: PartitionDB
+    engine: Engine
+    progress: Progress
+    changelog_offset: int
+    left_behind: Callable[[], list[bytes]] = list
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def changelog_at(self, offset: int) -> None:
+        """Local state contains all changelog records below `offset`."""
+        self.changelog_offset = max(self.changelog_offset, offset)
+
+
+class BatchProcessor:
+    """Turns fetched batches into queued work.
+
+    Args:
+        deletion_topic: the topic whose records are erasures.
+        lanes: where finished steps go.
+        marks: told of records on wrong partitions.
+        count: adds a batch's counters to the worker's.
+        on_stage: see `stream.pipeline.lanes.Stage`.
+        read_again: called with topic, partition, offset and the run's count of seeks, to have the partition read again
+            from the offset.
+    """
+
+    def __init__(
+        self,
+        deletion_topic: str,
+        lanes: Lanes,
+        marks: DurableMarks,
+        count: Callable[[str, int], None],
+        on_stage: OnStage,
+        read_again: Callable[[str, int, int, int], Awaitable[None]],
+    ) -> None:
+        self.owned: dict[int, Owned] = {}
+        self._deletion_topic = deletion_topic
+        self._lanes = lanes
+        self._marks = marks
+        self._count = count
+        self._on_stage = on_stage
+        self._read_again = read_again
+        self._chain = DeliveryChain()
+
+    def give_up(self, seeks: int) -> list[Owned]:
+        """Own nothing any more; batches fetched before the consumer has sought `seeks` times are dropped."""
+        owned = list(self.owned.values())
+        self.owned.clear()
+        self._chain.restart(seeks)
+        return owned
+
+    async def process(self, batch: RecordBatch) -> None:
+        """Process a batch that Faust delivered; returns when it is queued, not when it is durable."""
+        try:
+            if self._chain.check(batch):
+                await self.step(batch)
+        except BatchMissing as missing:
+            await self._read_again(batch.topic, batch.partition, missing.due, batch.seeks)
+
+    async def look_for_missing(
+        self, given_out: Mapping[tuple[str, int], GivenOut], fetches: int, *, buffered: bool
+    ) -> None:
+        """Have read again what is lost; arguments and errors are those of `DeliveryChain.lost`."""
+        for lost in self._chain.lost(given_out, fetches, buffered=buffered):
+            await self._read_again(*lost)
+
+    async def step(self, batch: RecordBatch) -> None:
+        """Decode, fold and store a batch, and queue what it caused.
+
+        Raises:
+            OwnershipError: the partition is not ours.
+            TopicMismatch: the topic's producer partitions wrongly.
+            StateError: a stored history can't be read.
+        """
+        owned = self.owned.get(batch.partition)
+        if owned is None:
+            msg = f"a batch of {batch.topic}-{batch.partition} arrived, but this worker does not own the partition"
+            raise OwnershipError(msg)
+        engine = owned.engine
+        async with owned.turn:
+            if batch.topic == self._deletion_topic:
+                decoded = engine.decode_deletions(batch.records)
+            else:
+                decoded = engine.decode_events(batch.topic, batch.records)
+            wrong = sum(reject.reason is Reason.WRONG_PARTITION for _, reject in decoded.rejects)
+            self._marks.saw(batch.topic, decoded.placed, wrong)
+            result = self._apply(owned, decoded, engine.missing(decoded))
+            if batch.topic == self._deletion_topic:
+                _erase_left_behind(owned, decoded, result)
+            self._on_stage("local", batch, result)
+            for name, n in result.counts.items():
+                self._count(name, n)
+            self._count("records", len(batch.records))
+            await self._lanes[batch.partition].put(Work(batch, decoded.rejects, result))
+
+    async def resend(self, owned: Owned, users: Sequence[bytes]) -> asyncio.Future[None]:
+        """Queue the present states of `users` once more; the future is done when they are durable."""
+        async with owned.turn:
+            again = Batch([Op(user, None) for user in users])
+            missing = owned.engine.missing(again)
+            result = self._apply(owned, again, missing)
+            owned.engine.forget(missing)  # they were not in use, and shall not push out those that are
+            self._on_stage("local", None, result)
+            self._count("sent again", len(users))
+            return await self._queue(owned, result)
+
+    async def embed(
+        self, owned: Owned, users: Sequence[bytes], version: str
+    ) -> tuple[StepResult, asyncio.Future[None]]:
+        """Queue the present vectors of `users` in one item version; the future is done when they are durable."""
+        async with owned.turn:
+            found = zip(users, owned.db.get(users), strict=True)
+            result = owned.engine.embed({user: state for user, state in found if state}, version, owned.epoch)
+            return result, await self._queue(owned, result)
+
+    async def remove(self, owned: Owned, keys: Sequence[bytes]) -> tuple[StepResult, asyncio.Future[None]]:
+        """Queue tombstones for keys that nothing is published under any more, and their removal from the store."""
+        result = StepResult(output=[(key, None) for key in keys], removals=list(keys))
+        async with owned.turn:
+            return result, await self._queue(owned, result)
+
+    async def end_markers(self, owned: Owned, users: Sequence[bytes], erased_before_ms: int) -> int:
+        """Take the markers of those of `users` that were erased before a time out of every place; return how many.
+
+        What they left under keys that nobody keeps current goes as well. Events of the partition wait until that is
+        durable. Local state comes last: a crash before leaves a marker there, or in the changelog that it is restored
+        from, and the next owner repeats what is left to be done.
+        """
+        async with owned.turn:
+            found = zip(users, owned.db.get(users), strict=True)
+            stored = {user: state for user, state in found if state is not None}
+            markers = {
+                user: state
+                for user, state in stored.items()
+                if (erased_at := marker_erased_at(state)) is not None and erased_at < erased_before_ms
+            }
+            if markers:
+                await (await self._queue(owned, owned.engine.end_markers(markers, owned.left_behind())))
+                owned.db.put(dict.fromkeys(markers), owned.changelog_offset)
+                self._count("erasure markers ended", len(markers))
+        return len(markers)
+
+    async def _queue(self, owned: Owned, result: StepResult) -> asyncio.Future[None]:
+        durable: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        await self._lanes[owned.partition].put(Work(None, (), result, durable))
+        return durable
+
+    def _apply(self, owned: Owned, batch: Batch, missing: Sequence[bytes]) -> StepResult:
+        stored = dict(zip(missing, owned.db.get(missing), strict=True))
+        result = owned.engine.apply(batch, stored, owned.epoch)
+        owned.db.put(result.states, owned.changelog_offset)
+        return result
+
+
+def _erase_left_behind(owned: Owned, erasures: Batch, result: StepResult) -> None:
+    """Take the erased users' vectors of earlier encoders with them, which readers may be pinned to.
+
+    Whatever became of an erasure in the histories: one that is seen again may have been cut short here by a crash.
+    """
+    users = dict.fromkeys(op.user for op in erasures.ops)
+    keys = [prefix + user for prefix in owned.left_behind() for user in users]
+    result.output += [(key, None) for key in keys]
+    result.removals += keys

@@ -1,0 +1,1 @@
+"""Another item version or encoder, without downtime."""

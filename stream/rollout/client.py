@@ -1,0 +1,161 @@
+"""The command line's side of item versions: what the control and status topics say, and saying something new."""
+
+from pathlib import Path
+from typing import Final
+
+from confluent_kafka import KafkaError, KafkaException
+
+from stream.config import Settings
+from stream.errors import ConfigError, DeliveryError
+from stream.items.space import ItemSpace
+from stream.kafka.brokers import check_allowed, producer
+from stream.kafka.log_reader import open_consumer, read, whole
+from stream.rollout.records import (
+    NOTHING_SAID,
+    BadRecord,
+    Catalogue,
+    ControlRecord,
+    Coverage,
+    RetiredUserVersion,
+    State,
+    Status,
+)
+
+_TIMEOUT_S: Final = 20.0
+
+
+class ItemControl:
+    """Both topics as they were when this was made, or looked at again.
+
+    Args:
+        settings: where they are.
+
+    Raises:
+        ConfigError: there is no such topic.
+        DeliveryError: the broker does not answer.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.catalogue: Catalogue = NOTHING_SAID
+        self.coverage = Coverage()
+        self._settings = settings
+        self._consumer = open_consumer(settings, "items")
+        self._next = dict.fromkeys((settings.item_versions_topic, settings.item_status_topic), 0)
+        self.look()
+
+    def close(self) -> None:
+        """Disconnect."""
+        self._consumer.close()
+
+    def look(self) -> None:
+        """Take in what is new."""
+        for topic, start in self._next.items():
+            if (span := whole(self._consumer, topic, 0)) is None:
+                msg = f"there is no topic {topic}; start a worker first, it makes its topics"
+                raise ConfigError(msg)
+            for message in read(self._consumer, [span._replace(start=max(start, span.start))]):
+                try:
+                    if topic == self._settings.item_versions_topic:
+                        self.catalogue = self.catalogue.after(message.offset(), message.key(), message.value())
+                    elif message.value() is not None:
+                        self.coverage.add(Status.decode(message.value()))
+                except BadRecord:  # the workers speak of it in their logs
+                    continue
+            self._next[topic] = span.end
+
+    def say(self, record: ControlRecord | RetiredUserVersion) -> None:
+        """Write a record.
+
+        Raises:
+            DeliveryError: it was not acknowledged.
+            NotAllowed: the topic may not be written to.
+        """
+        key, value = record.encode()
+        errors: list[KafkaError | None] = []
+        writer = producer(self._settings, {"acks": "all"})
+        topic = self._settings.item_versions_topic
+        try:
+            writer.produce(topic, value, key, partition=0, on_delivery=lambda error, _: errors.append(error))
+            writer.flush(_TIMEOUT_S)
+        except KafkaException as exc:
+            errors.append(exc.args[0])
+        error = errors[0] if errors else None
+        if not errors or error is not None:
+            check_allowed(error, topic)
+            said = error.str() if error else "no answer"
+            msg = f"{topic}: not acknowledged ({said}); see the brokers, then try again"
+            raise DeliveryError(msg)
+        self.look()
+
+    @property
+    def base(self) -> ControlRecord | None:
+        """The version in ``UEMB_ITEMS``, as a record that would name it."""
+        if self._settings.items is None:
+            return None
+        space = ItemSpace.load(self._settings.items)
+        return ControlRecord(space.version, str(self._settings.items.absolute()), space.sha256, "active")
+
+    @property
+    def served(self) -> ControlRecord | None:
+        """The version that is to be served."""
+        active = self.catalogue.active
+        if active is not None:
+            return active[1]
+        base = self.base
+        return base if base is not None and base.version not in self.catalogue.retired else None
+
+    def known(self, version: str) -> ControlRecord:
+        """The record of a version that vectors are published in, of that in ``UEMB_ITEMS`` too.
+
+        Raises:
+            ConfigError: nobody has published it, or it is retired.
+        """
+        if version in self.catalogue.retired:
+            msg = f"item version {version} is retired; publish its folder again to bring it back"
+            raise ConfigError(msg)
+        base = self.base
+        record = self.catalogue.live.get(version) or (base if base is not None and base.version == version else None)
+        if record is None:
+            msg = f"item version {version!r} is not known; publish its folder first (`uemb items publish DIR`)"
+            raise ConfigError(msg)
+        return record
+
+    def refusal(self, version: str) -> str | None:
+        """Why a worker refuses a version as it was published last; None if none does."""
+        if version not in self.catalogue.records:
+            return None
+        offset, _ = self.catalogue.records[version]
+        return next((status.error for status in self.coverage.refusals(version, offset)), None)
+
+    def record_of(self, folder: Path, state: State) -> ControlRecord:
+        """A record for a folder, which is loaded and checked for it.
+
+        Raises:
+            ItemSpaceError: the folder is no sound item space.
+            ConfigError: its version was published with other vectors.
+        """
+        space = ItemSpace.load(folder)
+        known = self.catalogue.records.get(space.version)
+        if known is not None and known[1].sha256 != space.sha256:
+            msg = f"item version {space.version} was published with other vectors; new vectors need a new version"
+            raise ConfigError(msg)
+        return ControlRecord(space.version, str(folder.absolute()), space.sha256, state)
+
+
+def spaces_of(settings: Settings, control: ItemControl) -> list[ItemSpace]:
+    """All live item spaces, that in ``UEMB_ITEMS`` first.
+
+    Raises:
+        ConfigError: there is none.
+        ItemSpaceError: one can't be loaded here.
+    """
+    folders: dict[str, str] = {}
+    base = control.base
+    if base is not None and base.version not in control.catalogue.retired:
+        folders[base.version] = base.path
+    folders.update({version: record.path for version, record in control.catalogue.live.items()})
+    spaces = [ItemSpace.load(Path(path)) for version, path in folders.items() if control.refusal(version) is None]
+    if not spaces:
+        msg = "UEMB_ITEMS is not set, and no item version is active; point it to the folder that the workers serve"
+        raise ConfigError(msg)
+    return spaces

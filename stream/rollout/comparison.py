@@ -1,0 +1,149 @@
+"""Does a new item version make sense? A sample of users in the served version and in the new one, side by side."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from stream.config import Settings
+from stream.core.formulas import Float32
+from stream.core.records import PREFIX_BYTES, CorruptRecord, EmbeddingRecord, decode
+from stream.errors import ConfigError
+from stream.items.space import ItemSpace
+from stream.kafka.log_reader import open_consumer, read, whole
+from stream.keys import user_cache_key
+from stream.kv.protocol import KVReader
+
+NEIGHBOURS: Final = 10
+_ROWS: Final = 65_536  # item rows scored at once
+_NEWEST: Final = 2_000  # records of each partition that the sample is drawn from
+_SEED: Final = 7
+
+
+@dataclass(frozen=True)
+class Side:
+    """One version's side of the comparison.
+
+    Attributes:
+        version: the item version.
+        items: rows of the space.
+        dim: dimensions.
+        found: users of the sample that have a record.
+        fallback_share: of these, with the fallback vector.
+        unknown_item_share: of the interactions in their histories, with an item that the version lacks.
+        least_norm: of their vectors.
+        greatest_norm: of their vectors.
+    """
+
+    version: str
+    items: int
+    dim: int
+    found: int
+    fallback_share: float
+    unknown_item_share: float
+    least_norm: float
+    greatest_norm: float
+
+
+@dataclass(frozen=True)
+class VersionReport:
+    """A served version and another one.
+
+    Attributes:
+        served: the former.
+        other: the latter.
+        compared: users with a vector of their own in both.
+        overlap: of the ten nearest items of such a user in one version, the share that is among the ten in the other.
+    """
+
+    served: Side
+    other: Side
+    compared: int
+    overlap: float | None
+
+
+def compare(settings: Settings, store: KVReader, served: ItemSpace, other: ItemSpace, sample: int) -> VersionReport:
+    """Look at about `sample` users who were active of late.
+
+    Raises:
+        ConfigError: there are no users yet.
+        StoreError: the store can't be read.
+    """
+    users = _users(settings, served.version, sample)
+    if not users:
+        msg = f"{settings.output_topic} holds no vectors of item version {served.version} yet"
+        raise ConfigError(msg)
+    records = [_records(settings, store, space.version, users) for space in (served, other)]
+    both = [n for n, pair in enumerate(zip(*records, strict=True)) if all(r and r.status == "ok" for r in pair)]
+    overlap = None
+    if both:
+        nearest = [
+            _nearest(space, np.stack([r.vector for n in both if (r := of_one[n]) is not None]))
+            for space, of_one in zip((served, other), records, strict=True)
+        ]
+        shared = [len(a & b) / NEIGHBOURS for a, b in zip(*nearest, strict=True)]
+        overlap = float(np.mean(shared))
+    return VersionReport(_side(served, records[0]), _side(other, records[1]), len(both), overlap)
+
+
+def _users(settings: Settings, version: str, sample: int) -> list[bytes]:
+    """Users of the newest records of every partition, sampled."""
+    prefix = user_cache_key("", version, settings.versioned_encoder.version).encode()
+    found: dict[bytes, None] = {}
+    consumer = open_consumer(settings, "report")
+    try:
+        partition = 0
+        while (span := whole(consumer, settings.output_topic, partition)) is not None:
+            newest = span._replace(start=max(span.start, span.end - _NEWEST))
+            for message in read(consumer, [newest]):
+                key = message.key() or b""
+                if key.startswith(prefix) and message.value() is not None:
+                    found[key.removeprefix(prefix)] = None
+            partition += 1
+    finally:
+        consumer.close()
+    users = list(found)
+    return random.Random(_SEED).sample(users, min(sample, len(users)))  # noqa: S311 - a sample, no secret
+
+
+def _records(settings: Settings, store: KVReader, version: str, users: Sequence[bytes]) -> list[EmbeddingRecord | None]:
+    prefix = user_cache_key("", version, settings.versioned_encoder.version).encode()
+    out: list[EmbeddingRecord | None] = []
+    for entry in store.get([(user, prefix + user) for user in users]):
+        try:
+            out.append(decode(entry[PREFIX_BYTES:]) if entry and len(entry) > PREFIX_BYTES else None)
+        except CorruptRecord:
+            out.append(None)
+    return out
+
+
+def _side(space: ItemSpace, records: Sequence[EmbeddingRecord | None]) -> Side:
+    found = [record for record in records if record is not None]
+    norms = [record.norm for record in found]
+    items = sum(record.history_len for record in found)
+    return Side(
+        space.version,
+        len(space),
+        space.dim,
+        len(found),
+        sum(record.status != "ok" for record in found) / max(1, len(found)),
+        sum(record.unknown_items for record in found) / max(1, items),
+        min(norms, default=0.0),
+        max(norms, default=0.0),
+    )
+
+
+def _nearest(space: ItemSpace, vectors: Float32) -> list[set[bytes]]:
+    """Ids of the items with the greatest inner products with each of `vectors` [n, d], some rows at a time."""
+    scores = np.full((len(vectors), 0), 0, dtype=np.float32)
+    rows = np.full((len(vectors), 0), 0, dtype=np.int64)
+    for start in range(0, len(space), _ROWS):
+        block = space.vectors[start : start + _ROWS]
+        scores = np.concatenate([scores, vectors @ block.T], axis=1)
+        numbers = np.broadcast_to(np.arange(start, start + len(block)), (len(vectors), len(block)))
+        rows = np.concatenate([rows, numbers], axis=1)
+        best = np.argsort(-scores, axis=1, kind="stable")[:, :NEIGHBOURS]
+        scores, rows = np.take_along_axis(scores, best, axis=1), np.take_along_axis(rows, best, axis=1)
+    return [{space.ids[row] for row in of_one} for of_one in rows.tolist()]

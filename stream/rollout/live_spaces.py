@@ -1,0 +1,130 @@
+"""The item spaces of a worker: every live version loaded and checked, or refused with the reason."""
+
+import asyncio
+import logging
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+from stream.config import Settings
+from stream.errors import ConfigError, ItemSpaceError
+from stream.items.space import ItemSpace
+from stream.rollout.records import Catalogue, ControlRecord
+
+log = logging.getLogger(__name__)
+
+
+async def load_space(folder: Path, timeout_s: float) -> ItemSpace:
+    """Load an item space beside the loop; one whose file system hangs is left to itself, and no exit waits for it.
+
+    Raises:
+        ItemSpaceError: it is no sound item space, or was not loaded in time.
+    """
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[ItemSpace] = loop.create_future()
+
+    def tell(space: ItemSpace | None, error: Exception | None) -> None:
+        if done.done():  # given up
+            return
+        if space is None:
+            done.set_exception(error or RuntimeError("nothing was loaded"))
+        else:
+            done.set_result(space)
+
+    def load() -> None:
+        space, error = None, None
+        try:
+            space = ItemSpace.load(folder)
+        except Exception as exc:  # noqa: BLE001 - it is raised where it is waited for
+            error = exc
+        with suppress(RuntimeError):  # the loop has ended meanwhile
+            loop.call_soon_threadsafe(tell, space, error)
+
+    threading.Thread(target=load, name=f"load {folder.name}", daemon=True).start()
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await done
+    except TimeoutError:
+        msg = f"{folder} was not loaded within {timeout_s:g} s; see its file system, or raise UEMB_ITEMS_TIMEOUT_S"
+        raise ItemSpaceError(msg) from None
+
+
+class LiveSpaces:
+    """Loads what the control topic names.
+
+    Args:
+        settings: names of topics, for errors.
+        base: the space in ``UEMB_ITEMS``, which is live until it is retired.
+        largest_dim: what a record of the output topic has room for.
+
+    Attributes:
+        spaces: loaded spaces by version.
+        refused: for versions that could not be loaded, the offset of the control record that asked for it, and why.
+    """
+
+    def __init__(self, settings: Settings, base: ItemSpace | None, largest_dim: int) -> None:
+        self.base = base
+        self.spaces: dict[str, ItemSpace] = {}
+        self.refused: dict[str, tuple[int, str]] = {}
+        self._settings = settings
+        self._largest_dim = largest_dim
+
+    async def load(self, catalogue: Catalogue) -> None:
+        """Bring `spaces` in line with the catalogue.
+
+        Raises:
+            ItemSpaceError: the version that is to be served can't be loaded: without it, there is no worker.
+            ConfigError: ``UEMB_ITEMS`` and the control topic disagree about a version.
+        """
+        base = self.base
+        wanted: dict[str, ItemSpace] = {}
+        if base is not None and base.version not in catalogue.retired:
+            wanted[base.version] = base
+        missing: dict[str, tuple[int, ControlRecord]] = {}
+        for version, (offset, record) in catalogue.records.items():
+            if record.state == "retired":
+                continue
+            if base is not None and version == base.version and base.sha256 != record.sha256:
+                msg = (
+                    f"UEMB_ITEMS and {self._settings.item_versions_topic} have different items under {version!r}; "
+                    "new vectors need a new version"
+                )
+                raise ConfigError(msg)
+            if (space := wanted.get(version) or self.spaces.get(version)) is not None:
+                wanted[version] = space
+            elif self.refused.get(version, (-1,))[0] != offset:  # what was mended is published again
+                missing[version] = offset, record
+        # side by side: one that hangs holds up no other
+        opened = await asyncio.gather(*(self._open(*asked) for asked in missing.values()))
+        wanted |= {version: space for version, space in zip(missing, opened, strict=True) if space is not None}
+        self.spaces = wanted
+
+    async def _open(self, offset: int, record: ControlRecord) -> ItemSpace | None:
+        """Load a version, None if it is refused.
+
+        Raises:
+            ItemSpaceError: it is to be served.
+        """
+        try:
+            space = await load_space(Path(record.path), self._settings.items_timeout_s)
+            self._check(space, record)
+        except ItemSpaceError as exc:
+            if record.state == "active":
+                raise
+            self.refused[record.version] = offset, str(exc)
+            log.error("item version %s is refused, serving goes on: %s", record.version, exc)  # noqa: TRY400 - one line
+            return None
+        self.refused.pop(record.version, None)
+        return space
+
+    def _check(self, space: ItemSpace, record: ControlRecord) -> None:
+        """Raise `ItemSpaceError` unless it is what was published, and fits into records."""
+        if (space.version, space.sha256) != (record.version, record.sha256):
+            msg = f"{record.path} is not the folder that was published as {record.version} (its manifest differs)"
+            raise ItemSpaceError(msg)
+        if space.dim > self._largest_dim:
+            msg = (
+                f"vectors of {space.dim} dimensions don't fit into records of {self._settings.output_topic}; raise its "
+                "max.message.bytes"
+            )
+            raise ItemSpaceError(msg)

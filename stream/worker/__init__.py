@@ -1,0 +1,1 @@
+"""One process: partitions claimed, restored, given up; its health."""

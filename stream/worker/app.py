@@ -1,0 +1,391 @@
+"""The Faust application: starts and checks everything, takes and gives up partitions, stops loudly on any fault.
+
+``faust -A stream.app worker`` runs it from ``UEMB_*`` settings, as ``uemb worker`` does.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import faust
+from faust.types import TP
+from threadpoolctl import threadpool_limits
+
+from stream.config import Settings
+from stream.errors import ConfigError, NotAllowed, StateError, UembError, way_on
+from stream.kafka.clients import Clients
+from stream.kafka.delivery import DurableMarks
+from stream.kafka.group import check_group
+from stream.kafka.producer import FAUST_LOG, acknowledged
+from stream.kafka.topic_owners import check_owners, topics_record
+from stream.kafka.topic_watch import WATCH_S, TopicWatch
+from stream.kafka.topics import Prepared, prepare_topics
+from stream.kafka.transport import BatchSchema
+from stream.keys import encoder_key
+from stream.kv.protocol import KVWriter, Meta
+from stream.kv.retrying import PatientKV
+from stream.kv.stores import check_place, open_writer
+from stream.pipeline.lanes import Lanes, OnStage
+from stream.pipeline.processor import BatchProcessor
+from stream.pipeline.table import TABLE, HistoryTable, TableManager
+from stream.rollout.live_spaces import load_space
+from stream.rollout.records import Status
+from stream.rollout.rollout import Rollout
+from stream.worker.partitions import Partitions, Parts
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_S: Final = 1.0
+#: A shutdown that takes longer is cut short; everything not committed is processed again. Kubernetes kills after 30 s.
+STOP_TIMEOUT_S: Final = 24.0
+TOO_LATE: Final = "the worker did not stop in time; what was not committed is processed again"
+REPORT_S: Final = 10.0
+#: Batches that wait for the agent; each is a whole fetch of a partition.
+STREAM_BUFFER: Final = 16
+REBALANCE_TIMEOUT_S: Final = 60.0
+MAX_POLL_RECORDS: Final = 4_000
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What a worker has once its start was checked.
+
+    Attributes:
+        topics: what they are like.
+        kv: the store.
+        rollout: item versions.
+        partitions: takes them and gives them up.
+        watch: looks at the topics from time to time; None where the brokers let nobody.
+        enter: enters this worker into the store's shared record.
+    """
+
+    topics: Prepared
+    kv: KVWriter
+    rollout: Rollout
+    partitions: Partitions
+    watch: TopicWatch | None
+    enter: Callable[[Meta], Meta]
+
+
+class EmbeddingApp(faust.App):
+    """One worker of the user-embedding stream.
+
+    Args:
+        settings: what to run.
+        on_stage: called after each stage of a batch's way to durability; tests stop the process there.
+    """
+
+    logger = FAUST_LOG
+
+    def __init__(self, settings: Settings, on_stage: OnStage = lambda *_: None) -> None:
+        self.settings = settings
+        self.clients = Clients(settings, self._on_refusal)
+        self.max_request_bytes = settings.dlq_max_bytes + (1 << 20)
+        self.counts: Counter[str] = Counter()
+        self.failure: BaseException | None = None
+        self.failed = asyncio.Event()
+        self.marks = DurableMarks()
+        self.lanes = Lanes(self.crash)
+        self.processor = BatchProcessor(
+            settings.deletion_topic, self.lanes, self.marks, self._add, on_stage, self._read_again
+        )
+        self._on_stage = on_stage
+        self._stream: Any = None
+        self._ready: Ready | None = None
+        self._owned_up = False
+        super().__init__(
+            settings.app_id,
+            broker=f"uemb://{settings.bootstrap_servers.split(',')[0]}",
+            store="uemb://",
+            datadir=str(settings.state_dir / settings.app_id),
+            version=1,
+            topic_partitions=settings.partitions,
+            topic_disable_leader=True,
+            table_standby_replicas=settings.standbys,
+            web_enabled=False,
+            web_bind="127.0.0.1",  # `faust worker` starts it all the same
+            stream_buffer_maxsize=STREAM_BUFFER,
+            stream_wait_empty=True,
+            stream_recovery_delay=0.0,
+            broker_max_poll_records=MAX_POLL_RECORDS,
+            broker_session_timeout=settings.session_timeout_s,
+            broker_heartbeat_interval=min(3.0, settings.session_timeout_s / 5),
+            broker_request_timeout=max(settings.session_timeout_s + 10, 40.0),
+            broker_rebalance_timeout=max(settings.session_timeout_s, REBALANCE_TIMEOUT_S),
+            # A worker that waits for a broker or the store fetches nothing and must stay in the group.
+            broker_max_poll_interval=max(1000.0, 2 * settings.delivery_timeout_s),
+            broker_commit_interval=1.0,
+            worker_redirect_stdouts=False,
+            TableManager=TableManager,
+        )
+        topics = [*settings.event_topics, settings.deletion_topic]
+        self.history = HistoryTable(
+            self,
+            name=TABLE,
+            key_type=bytes,
+            value_type=bytes,
+            beacon=self.tables.beacon,
+            help="bounded history of each user",
+        )
+        self.tables.add(self.history)
+        self.agent(self.topic(*topics, schema=BatchSchema()), name="embed")(self._embed)
+        self.on_partitions_revoked.connect(self._on_revoked)
+
+    # -- start and stop -------------------------------------------------------------------------------------------
+
+    async def on_first_start(self) -> None:
+        """Check items, topics and the store before the group is joined."""
+        settings = self.settings
+        # Our products are small: BLAS threads cost up to 20 times what they save, and a core of the neighbours'.
+        threadpool_limits(limits=1, user_api="blas")
+        base = None if settings.items is None else await load_space(settings.items, settings.items_timeout_s)
+        topics = await asyncio.to_thread(prepare_topics, settings, base.dim if base else 1)
+        self.conf.topic_partitions = topics.partitions
+        watch = await asyncio.to_thread(self._check_group, topics) if topics.administered else None
+        check_place(settings.kv_url)
+        store = open_writer(settings.kv_url, lock_patience_s=settings.kv_lock_patience_s)
+        kv = PatientKV(store, settings.delivery_timeout_s)
+        rollout = Rollout(
+            settings, self.clients, kv, self.processor, self._tell, lambda: self.counts["records"], self.crash
+        )
+
+        def enter(meta: Meta) -> Meta:
+            return rollout.announce(_registered(settings, topics.partitions, meta))
+
+        parts = Parts(
+            settings=settings,
+            clients=self.clients,
+            topics=topics,
+            rollout=rollout,
+            store=self.history.data,
+            kv=kv,
+            producer=self.producer,
+            consumer=self.consumer,
+            lanes=self.lanes,
+            marks=self.marks,
+            processor=self.processor,
+            on_stage=self._on_stage,
+            on_error=self.crash,
+            enter=enter,
+        )
+        self._ready = Ready(topics, kv, rollout, Partitions(parts), watch, enter)
+        await kv.update_meta(lambda meta: _registered(settings, topics.partitions, meta))
+        await rollout.start(base, topics.partitions, topics.largest_dim)
+        try:
+            own = settings.state_dir / settings.app_id
+            own.mkdir(parents=True, exist_ok=True, mode=0o700)
+            _close_to_others(own)
+            await super().on_first_start()
+        except OSError as exc:
+            msg = f"UEMB_STATE_DIR {settings.state_dir} can't be used ({exc.strerror})"
+            raise ConfigError(msg) from exc
+        log.info(
+            "app %s: %s partitions, user version %s, item versions %s",
+            settings.app_id,
+            topics.partitions,
+            settings.versioned_encoder.version,
+            ", ".join(f"{s.version} ({len(s)} items, {s.dim} dims)" for s in rollout.spaces),
+        )
+
+    def _check_group(self, topics: Prepared) -> TopicWatch:
+        """See that nobody else uses our group and topics; return what looks at the topics while this worker runs."""
+        check_group(self.settings)
+        check_owners(self.settings)
+        watch = TopicWatch(self.settings, topics.partitions)
+        watch.check()
+        return watch
+
+    async def _tell(self, status: Status) -> None:
+        """Write a status record of an item version; returns when it is acknowledged."""
+        await self._say_on_status_topic(*status.encode())
+
+    async def _say_on_status_topic(self, key: bytes, value: bytes) -> None:
+        topic, timeout_s = self.settings.item_status_topic, self.settings.delivery_timeout_s
+        await acknowledged([await self.producer.send_unfenced(topic, 0, key, value)], timeout_s, topic)
+
+    async def on_stop(self) -> None:
+        """Let Faust drain and commit, then close every database."""
+        if self._ready is None:
+            await super().on_stop()
+            return
+        await self._ready.rollout.stop()
+        await super().on_stop()
+        await self._ready.partitions.give_up()
+        await self._ready.kv.close()
+
+    async def on_started_init_extra_tasks(self) -> None:
+        """Start background work once the first assignment is taken."""
+        await super().on_started_init_extra_tasks()
+        self.add_future(self._heartbeat(self.ready.partitions))
+        self.add_future(self._report())
+        if (watch := self.ready.watch) is not None:
+            self.add_future(self._watch_topics(watch))
+
+    @property
+    def ready(self) -> Ready:
+        """What the start has made.
+
+        Raises:
+            StateError: the worker has not started yet.
+        """
+        if self._ready is None:
+            msg = "the worker has not started yet"
+            raise StateError(msg)
+        return self._ready
+
+    async def crash(self, reason: BaseException) -> None:
+        """Stop the worker with a non-zero exit (law 6); Faust's own faults end here too."""
+        self._crash(reason)
+        if self.beacon.root is not None:
+            self.beacon.root.data._crash(reason)
+
+    def _crash(self, reason: BaseException) -> None:
+        reason = self.clients.refusal or reason  # what else failed by now did so for want of that grant
+        self.clients.end()
+        if self.failure is None:
+            self.failure = reason
+            log.critical("stopping: %s: %s", type(reason).__name__, reason)
+            if self.settings.log_level != "debug":  # what the clients say from here on is of being stopped
+                for name in ("aiokafka", "faust", "mode"):
+                    logging.getLogger(name).setLevel(logging.CRITICAL)
+        # Children are not marked: they are stopped in order, so that what is durable is still committed.
+        self._crashed.set()
+        self.crash_reason = reason
+        self.failed.set()
+
+    def _on_refusal(self, reason: NotAllowed) -> None:
+        """Stop the worker; called from any thread."""
+        self.loop.call_soon_threadsafe(lambda: self.add_future(self.crash(reason)))
+
+    # -- partitions -----------------------------------------------------------------------------------------------
+
+    async def take_partitions(self, partitions: Sequence[int], standbys: Sequence[int]) -> None:
+        """Take what the group assigned, before events flow."""
+        ready = self.ready
+        try:
+            if not self._owned_up and ready.topics.administered:
+                await self._say_on_status_topic(*topics_record(self.settings))
+                self._owned_up = True
+            await ready.partitions.take(partitions, standbys)
+            self.clients.be_patient()
+            if partitions:
+                await ready.kv.update_meta(ready.enter)
+        except asyncio.CancelledError:
+            if not self.rebalancing:
+                raise
+            log.info("the assignment changed while partitions were being restored; starting over")
+
+    async def _on_revoked(self, app: Any, revoked: set[Any], **_: Any) -> None:
+        await self.ready.partitions.give_up()
+
+    async def drain(self) -> None:
+        """Wait until what the lanes hold is durable; not so long that the group would give this worker up."""
+        try:
+            async with asyncio.timeout(min(self.settings.delivery_timeout_s, REBALANCE_TIMEOUT_S / 2)):
+                await self.lanes.drain()
+        except TimeoutError:
+            log.warning("gave up waiting for unacknowledged batches; they will be processed again")
+
+    # -- running --------------------------------------------------------------------------------------------------
+
+    async def _embed(self, stream: Any) -> None:
+        self._stream = stream
+        try:
+            async for batch in stream:
+                await self.processor.process(batch)
+        except Exception as exc:  # noqa: BLE001 - Faust would restart the agent and skip the batch
+            await self.crash(exc)
+            await asyncio.Event().wait()  # until Faust cancels us
+
+    async def _heartbeat(self, partitions: Partitions) -> None:
+        while not self.should_stop:
+            await self.sleep(HEARTBEAT_S)
+            if self.should_stop:  # which ends a sleep: the partitions are being given up
+                return
+            try:
+                await self._look_for_missing()
+                await partitions.heartbeat()
+            except Exception as exc:  # noqa: BLE001 - a store that can't be written stops the worker
+                if not self.should_stop:  # else the store was closed under the last heartbeat, which nobody needs
+                    await self.crash(exc)
+
+    async def _look_for_missing(self) -> None:
+        if self._stream is not None:
+            consumer, buffered = self.consumer, not self._stream.channel.queue.empty()
+            await self.processor.look_for_missing(consumer.given_out(), consumer.fetches, buffered=buffered)
+
+    async def _watch_topics(self, watch: TopicWatch) -> None:
+        while not self.should_stop:
+            await self.sleep(WATCH_S)
+            try:
+                await asyncio.to_thread(watch.check)
+            except UembError as exc:
+                await self.crash(exc)
+
+    async def _report(self) -> None:
+        before = Counter[str]()
+        while not self.should_stop:
+            await self.sleep(REPORT_S)
+            if self.counts != before:
+                log.info("processed %s", ", ".join(f"{k} {v}" for k, v in sorted(self.counts.items()) if v))
+                before = self.counts.copy()
+
+    async def _read_again(self, topic: str, partition: int, offset: int, seeks: int) -> None:
+        self._add("gaps", 1)
+        log.warning("of %s-%s not all arrived that was fetched; reading on from offset %s", topic, partition, offset)
+        await self.consumer.read_again(TP(topic, partition), offset, seeks)
+
+    def _add(self, name: str, by: int) -> None:
+        self.counts[name] += by
+
+
+def _registered(settings: Settings, partitions: int, meta: Meta) -> Meta:
+    """Enter this application into the store's shared record, or refuse a store that belongs to another."""
+    encoder = settings.versioned_encoder
+    if meta.app not in (None, settings.app_id):
+        msg = f"the key-value store belongs to application {meta.app!r}; choose another UEMB_KV_URL"
+        raise StateError(msg)
+    if meta.partitions not in (None, partitions):
+        there, here = meta.partitions, partitions
+        msg = f"the key-value store has {there} partitions, the topics have {here}; {way_on(max(there, here))}"
+        raise StateError(msg)
+    name = encoder_key(encoder.version)
+    if meta.encoders.get(name, encoder.hash) != encoder.hash:
+        msg = f"user version {encoder.version!r} names other parameters in the store; set a new UEMB_USER_VERSION"
+        raise StateError(msg)
+    return replace(meta, app=settings.app_id, partitions=partitions)
+
+
+class HostedApp(EmbeddingApp):
+    """The worker in a process of Faust's own command, which would let a stop take as long as it likes."""
+
+    async def stop(self) -> None:
+        """Stop in order, or end the process."""
+        asyncio.get_running_loop().call_later(STOP_TIMEOUT_S, _end)
+        await super().stop()
+
+
+def _end() -> None:
+    log.critical(TOO_LATE)
+    logging.shutdown()
+    os._exit(1)
+
+
+def _close_to_others(folder: Path) -> None:
+    """Take what others may do away from all that lies in a folder, which may have been there, open to all."""
+    for path in [folder, *folder.rglob("*")]:
+        with contextlib.suppress(FileNotFoundError):  # RocksDB clears away what an earlier process has left
+            if not path.is_symlink():  # what it leads to may be somebody else's
+                path.chmod(0o700 if path.is_dir() else 0o600)
+
+
+def guard_secrets() -> None:
+    """Keep what this process writes to itself: histories, and the password of the brokers; whoever starts it."""
+    os.umask(0o077)
+    logging.getLogger("aiokafka.conn").setLevel(logging.WARNING)  # it tells of requests whole, of the login's too

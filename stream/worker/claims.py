@@ -1,0 +1,85 @@
+"""Claims in the changelog: who owns a partition since which epoch, and what settings its state was made for."""
+
+from typing import Final
+
+import msgspec
+
+from stream.config import Settings
+from stream.core.json_records import decode_json, encode_json, format_of
+from stream.errors import StateError, way_on
+
+CLAIM_FORMAT: Final = 1
+
+
+class Claim(
+    msgspec.Struct,
+    frozen=True,
+    tag_field="format",
+    tag=CLAIM_FORMAT,
+    omit_defaults=True,
+    forbid_unknown_fields=True,  # what a later release added may change what the state means
+):
+    """The newest claim in a changelog partition: who owns it since which epoch, and what its state was made for.
+
+    After a repartition, `since` has the offset in each input topic from which on the partition has its present users:
+    what is before it was processed when users lay elsewhere.
+    """
+
+    epoch: int
+    app: str
+    partitions: int
+    history_limit: int
+    types: dict[str, int]
+    encoders: dict[str, str]
+    nonce: str  # tells two claims of the same epoch apart
+    since: dict[str, int] | None = None
+
+    def encode(self) -> bytes:
+        """Bytes of the changelog record."""
+        return encode_json(self, sort_keys=True)
+
+    @classmethod
+    def decode(cls, data: bytes) -> "Claim":
+        """Read a claim; raises `StateError` for a format this release doesn't know."""
+        try:
+            if format_of(data) != CLAIM_FORMAT:
+                raise ValueError
+            return decode_json(data, cls)
+        except ValueError as exc:
+            msg = "the changelog holds a claim of an unknown format; upgrade the worker"
+            raise StateError(msg) from exc
+
+
+def later_claim(held: bytes | None, value: bytes) -> bytes:
+    """The one of two claims that counts, the second of them written later; raises `StateError` as `Claim.decode`."""
+    return value if held is None or Claim.decode(value).epoch >= Claim.decode(held).epoch else held
+
+
+def check_claim(claim: Claim, settings: Settings, partitions: int) -> None:
+    """Refuse settings that would change the meaning of stored state.
+
+    Raises:
+        StateError: in one line, what differs and what to do.
+    """
+    what = f"changelog {settings.changelog_topic}"
+    if claim.app != settings.app_id:
+        msg = f"{what} belongs to application {claim.app!r}; set UEMB_APP_ID={claim.app}"
+        raise StateError(msg)
+    if claim.partitions != partitions:
+        what_to_do = way_on(max(claim.partitions, partitions))
+        msg = f"{what} was written with {claim.partitions} partitions, the topics have {partitions}; {what_to_do}"
+        raise StateError(msg)
+    if claim.history_limit != settings.history_limit:
+        msg = (
+            f"{what} was written with UEMB_HISTORY_LIMIT={claim.history_limit}; keep it, "
+            "or start a new UEMB_APP_ID and replay the events"
+        )
+        raise StateError(msg)
+    for name, code in claim.types.items():
+        if settings.event_types.get(name) != code:
+            msg = f"{what} was written with the type code {name}:{code}; keep it in UEMB_EVENT_TYPES (append only)"
+            raise StateError(msg)
+    encoder = settings.versioned_encoder
+    if claim.encoders.get(encoder.version, encoder.hash) != encoder.hash:
+        msg = f"user version {encoder.version!r} names other parameters in {what}; choose a new UEMB_USER_VERSION"
+        raise StateError(msg)

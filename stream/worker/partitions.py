@@ -1,0 +1,263 @@
+"""The partitions of a worker: taken with their state, rebuilt where the store lost writes, copied, given up."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from faust.types import TP
+
+from stream.config import Settings
+from stream.core.engine import Engine
+from stream.core.events import EventDecoder
+from stream.core.history_codec import HistoryCodec
+from stream.core.item_rows import SharedRows
+from stream.core.records import kv_prefix
+from stream.errors import StateError, UembError
+from stream.kafka.clients import Clients
+from stream.kafka.delivery import DurableMarks, RecordBatch
+from stream.kafka.producer import Producer, acknowledged
+from stream.kafka.topics import Prepared
+from stream.kafka.transport import Consumer
+from stream.keys import epoch_key, watermark_key
+from stream.kv.protocol import KVWriter, Meta
+from stream.pipeline.lanes import Destinations, Lane, Lanes, OnStage
+from stream.pipeline.processor import BatchProcessor, Owned
+from stream.pipeline.table import HistoryStore
+from stream.pipeline.watermark import Progress, Standing, now_ms
+from stream.rollout.rollout import Rollout
+from stream.worker.marker_expiry import MarkerExpiry, stream_time_ms
+from stream.worker.ownership import Restorer, restore_and_claim
+from stream.worker.rebuild import covered_offsets, lost_writes, rebuild
+from stream.worker.standby import Standbys
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a worker is made of, as far as its partitions need it."""
+
+    settings: Settings
+    clients: Clients
+    topics: Prepared
+    rollout: Rollout
+    store: HistoryStore
+    kv: KVWriter
+    producer: Producer
+    consumer: Consumer
+    lanes: Lanes
+    marks: DurableMarks
+    processor: BatchProcessor
+    on_stage: OnStage
+    on_error: Callable[[BaseException], Awaitable[None]]
+    enter: Callable[[Meta], Meta]  # this worker in the store's shared record
+
+
+class Partitions:
+    """Takes and gives up partitions as the group assigns them."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        max_age_s = parts.topics.removed_kept_s
+        self._standbys = Standbys(parts.settings, parts.clients, parts.store, parts.on_error, max_age_s)
+        self._taking: asyncio.Future[Any] | None = None
+        self._rebuilds: dict[int, asyncio.Task[None]] = {}
+        self._expiry: asyncio.Task[None] | None = None
+        self._decoder = EventDecoder(parts.settings.rules)
+        encoder = parts.settings.versioned_encoder.encoder
+        self._rows = SharedRows(HistoryCodec(parts.settings.event_types), encoder.type_weights)
+        self._input_topics = (*parts.settings.event_topics, parts.settings.deletion_topic)
+
+    async def take(self, partitions: Sequence[int], standbys: Sequence[int]) -> None:
+        """Restore and claim `partitions` and apply their pending erasures; follow `standbys` from here on.
+
+        Raises:
+            asyncio.CancelledError: `give_up` was called meanwhile.
+        """
+        await self.give_up()
+        parts = self._parts
+        parts.consumer.check_assignment(self._input_topics, partitions)
+        await parts.rollout.prepare()
+        share = max(64, parts.settings.hot_users // max(1, len(partitions)))
+        self._taking = asyncio.gather(*(self._take(partition, share) for partition in partitions))
+        await self._taking
+        parts.rollout.begin()
+        if (kept_ms := parts.settings.erasure_marker_retention_ms) is not None:
+            expiry = MarkerExpiry(parts.processor, kept_ms, self._stream_time_ms)
+            self._expiry = asyncio.create_task(self._expire(expiry), name="marker-expiry")
+        self._standbys.follow(standbys)
+
+    async def give_up(self) -> None:
+        """Stop taking, publishing and copying, and close the databases of all partitions."""
+        parts = self._parts
+        await parts.rollout.give_up()
+        tasks = [*self._rebuilds.values(), *(task for task in (self._taking, self._expiry) if task is not None)]
+        self._taking, self._rebuilds, self._expiry = None, {}, None
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._standbys.stop()
+        owned = parts.processor.give_up(parts.consumer.seeks + 1)
+        await parts.lanes.stop()
+        for partition in owned:
+            try:
+                partition.db.put({}, partition.changelog_offset)
+            except UembError as exc:  # what is not noted is read from the changelog once more
+                log.warning("partition %s: %s", partition.partition, exc)
+        await parts.producer.give_up_all()
+        for number in parts.store.open_partitions:  # also those that were being taken
+            parts.store.close(number)
+            await parts.kv.close_partition(number)
+
+    async def heartbeat(self) -> None:
+        """Write the watermarks of idle partitions, and see whether somebody asks for a rebuild."""
+        parts = self._parts
+        await parts.lanes.heartbeat()
+        for partition, owned in list(parts.processor.owned.items()):
+            if partition in self._rebuilds or await parts.kv.rebuild_request(partition) is None:
+                continue
+            if parts.processor.owned.get(partition) is owned:  # not given up while the store answered
+                self._start_rebuild(owned)
+
+    async def _take(self, partition: int, hot_users: int) -> None:
+        parts, settings = self._parts, self._parts.settings
+        await parts.producer.take(partition, [settings.changelog_topic, settings.output_topic])
+        db, epoch, earlier_epoch = await restore_and_claim(
+            partition,
+            settings=settings,
+            clients=parts.clients,
+            partitions=parts.topics.partitions,
+            store=parts.store,
+            kv=parts.kv,
+            send=self._send_one,
+            max_age_s=parts.topics.removed_kept_s,
+        )
+        engine = Engine(
+            parts.rollout.spaces,
+            settings.versioned_encoder,
+            settings.rules,
+            partition=partition,
+            partitions=parts.topics.partitions,
+            hot_users=hot_users,
+            publish_latest=settings.publish == "latest",
+            json_output=settings.output_format == "json",
+            decoder=self._decoder,
+            rows=self._rows,
+        )
+        watermark = (await parts.kv.get(partition, [watermark_key(partition).encode()]))[0]
+        committed = await self._committed(partition, covered_offsets(watermark))
+        progress = Progress(epoch, {topic: offset for topic, offset in committed.items() if offset is not None})
+        owned = Owned(partition, epoch, db, engine, progress, db.changelog_offset)
+        owned.left_behind = lambda: parts.rollout.left_behind(owned)
+        if lost_writes(watermark, committed):
+            log.warning("partition %s: the key-value store lacks committed writes; rebuilding it", partition)
+            progress.whole = False
+        await parts.rollout.take(owned, earlier_epoch)
+        parts.processor.owned[partition] = owned
+        parts.lanes.start(self._lane(owned))
+        start = (committed[settings.deletion_topic] or 0) if earlier_epoch else 0
+        await self._apply_erasures(partition, start)
+        if not progress.whole:
+            self._start_rebuild(owned)
+
+    async def _committed(self, partition: int, covered: Mapping[str, int]) -> dict[str, int | None]:
+        """Committed offset of each input topic, None where nothing was committed.
+
+        The broker forgets a topic's offsets with the topic; `covered`, those of the watermark, still tell then.
+
+        Raises:
+            StateError: an offset is outside of what its topic holds: events would be skipped, or read again as others.
+        """
+        consumer = self._parts.consumer
+        tps = [TP(topic, partition) for topic in self._input_topics]
+        committed = await consumer.committed(tps)
+        first, end = await consumer.earliest_offsets(*tps), await consumer.highwaters(*tps)
+        for tp, at in committed.items():
+            offset = covered.get(tp.topic, 0) if at is None else at
+            if offset > end[tp] or (at is not None and at < first[tp]):
+                msg = (
+                    f"offset {offset}, from where {tp.topic}-{partition} is to be read, is outside of the topic, which "
+                    f"has {first[tp]} to {end[tp]}: it was made anew, or retention took events that were not read yet; "
+                    "decide where to go on with kafka-consumer-groups --reset-offsets, then start again"
+                )
+                raise StateError(msg)
+        return {tp.topic: offset for tp, offset in committed.items()}
+
+    async def _apply_erasures(self, partition: int, start: int) -> None:
+        """Apply erasures that are not committed yet, so that no replayed event publishes an erased user."""
+        parts, topic = self._parts, self._parts.settings.deletion_topic
+
+        async def handle(records: list[Any]) -> None:
+            await parts.processor.step(RecordBatch(topic, partition, records, -1, 0, records[0].offset))
+
+        await Restorer(parts.clients).read(topic, partition, start, handle)
+        await parts.lanes[partition].empty()
+
+    async def _reclaim(self, owned: Owned) -> None:
+        """Claim a partition in a store that has lost it, under the same epoch, and fill it beside the events."""
+        kv, partition = self._parts.kv, owned.partition
+        owned.progress.whole = False
+        if (running := self._rebuilds.pop(partition, None)) is not None:
+            running.cancel()
+        await kv.update_meta(self._parts.enter)
+        await kv.put(partition, {epoch_key(partition).encode(): kv_prefix(owned.epoch, 0)})
+        self._start_rebuild(owned)
+
+    def _start_rebuild(self, owned: Owned) -> None:
+        task = asyncio.create_task(self._rebuild(owned), name=f"rebuild-{owned.partition}")
+        self._rebuilds[owned.partition] = task
+
+    async def _rebuild(self, owned: Owned) -> None:
+        """Fill the partition's store in the background; events go on meanwhile."""
+        parts = self._parts
+        try:
+            request = await parts.kv.rebuild_request(owned.partition)
+            await rebuild(parts.processor, owned)
+            owned.progress.whole = True
+            if request is not None:
+                await parts.kv.rebuild_done(owned.partition, request)
+        except Exception as exc:  # noqa: BLE001 - a store that can't be filled stops the worker
+            await parts.on_error(exc)
+        del self._rebuilds[owned.partition]
+
+    async def _expire(self, expiry: MarkerExpiry) -> None:
+        try:
+            await expiry.run()
+        except Exception as exc:  # noqa: BLE001 - a marker that is removed in part is a fault of this worker
+            await self._parts.on_error(exc)
+
+    def _stream_time_ms(self, owned: Owned) -> int | None:
+        progress, topics = owned.progress, []
+        for topic in self._input_topics:
+            due = self._parts.consumer.due(TP(topic, owned.partition))
+            is_read = due is not None and progress.offsets.get(topic, 0) >= due
+            topics.append((progress.newest_ms.get(topic), is_read))
+        return stream_time_ms(topics, now_ms())
+
+    def _lane(self, owned: Owned) -> Lane:
+        parts, settings, partition = self._parts, self._parts.settings, owned.partition
+        return Lane(
+            partition,
+            owned.progress,
+            Destinations(
+                changelog=settings.changelog_topic,
+                output=settings.output_topic,
+                dead_letters=settings.dlq_topic,
+                dead_letter_partitions=parts.topics.dead_letter_partitions,
+                dead_letter_max_bytes=settings.dlq_max_bytes,
+                timeout_s=settings.delivery_timeout_s,
+            ),
+            parts.producer,
+            parts.kv,
+            marks=parts.marks,
+            changelog_at=owned.changelog_at,
+            reclaim=lambda: self._reclaim(owned),
+            standing=Standing(parts.consumer, [TP(topic, partition) for topic in self._input_topics]),
+            on_stage=parts.on_stage,
+        )
+
+    async def _send_one(self, topic: str, partition: int, key: bytes, value: bytes) -> int:
+        futures = await self._parts.producer.send_records(topic, partition, [(key, value, [])])
+        return await acknowledged(futures, self._parts.settings.delivery_timeout_s, topic)

@@ -1,0 +1,91 @@
+"""What we take for granted of the Kafka client's private parts holds in the version that is pinned."""
+
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+
+import aiokafka
+import pytest
+from aiokafka.consumer import fetcher
+from aiokafka.structs import TopicPartition
+from confluent_kafka import Producer
+
+from stream.errors import ConfigError
+from stream.kafka import client_internals as internals
+from stream.kafka.bounded_fetch import BoundedRecords
+from stream.kafka.embedded_broker import DevBroker
+
+ROOT = Path(__file__).resolve().parents[3]
+PLACE = TopicPartition("events", 0)
+
+
+def test_the_version_that_is_tested_is_the_one_that_is_pinned() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert f"aiokafka=={internals.TESTED}" in project["dependencies"]
+    assert version("aiokafka") == internals.TESTED
+
+
+async def test_what_the_client_knows_of_a_partition_and_of_its_topic() -> None:
+    with DevBroker() as broker:
+        producer = Producer({"bootstrap.servers": broker.bootstrap})
+        producer.produce("events", b"x", partition=0)
+        assert producer.flush(60) == 0
+        consumer = aiokafka.AIOKafkaConsumer(
+            bootstrap_servers=broker.bootstrap, group_id="g", auto_offset_reset="earliest"
+        )
+        await consumer.start()
+        try:
+            assert internals.partition_state(consumer, PLACE) is None
+            consumer.assign([PLACE])
+            assert (await consumer.getone()).value == b"x"
+            state = internals.partition_state(consumer, PLACE)
+            assert (state.has_valid_position, state.position, state.highwater) == (True, 1, 1)
+            assert state.timestamp > 1_700_000_000_000
+            assert internals.group_fault(consumer) is None
+            client = internals.connection_of(consumer)
+            await client._wait_on_metadata("events")
+            known = internals.known_partitions(client.cluster, "events")
+            assert {entry[1] for entry in known} == client.cluster.partitions_for_topic("events")
+            assert internals.known_partitions(client.cluster, "nothing") == []
+        finally:
+            await consumer.stop()
+
+
+async def test_the_wait_for_metadata_that_is_set_is_the_one_that_is_used() -> None:
+    with DevBroker() as broker:
+        producer = aiokafka.AIOKafkaProducer(bootstrap_servers=broker.bootstrap)
+        waited = []
+        wait = internals.metadata_wait(producer.client)
+
+        async def ours(topic: str) -> object:
+            waited.append(topic)
+            return await wait(topic)
+
+        internals.set_metadata_wait(producer.client, ours)
+        await producer.start()
+        try:
+            await producer.send_and_wait("events", b"x", partition=0)
+        finally:
+            await producer.stop()
+        assert waited == ["events"]
+
+
+def test_another_version_of_the_client_is_refused_and_nothing_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetcher, "MemoryRecords", internals.MemoryRecords)
+    monkeypatch.setattr(internals, "version", lambda name: "9.9")
+    with pytest.raises(ConfigError, match=r"aiokafka 9\.9 is installed, .* pip install aiokafka==0\.14\.0"):
+        internals.read_batches_as(BoundedRecords)
+    assert fetcher.MemoryRecords is internals.MemoryRecords
+
+
+def test_a_client_that_was_changed_by_somebody_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetcher, "MemoryRecords", object)
+    with pytest.raises(ConfigError, match="aiokafka"):
+        internals.read_batches_as(BoundedRecords)
+
+
+def test_batches_are_read_as_told_and_telling_twice_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetcher, "MemoryRecords", internals.MemoryRecords)
+    for _ in range(2):
+        internals.read_batches_as(BoundedRecords)
+        assert fetcher.MemoryRecords is BoundedRecords
