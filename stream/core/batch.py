@@ -4,6 +4,7 @@ from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+from stream.core.counters import Counter
 from stream.core.events import DeletionDecoder, EventDecoder, Reason, Reject
 from stream.keys import partition_of
 
@@ -38,12 +39,12 @@ class Batch:
 
     ops: list[Op] = field(default_factory=list)
     rejects: list[tuple[int, Reject]] = field(default_factory=list)
-    counts: dict[str, int] = field(default_factory=dict)
+    counts: dict[Counter, int] = field(default_factory=dict)
     placed: int = 0
 
-    def count(self, name: str, by: int = 1) -> None:
+    def count(self, counter: Counter, by: int = 1) -> None:
         """Add to a counter."""
-        self.counts[name] = self.counts.get(name, 0) + by
+        self.counts[counter] = self.counts.get(counter, 0) + by
 
 
 @dataclass
@@ -56,7 +57,7 @@ class StepResult:
         entries: last entry of each key for the key-value store, prefix included.
         removals: keys to take out of the key-value store.
         forgotten: users to take out of the changelog, once their keys are out of the store.
-        counts: counters by name.
+        counts: what was counted.
     """
 
     states: dict[bytes, bytes] = field(default_factory=dict)
@@ -64,7 +65,7 @@ class StepResult:
     entries: dict[bytes, bytes] = field(default_factory=dict)
     removals: list[bytes] = field(default_factory=list)
     forgotten: list[bytes] = field(default_factory=list)
-    counts: dict[str, int] = field(default_factory=dict)
+    counts: dict[Counter, int] = field(default_factory=dict)
 
 
 class BatchDecoder:
@@ -87,18 +88,18 @@ class BatchDecoder:
     def events(self, topic: str, records: Iterable[Record]) -> Batch:
         """Operations and rejects of a fetched batch of one event topic."""
         decode = self._decode_event
-        return self._decode(records, lambda r: decode(topic, r.key, r.value, r.timestamp), "ignored")
+        return self._decode(records, lambda r: decode(topic, r.key, r.value, r.timestamp), Counter.IGNORED)
 
     def deletions(self, records: Iterable[Record]) -> Batch:
         """Operations and rejects of a fetched batch of the deletion topic."""
         decode = self._decode_deletion
-        return self._decode(records, lambda r: decode(r.key, r.value, r.timestamp), "withdrawn")
+        return self._decode(records, lambda r: decode(r.key, r.value, r.timestamp), Counter.WITHDRAWN)
 
     def _decode(
         self,
         records: Iterable[Record],
         decode: Callable[[Record], bytes | tuple[bytes, ...] | int | Reject | None],
-        none_means: str,
+        none_means: Counter,
     ) -> Batch:
         batch = Batch()
         known, ops = self._placed, batch.ops
@@ -120,5 +121,5 @@ class BatchDecoder:
                 else:
                     ops.append(Op(key, what))  # type: ignore[arg-type]
         batch.placed = len(ops) + batch.counts.get(none_means, 0)
-        batch.count("rejected", len(batch.rejects))
+        batch.count(Counter.REJECTED, len(batch.rejects))
         return batch

@@ -10,13 +10,14 @@ from itertools import islice
 from typing import Final
 
 from stream.core.batch import Batch, BatchDecoder, Record, StepResult
+from stream.core.counters import Counter
 from stream.core.encoders import VersionedEncoder
 from stream.core.events import EventDecoder, EventRules
 from stream.core.history import History, Outcome
 from stream.core.history_codec import NEVER, HistoryCodec, key_ts_ms, stored_order
 from stream.core.item_rows import SharedRows
 from stream.core.space import Space
-from stream.core.space_engine import MAX_ROUNDS, Publisher, Touch, User
+from stream.core.space_engine import MAX_ROUNDS, Coverage, Publisher, Touch, User
 
 #: An event that is older than so many others of its user is not added to running sums: summing afresh is cheaper.
 MAX_NEWER: Final = 64
@@ -131,8 +132,10 @@ class Engine:
         self._evict()
         return result
 
-    def embed(self, stored: Mapping[bytes, bytes], version: str, epoch: int) -> StepResult:
-        """Records of users' present states in one item version; changes no state, and leaves memory to the hot users.
+    def embed(self, stored: Mapping[bytes, bytes], version: str, epoch: int) -> tuple[StepResult, Coverage]:
+        """Records of users' present states in one item version, and what there is to say of these.
+
+        Changes no state, and leaves memory to the hot users.
 
         Args:
             stored: the present stored state of each user.
@@ -147,8 +150,7 @@ class Engine:
         publisher = next(p for p in self._publishers if p.space.version == version)
         # a user that only sent what can't be kept has no revision, and nothing to show
         users = {user: state for user, state in users.items() if state.revision}
-        publisher.publish_cold(users, epoch, result)
-        return result
+        return result, publisher.publish_cold(users, epoch, result)
 
     def end_markers(self, markers: Mapping[bytes, bytes], left_behind: Sequence[bytes] = ()) -> StepResult:
         """What takes the markers of erased users out of every place.
@@ -208,9 +210,9 @@ class Engine:
             states = [s for s in states if s[2] == len(s[1].steps) - 1]
         for outcome, n in outcomes.items():
             if n:
-                batch.count(outcome.value, n)
+                batch.count(Counter[outcome.name], n)
         if erasures:
-            batch.count("erasures", erasures)
+            batch.count(Counter.ERASURES, erasures)
         return touched, states
 
     def _user(self, key: bytes, stored: Mapping[bytes, bytes | None]) -> User:

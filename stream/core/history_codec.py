@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Final, NamedTuple
 from uuid import UUID
 
+from stream.core.varint import read_varint, varint
 from stream.errors import StateError
 from stream.keys import INT64_MAX, INT64_MIN, canonical_id
 
@@ -42,26 +43,6 @@ def key_ts_ms(key: bytes) -> int:
     return int.from_bytes(key[:TS_BYTES], "big")
 
 
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
-def _read_varint(data: bytes, pos: int) -> tuple[int, int]:
-    shift = result = 0
-    while True:
-        byte = data[pos]
-        pos += 1
-        result |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return result, pos
-        shift += 7
-
-
 class Stored(NamedTuple):
     """A stored state as far as a vector needs it, in an eighth of the time that decoding it takes.
 
@@ -93,14 +74,14 @@ class HistoryCodec:
 
     def _tail(self, suffix: bytes) -> bytes:
         item, _, type_name = suffix.partition(b"\0")
-        body = _varint(self._code_of[type_name])
+        body = varint(self._code_of[type_name])
         if _INTEGER.fullmatch(item) and INT64_MIN <= (number := int(item)) <= INT64_MAX:
-            body += bytes([_TAG_INTEGER]) + _varint((number << 1) ^ (number >> 63))
+            body += bytes([_TAG_INTEGER]) + varint((number << 1) ^ (number >> 63))
         elif _UUID.fullmatch(item):
             body += bytes([_TAG_UUID]) + UUID(item.decode()).bytes
         else:
             body += bytes([_TAG_TEXT]) + item
-        tail = _varint(len(body)) + body
+        tail = varint(len(body)) + body
         if len(self._tails) >= _MEMO_LIMIT:
             self._tails.clear()
         self._tails[suffix] = tail
@@ -111,17 +92,17 @@ class HistoryCodec:
         return self._suffixes.get(body) or self._learn(body)
 
     def _learn(self, body: bytes) -> bytes:
-        code, pos = _read_varint(body, 0)
+        code, pos = read_varint(body, 0)
         tag, payload = body[pos], body[pos + 1 :]
         if tag == _TAG_INTEGER:
-            raw, _ = _read_varint(payload, 0)
+            raw, _ = read_varint(payload, 0)
             item = str((raw >> 1) ^ -(raw & 1)).encode()
         elif tag == _TAG_UUID:
             item = str(UUID(bytes=payload)).encode()
         else:
             item = payload
         suffix = canonical_id(item.decode()).encode() + b"\0" + self._type_of[code]
-        if self._tail(suffix) != _varint(len(body)) + body:  # not what this codec writes: damaged
+        if self._tail(suffix) != varint(len(body)) + body:  # not what this codec writes: damaged
             msg = "an entry that no worker writes"
             raise ValueError(msg)
         if len(self._suffixes) >= _MEMO_LIMIT:
@@ -153,7 +134,7 @@ class HistoryCodec:
                 newest, pos = pos, pos + TS_BYTES + 1
                 size = data[pos - 1]
                 if size > 0x7F:
-                    size, pos = _read_varint(data, pos - 1)
+                    size, pos = read_varint(data, pos - 1)
                 bodies.append(data[pos : pos + size])
                 pos += size
             if pos != end or len(bodies) != int.from_bytes(data[COUNT_AT:HEADER_BYTES], "big"):
@@ -187,7 +168,7 @@ class HistoryCodec:
                 start = pos + TS_BYTES + 1
                 size = entries[start - 1]
                 if size > 0x7F:
-                    size, start = _read_varint(entries, start - 1)
+                    size, start = read_varint(entries, start - 1)
                 before, stamp = stamp, entries[pos : pos + TS_BYTES]
                 pos = start + size
                 body = entries[start:pos]
@@ -231,7 +212,7 @@ class HistoryCodec:
         start = pos + TS_BYTES + 1
         size = entries[start - 1]
         if size > 0x7F:
-            size, start = _read_varint(entries, start - 1)
+            size, start = read_varint(entries, start - 1)
         body = entries[start : start + size]
         return entries[pos : pos + TS_BYTES] + self._suffix(body), start + size
 

@@ -17,6 +17,7 @@ import numpy as np
 from fastavro.schema import fingerprint, parse_schema, to_parsing_canonical_form
 
 from stream.core.formulas import Float32, is_unit
+from stream.core.varint import varint
 
 AVRO_MARKER: Final = b"\xc3\x01"
 PREFIX_BYTES: Final = 16
@@ -82,21 +83,12 @@ def _long(value: int) -> bytes:
                 value >> 35,
             )
         )
-    return _varint(value)
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
+    return varint(value)
 
 
 #: Lengths, most revisions and most epochs.
 _SMALL: Final = 4096
-_SMALL_LONGS: Final = tuple(_varint(value << 1) for value in range(_SMALL))
+_SMALL_LONGS: Final = tuple(varint(value << 1) for value in range(_SMALL))
 _SIX_BYTES: Final = 1 << 35
 _SEVEN_BYTES: Final = 1 << 42
 

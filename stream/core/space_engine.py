@@ -64,6 +64,20 @@ class _Sums(NamedTuple):
     newest: Int64
 
 
+class Coverage(NamedTuple):
+    """How well an item version serves some users.
+
+    Attributes:
+        fallbacks: how many of them, of those who have a history, get the fallback vector.
+        items: how many interactions they have.
+        unknown_items: how many of those are with items that the version lacks.
+    """
+
+    fallbacks: int
+    items: int
+    unknown_items: int
+
+
 class Publisher:
     """Vectors and records in one item space, with the running sums of users in memory.
 
@@ -148,11 +162,8 @@ class Publisher:
         shown = [(key, touch.steps[step]) for key, touch, step in states]
         self._emit(shown, computed, epoch, result)
 
-    def publish_cold(self, users: Mapping[bytes, Stored], epoch: int, result: StepResult) -> None:
-        """Add the present state of users that need not be in memory; leaves the running sums alone.
-
-        Counts what a report on the version wants to know: fallbacks, items, unknown items.
-        """
+    def publish_cold(self, users: Mapping[bytes, Stored], epoch: int, result: StepResult) -> Coverage:
+        """Add the present state of users that need not be in memory; leaves the running sums alone."""
         computed = self._room(len(users))
         shown: list[tuple[bytes, Step]] = []
         for place, (user, (revision, as_of, bodies)) in enumerate(users.items()):
@@ -166,11 +177,8 @@ class Publisher:
         status = self._emit(shown, computed, epoch, result)
         lengths = np.array([step[0] for _, step in shown], dtype=np.int64)
         items = int(lengths.sum())
-        result.counts = {
-            "fallbacks": int(((status != Status.OK) & (lengths > 0)).sum()),
-            "items": items,
-            "unknown_items": items - int(computed.known.sum()),
-        }
+        fallbacks = int(((status != Status.OK) & (lengths > 0)).sum())
+        return Coverage(fallbacks, items, items - int(computed.known.sum()))
 
     def _room(self, count: int) -> _Sums:
         decays = len(self._encoder.encoder.decays)

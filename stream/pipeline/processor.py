@@ -5,9 +5,11 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from stream.core.batch import Batch, Op, StepResult
+from stream.core.counters import Counter
 from stream.core.engine import Engine
 from stream.core.events import Reason
 from stream.core.history_codec import marker_erased_at
+from stream.core.space_engine import Coverage
 from stream.errors import OwnershipError
 from stream.kafka.delivery import BatchMissing, DeliveryChain, DurableMarks, GivenOut, RecordBatch
 from stream.pipeline.lanes import Lanes, OnStage, Work
@@ -44,8 +46,8 @@ class BatchProcessor:
         deletion_topic: the topic whose records are erasures.
         lanes: where finished steps go.
         marks: told of records on wrong partitions.
-        count: adds a batch's counters to the worker's.
-        on_stage: see `stream.pipeline.lanes.Stage`.
+        count: adds to the worker's counters.
+        on_stage: see `stream.pipeline.lanes.OnStage`.
         read_again: called with topic, partition, offset and the run's count of seeks, to have the partition read again
             from the offset.
     """
@@ -55,7 +57,7 @@ class BatchProcessor:
         deletion_topic: str,
         lanes: Lanes,
         marks: DurableMarks,
-        count: Callable[[str, int], None],
+        count: Callable[[Counter, int], None],
         on_stage: OnStage,
         read_again: Callable[[str, int, int, int], Awaitable[None]],
     ) -> None:
@@ -114,9 +116,9 @@ class BatchProcessor:
             if batch.topic == self._deletion_topic:
                 _erase_left_behind(owned, decoded, result)
             self._on_stage("local", batch, result)
-            for name, n in result.counts.items():
-                self._count(name, n)
-            self._count("records", len(batch.records))
+            for counter, n in result.counts.items():
+                self._count(counter, n)
+            self._count(Counter.RECORDS, len(batch.records))
             await self._lanes[batch.partition].put(Work(batch, decoded.rejects, result))
 
     async def resend(self, owned: Owned, users: Sequence[bytes]) -> asyncio.Future[None]:
@@ -127,23 +129,22 @@ class BatchProcessor:
             result = self._apply(owned, again, missing)
             owned.engine.forget(missing)  # they were not in use, and shall not push out those that are
             self._on_stage("local", None, result)
-            self._count("sent again", len(users))
+            self._count(Counter.SENT_AGAIN, len(users))
             return await self._queue(owned, result)
 
-    async def embed(
-        self, owned: Owned, users: Sequence[bytes], version: str
-    ) -> tuple[StepResult, asyncio.Future[None]]:
+    async def embed(self, owned: Owned, users: Sequence[bytes], version: str) -> tuple[Coverage, asyncio.Future[None]]:
         """Queue the present vectors of `users` in one item version; the future is done when they are durable."""
         async with owned.turn:
             found = zip(users, owned.db.get(users), strict=True)
-            result = owned.engine.embed({user: state for user, state in found if state}, version, owned.epoch)
-            return result, await self._queue(owned, result)
+            stored = {user: state for user, state in found if state}
+            result, coverage = owned.engine.embed(stored, version, owned.epoch)
+            return coverage, await self._queue(owned, result)
 
-    async def remove(self, owned: Owned, keys: Sequence[bytes]) -> tuple[StepResult, asyncio.Future[None]]:
+    async def remove(self, owned: Owned, keys: Sequence[bytes]) -> asyncio.Future[None]:
         """Queue tombstones for keys that nothing is published under any more, and their removal from the store."""
         result = StepResult(output=[(key, None) for key in keys], removals=list(keys))
         async with owned.turn:
-            return result, await self._queue(owned, result)
+            return await self._queue(owned, result)
 
     async def end_markers(self, owned: Owned, users: Sequence[bytes], erased_before_ms: int) -> int:
         """Take the markers of those of `users` that were erased before a time out of every place; return how many.
@@ -163,7 +164,7 @@ class BatchProcessor:
             if markers:
                 await (await self._queue(owned, owned.engine.end_markers(markers, owned.left_behind())))
                 owned.db.put(dict.fromkeys(markers), owned.changelog_offset)
-                self._count("erasure markers ended", len(markers))
+                self._count(Counter.MARKERS_ENDED, len(markers))
         return len(markers)
 
     async def _queue(self, owned: Owned, result: StepResult) -> asyncio.Future[None]:

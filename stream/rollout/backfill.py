@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from itertools import islice
 from typing import Final
 
-from stream.core.batch import StepResult
+from stream.core.space_engine import Coverage
 from stream.keys import user_cache_key
 from stream.pipeline.processor import BatchProcessor, Owned
 from stream.rollout.records import Status
@@ -45,35 +45,33 @@ class Backfill:
 
         Users that appear, or change, meanwhile are written by their own events.
         """
-        totals = {"fallbacks": 0, "items": 0, "unknown_items": 0}
+        totals = dict.fromkeys(Coverage._fields, 0)
 
-        async def step(users: Sequence[bytes]) -> tuple[StepResult, asyncio.Future[None]]:
-            return await self._processor.embed(owned, users, status.item_version)
+        async def step(users: Sequence[bytes]) -> asyncio.Future[None]:
+            coverage, durable = await self._processor.embed(owned, users, status.item_version)
+            for name, n in coverage._asdict().items():
+                totals[name] += n
+            return durable
 
-        def count(result: StepResult) -> None:
-            for name in totals:
-                totals[name] += result.counts.get(name, 0)
-
-        done = await self._over_all(owned, step, lambda s: report(status.at("covering", **totals, **s)), count)
+        done = await self._over_all(owned, step, lambda s: report(status.at("covering", **totals, **s)))
         return status.at("covered", **totals, **done)
 
     async def remove(self, owned: Owned, status: Status, user_versions: Sequence[str], report: Report) -> Status:
         """Remove every user's key of the status' item version; return the status when all is durable."""
         prefixes = [user_cache_key("", status.item_version, version).encode() for version in user_versions]
 
-        async def step(users: Sequence[bytes]) -> tuple[StepResult, asyncio.Future[None]]:
+        async def step(users: Sequence[bytes]) -> asyncio.Future[None]:
             keys = [prefix + user for user in users for prefix in prefixes]
             return await self._processor.remove(owned, keys)
 
-        done = await self._over_all(owned, step, lambda s: report(status.at("removing", **s)), lambda _: None)
+        done = await self._over_all(owned, step, lambda s: report(status.at("removing", **s)))
         return status.at("removed", **done)
 
     async def _over_all(
         self,
         owned: Owned,
-        step: Callable[[Sequence[bytes]], Awaitable[tuple[StepResult, asyncio.Future[None]]]],
+        step: Callable[[Sequence[bytes]], Awaitable[asyncio.Future[None]]],
         report: Callable[[dict[str, float]], Awaitable[None]],
-        count: Callable[[StepResult], None],
     ) -> dict[str, float]:
         clock = asyncio.get_running_loop().time
         total = owned.db.count_users()
@@ -89,9 +87,7 @@ class Backfill:
         flowing = False
         while users := list(islice(everyone, FEW_USERS if flowing else MANY_USERS)):
             at = clock()
-            result, durable = await step(users)
-            count(result)
-            on_their_way.append(durable)
+            on_their_way.append(await step(users))
             done += len(users)
             while len(on_their_way) >= (1 if flowing else IN_FLIGHT):
                 await on_their_way.pop(0)

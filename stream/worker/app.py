@@ -4,10 +4,10 @@
 """
 
 import asyncio
+import collections
 import contextlib
 import logging
 import os
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from faust.types import TP
 from threadpoolctl import threadpool_limits
 
 from stream.config import Settings
+from stream.core.counters import Counter
 from stream.errors import ConfigError, NotAllowed, StateError, UembError, way_on
 from stream.kafka.clients import Clients
 from stream.kafka.delivery import DurableMarks
@@ -87,7 +88,7 @@ class EmbeddingApp(faust.App):
         self.settings = settings
         self.clients = Clients(settings, self._on_refusal)
         self.max_request_bytes = settings.dlq_max_bytes + (1 << 20)
-        self.counts: Counter[str] = Counter()
+        self.counts: collections.Counter[Counter] = collections.Counter()
         self.failure: BaseException | None = None
         self.failed = asyncio.Event()
         self.marks = DurableMarks()
@@ -152,7 +153,7 @@ class EmbeddingApp(faust.App):
         store = open_writer(settings.kv_url, lock_patience_s=settings.kv_lock_patience_s)
         kv = PatientKV(store, settings.delivery_timeout_s)
         rollout = Rollout(
-            settings, self.clients, kv, self.processor, self._tell, lambda: self.counts["records"], self.crash
+            settings, self.clients, kv, self.processor, self._tell, lambda: self.counts[Counter.RECORDS], self.crash
         )
 
         def enter(meta: Meta) -> Meta:
@@ -329,7 +330,7 @@ class EmbeddingApp(faust.App):
                 await self.crash(exc)
 
     async def _report(self) -> None:
-        before = Counter[str]()
+        before = self.counts.copy()
         while not self.should_stop:
             await self.sleep(REPORT_S)
             if self.counts != before:
@@ -337,12 +338,12 @@ class EmbeddingApp(faust.App):
                 before = self.counts.copy()
 
     async def _read_again(self, topic: str, partition: int, offset: int, seeks: int) -> None:
-        self._add("gaps", 1)
+        self._add(Counter.GAPS, 1)
         log.warning("of %s-%s not all arrived that was fetched; reading on from offset %s", topic, partition, offset)
         await self.consumer.read_again(TP(topic, partition), offset, seeks)
 
-    def _add(self, name: str, by: int) -> None:
-        self.counts[name] += by
+    def _add(self, counter: Counter, by: int) -> None:
+        self.counts[counter] += by
 
 
 def _registered(settings: Settings, partitions: int, meta: Meta) -> Meta:

@@ -398,7 +398,7 @@ def test_a_space_that_joins_and_one_that_leaves_midway(data, stream, limit, weig
     driver.engine.serve(driver.spaces)
     passed = data.draw(st.integers(joins, leaves))  # the pass over all users comes some batches later
     driver.run(batches[joins:passed])
-    result = driver.engine.embed(driver.states, "items_v2", driver.epoch)
+    result, _ = driver.engine.embed(driver.states, "items_v2", driver.epoch)
     assert not result.states
     driver.kv |= result.entries
     driver.topic |= dict(result.output)

@@ -1,0 +1,31 @@
+"""Unsigned varints, least significant seven bits first, as in Avro and in stored histories."""
+
+
+def varint(value: int) -> bytes:
+    """A number that is not negative, in as few bytes as it takes.
+
+    >>> varint(300).hex(), read_varint(varint(300), 0)
+    ('ac02', (300, 2))
+    """
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def read_varint(data: bytes, pos: int) -> tuple[int, int]:
+    """The number at `pos`, of any size, and the place after it.
+
+    Raises:
+        IndexError: the data end before it does.
+    """
+    shift = result = 0
+    while True:
+        byte = data[pos]
+        pos += 1
+        result |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return result, pos
+        shift += 7
