@@ -1,8 +1,7 @@
-"""README "Follow the vectors", run as it stands on a real topic: updates, an erasure, and replays out of order."""
+"""The example of following the topic, run as it stands on a real one: updates, an erasure, and replays out of order."""
 
 import json
 import random
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from confluent_kafka import Producer
+from documents import run_example
 from pipeline import Pipeline, expected
 
 from stream.config import load_settings
@@ -19,18 +19,10 @@ from stream.feed.sender import Feeder
 from stream.items.space import ItemSpace
 from stream.retrieval.user_matrix import UserMatrix
 
-README = Path(__file__).parents[2] / "README.md"
 USER_VERSION = load_settings().versioned_encoder.version
 ERASED = "7"
 #: More than one event each, so that the topic holds records that are old.
 USERS = ("1", "2", "5", "6", "42", ERASED)
-
-
-def readme_block() -> str:
-    """The Python block that README.md marks as the example of following the topic."""
-    found = re.search(r"<!-- follow -->\n```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert found, "README.md has no Python block right after <!-- follow -->"
-    return found[1]
 
 
 def check(users: UserMatrix, want: dict[str, np.ndarray]) -> None:
@@ -40,7 +32,7 @@ def check(users: UserMatrix, want: dict[str, np.ndarray]) -> None:
         np.testing.assert_allclose(users.vectors[users.row(user)], vector, rtol=0, atol=1e-6)
 
 
-def test_the_readme_keeps_a_matrix_of_users_current(
+def test_the_example_keeps_a_matrix_of_users_current(
     films: Dataset,
     space: ItemSpace,
     item_folder: Path,
@@ -65,7 +57,7 @@ def test_the_readme_keeps_a_matrix_of_users_current(
     monkeypatch.setenv("UEMB_BOOTSTRAP_SERVERS", pipeline.bootstrap)
     monkeypatch.setenv("UEMB_OUTPUT_TOPIC", pipeline.output)
     names: dict[str, Any] = {}
-    exec(compile(readme_block(), str(README), "exec"), names)
+    run_example("stream/retrieval/README.md", "follow", names)
 
     reference = expected([(r.user_id, r.item_id, r.type, r.ts_ms) for r in rows], space)
     assert {fields["status"] for fields in reference.values()} == {"ok"}

@@ -1,6 +1,6 @@
 """Clients that are not ours agree: producers in C, Python and Java; kcat, Apache's Avro and plain bytes as readers.
 
-What a reader does here follows README "Formats for everyone else" and the committed schema, and nothing of `stream`.
+What a reader does here follows `schemas/README.md` and the committed schema, and nothing of `stream`.
 """
 
 import asyncio

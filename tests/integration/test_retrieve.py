@@ -1,9 +1,8 @@
-"""README "Retrieve", run as it stands: from users in the store to titles out of a FAISS index of the items."""
+"""The examples of reading, run as they stand: from users in the store to titles out of a FAISS index of the items."""
 
 import asyncio
 import csv
 import json
-import re
 import shutil
 import subprocess
 import textwrap
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from documents import example, run_example
 from pipeline import UEMB, Pipeline
 
 from stream.feed.dataset import Dataset
@@ -21,15 +21,8 @@ from stream.feed.sender import Feeder
 from stream.items.space import ItemSpace
 from stream.retrieval import AsyncEmbeddingReader
 
-README = Path(__file__).parents[2] / "README.md"
-USERS = ("42", "7")  # those of the README that MovieLens has; it has no "anna"
-
-
-def readme_block(mark: str = "retrieve") -> str:
-    """The Python block that README.md marks so."""
-    found = re.search(rf"<!-- {mark} -->\n```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert found, f"README.md has no Python block right after <!-- {mark} -->"
-    return found[1]
+PAGE = "stream/retrieval/README.md"
+USERS = ("42", "7")  # those of the examples that MovieLens has; it has no "anna"
 
 
 def run_async(block: str, names: dict[str, Any]) -> dict[str, Any]:
@@ -58,7 +51,7 @@ def make_popular(folder: Path, films: Dataset, file: Path) -> list[str]:
     return best
 
 
-def test_the_readme_goes_from_users_to_titles(
+def test_the_examples_go_from_users_to_titles(
     films: Dataset,
     space: ItemSpace,
     item_folder: Path,
@@ -85,7 +78,7 @@ def test_the_readme_goes_from_users_to_titles(
         """Run the block; a busy machine may exceed the 20 ms that a reader waits, which is no finding here."""
         names.clear()
         names.update(titles=films.titles)
-        exec(compile(readme_block(), str(README), "exec"), names)
+        run_example(PAGE, "retrieve", names)
         names["reader"].close()
         return not {user.reason for user in names["users"]} & {"timeout", "store_down"}
 
@@ -106,8 +99,18 @@ def test_the_readme_goes_from_users_to_titles(
 
     def answered_in_a_loop() -> bool:
         names["AsyncEmbeddingReader"] = AsyncEmbeddingReader
-        names["loop"] = run_async(readme_block("retrieve-async"), names)
+        names["loop"] = run_async(example(PAGE, "retrieve-async"), names)
         return not {user.reason for user in names["loop"]["users"]} & {"timeout", "store_down"}
+
+    def answered_at_first_sight() -> bool:
+        names["first"] = {}
+        run_example("README.md", "read", names["first"])
+        names["first"]["reader"].close()
+        return not {user.reason for user in names["first"]["users"]} & {"timeout", "store_down"}
+
+    pipeline.until(answered_at_first_sight, "the store answers in time")
+    np.testing.assert_array_equal(names["first"]["vectors"], vectors)
+    np.testing.assert_allclose(np.take_along_axis(scores, names["first"]["rows"], axis=1), best, rtol=0, atol=1e-5)
 
     pipeline.until(answered_in_a_loop, "the store answers in time")
     np.testing.assert_array_equal(names["loop"]["vectors"], vectors)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -16,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from confluent_kafka import Consumer, Producer, TopicPartition
+from documents import example
 from kafka_broker import KafkaBroker
 from pipeline import UEMB, Pipeline, check_end_state, expected
 
@@ -265,14 +265,10 @@ def test_killed_in_the_middle_and_resumed_beside_live_traffic_of_the_same_users(
     assert pipeline.stop() == 0
 
 
-def test_the_commands_of_the_readmes_backfill_run(
+def test_the_commands_of_a_backfill_run(
     space: ItemSpace, make_pipeline: Callable[..., Pipeline], tmp_path: Path
 ) -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    section = readme[readme.index("## Backfill") :]
-    found = re.search(r"```sh\n(.*?)```", section, re.DOTALL)
-    assert found is not None
-    worker, *others = found[1].strip().splitlines()
+    worker, *others = example("stream/feed/README.md", "backfill").strip().splitlines()
     assert worker == "UEMB_PUBLISH=latest uemb worker &"
     items = [item.decode() for item in space.ids[:50]]
     events = [("42", item, "view", 1_600_000_000_000 + n) for n, item in enumerate(items)]
