@@ -6,13 +6,12 @@ from dataclasses import asdict
 from typing import Final
 
 import click
-from confluent_kafka import KafkaError, KafkaException
 
 from stream.cli.terminal import as_utf8, out, print_json, progress_bar
 from stream.cli.traces import Trace, traces
 from stream.config import Settings, load_settings
 from stream.errors import ConfigError, DeliveryError
-from stream.kafka.brokers import check_allowed, producer
+from stream.kafka.brokers import BY_KEY, producer, write_all
 from stream.keys import canonical_id
 from stream.retrieval.reader import EmbeddingReader
 
@@ -58,31 +57,10 @@ def _until(trace: Trace) -> str:
 
 
 def _send(settings: Settings, ids: list[str]) -> None:
-    errors: list[KafkaError] = []
-    acknowledged = 0
-
-    def on_delivery(error: KafkaError | None, _: object) -> None:
-        nonlocal acknowledged
-        if error is None:
-            acknowledged += 1
-        else:
-            errors.append(error)
-
     writer = producer(settings, {"partitioner": "murmur2_random", "acks": "all"})
     ts_ms = time.time_ns() // 1_000_000
-    try:
-        for user in ids:
-            value = json.dumps({"user_id": user, "ts": ts_ms})
-            writer.produce(settings.deletion_topic, value, user, on_delivery=on_delivery)
-        writer.flush(_TIMEOUT_S)
-    except KafkaException as exc:
-        errors.append(exc.args[0])
-    if acknowledged != len(ids):
-        error = errors[0] if errors else None
-        check_allowed(error, settings.deletion_topic)
-        why = error.str() if error else "no answer"
-        msg = f"{len(ids) - acknowledged} of {len(ids)} erasures were not acknowledged ({why}); send them again"
-        raise DeliveryError(msg)
+    records = [(user.encode(), BY_KEY, json.dumps({"user_id": user, "ts": ts_ms}).encode()) for user in ids]
+    write_all(writer, settings.deletion_topic, records, _TIMEOUT_S, "send the erasures again")
 
 
 def _wait(settings: Settings, ids: list[str], timeout_s: float) -> None:

@@ -19,7 +19,7 @@ from stream.keys import check_version_name
 MIN_WEIGHT: Final = 1e-3
 
 
-class Status(IntEnum):
+class VectorStatus(IntEnum):
     """What a vector is; the text that records carry is in `REASONS`."""
 
     OK = 0
@@ -29,7 +29,7 @@ class Status(IntEnum):
     ENCODER_ERROR = 4
 
 
-#: Record fields ``(status, reason)`` by `Status`.
+#: Record fields ``(status, reason)`` by `VectorStatus`.
 REASONS: Final = (
     ("ok", ""),
     ("fallback", "no_known_items"),
@@ -195,7 +195,7 @@ def finish(
     *,
     space: Space,
 ) -> tuple[Float32, NDArray[np.int8]]:
-    """Vectors and their `Status` for N states.
+    """Vectors and their `VectorStatus` for N states.
 
     Args:
         encoder: what combines them.
@@ -212,11 +212,11 @@ def finish(
     means = sums / ((totals + WEIGHT_EPS) * space.max_row_norm)[:, :, None]
     u, degenerate = encoder.combine(Inputs(means, _rows_at(newest, space), known))
     status = np.zeros(len(known), dtype=np.int8)
-    status[degenerate | ~np.isfinite(u).all(axis=1)] = Status.DEGENERATE
-    status[known == 1] = Status.TOO_SHORT_HISTORY
-    status[known == 0] = Status.NO_KNOWN_ITEMS
+    status[degenerate | ~np.isfinite(u).all(axis=1)] = VectorStatus.DEGENERATE
+    status[known == 1] = VectorStatus.TOO_SHORT_HISTORY
+    status[known == 0] = VectorStatus.NO_KNOWN_ITEMS
     vectors = u.astype(np.float32)
-    vectors[status != Status.OK] = space.fallback
+    vectors[status != VectorStatus.OK] = space.fallback
     return vectors, status
 
 
@@ -236,7 +236,7 @@ def reference(
     *,
     max_row_norm: float,
     fallback: Float32,
-) -> tuple[Float32, Status]:
+) -> tuple[Float32, VectorStatus]:
     """One user's vector straight from the formula: what every incremental path must equal (law 2).
 
     Args:
@@ -247,15 +247,15 @@ def reference(
         fallback: unit float32 [d].
     """
     if len(rows) < 2:
-        return fallback, Status.TOO_SHORT_HISTORY if len(rows) else Status.NO_KNOWN_ITEMS
+        return fallback, VectorStatus.TOO_SHORT_HISTORY if len(rows) else VectorStatus.NO_KNOWN_ITEMS
     means = np.stack([decayed_mean(rows, decay, weights) for decay in encoder.decays]) / max_row_norm
     newest = np.zeros((encoder.newest, rows.shape[1]))
     last = rows[::-1][: encoder.newest]
     newest[: len(last)] = last.astype(np.float64) / max_row_norm
     u, degenerate = encoder.combine(Inputs(means[None], newest[None], np.array([len(rows)])))
     if degenerate[0] or not np.isfinite(u).all():
-        return fallback, Status.DEGENERATE
-    return u[0].astype(np.float32), Status.OK
+        return fallback, VectorStatus.DEGENERATE
+    return u[0].astype(np.float32), VectorStatus.OK
 
 
 @dataclass(frozen=True)
@@ -289,7 +289,7 @@ class VersionedEncoder:
 
     def embed(
         self, space: Space, item_ids: Sequence[str | int], types: Sequence[str] | None = None
-    ) -> tuple[Float32, Status, int]:
+    ) -> tuple[Float32, VectorStatus, int]:
         """Vector of a history (item ids, oldest to newest), its status, and how many items the space lacks."""
         recent = item_ids[-self.history_limit :]
         rows = space.rows(recent)

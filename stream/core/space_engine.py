@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stream.core.batch import StepResult
-from stream.core.encoders import REASONS, Status, VersionedEncoder, finish
+from stream.core.encoders import REASONS, VectorStatus, VersionedEncoder, finish
 from stream.core.formulas import Float32, Float64
 from stream.core.history import History
 from stream.core.history_codec import TS_BYTES, Stored
@@ -177,7 +177,7 @@ class Publisher:
         status = self._emit(shown, computed, epoch, result)
         lengths = np.array([step[0] for _, step in shown], dtype=np.int64)
         items = int(lengths.sum())
-        fallbacks = int(((status != Status.OK) & (lengths > 0)).sum())
+        fallbacks = int(((status != VectorStatus.OK) & (lengths > 0)).sum())
         return Coverage(fallbacks, items, items - int(computed.known.sum()))
 
     def _room(self, count: int) -> _Sums:
@@ -262,7 +262,7 @@ class Publisher:
     def _emit(
         self, shown: Sequence[tuple[bytes, Step]], computed: _Sums, epoch: int, result: StepResult
     ) -> NDArray[np.int8]:
-        """Add records of users after a step each, in order; return the `Status` of each."""
+        """Add records of users after a step each, in order; return the `VectorStatus` of each."""
         vectors, status = finish(
             self._encoder.encoder,
             *computed,
@@ -314,7 +314,7 @@ def fallback_record(space: Space, encoder: VersionedEncoder) -> EmbeddingRecord:
     """The record under which readers find a pair's fallback vector."""
     vector: Float32 = space.fallback
     norm = float(np.linalg.norm(vector.astype(np.float64)))
-    status, reason = REASONS[Status.NO_KNOWN_ITEMS]
+    status, reason = REASONS[VectorStatus.NO_KNOWN_ITEMS]
     return EmbeddingRecord(
         user_id="",
         epoch=0,

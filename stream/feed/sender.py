@@ -34,7 +34,7 @@ _FIXED: Final[Mapping[str, Any]] = {"partitioner": "murmur2_random", "acks": "al
 log = logging.getLogger(__name__)
 
 
-class Interaction(Protocol):
+class EventLike(Protocol):
     """What is sent: `stream.core.events.EventRow`, or anything with the same attributes; integer ids stay integers."""
 
     @property
@@ -90,7 +90,7 @@ class Feeder:
 
     def send(
         self,
-        rows: Iterable[Interaction],
+        rows: Iterable[EventLike],
         *,
         rate: float | None = None,
         pace: Callable[[], int] | None = None,
@@ -189,7 +189,7 @@ class Feeder:
     ) -> None:
         self.close()
 
-    def _record(self, row: Interaction, number: int) -> Outgoing:
+    def _record(self, row: EventLike, number: int) -> Outgoing:
         fields = {"user_id": row.user_id, "item_id": row.item_id, "type": row.type, "ts": row.ts_ms}
         try:
             topic = self._topics.get(row.type) or self._topic(row.type)

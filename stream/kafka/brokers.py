@@ -9,7 +9,7 @@ import socket
 import ssl
 import struct
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, BinaryIO, Final
 
@@ -17,7 +17,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Producer
 from confluent_kafka.admin import AdminClient, ClusterMetadata
 
 from stream.config import Settings
-from stream.errors import ConfigError, NotAllowed
+from stream.errors import ConfigError, DeliveryError, NotAllowed
 from stream.kafka.connection import librdkafka_config
 from stream.kafka.grants import REFUSED
 from stream.kv.tls_probe import speaks_tls
@@ -32,6 +32,8 @@ _QUIET: Final = {"log_level": 0}
 SILENT: Final = logging.getLogger("librdkafka")
 SILENT.addHandler(logging.NullHandler())
 SILENT.propagate = False
+#: In place of a partition's number.
+BY_KEY: Final = -1
 _OTHER_HOST: Final = (62, 64)  # X509_V_ERR_HOSTNAME_MISMATCH, X509_V_ERR_IP_ADDRESS_MISMATCH
 # ApiVersions, version 0, which every broker answers to every client; then Metadata, version 1, of no topic.
 _HELLO: Final = struct.pack(">ihhih", 10, 18, 0, 1, -1)
@@ -90,6 +92,48 @@ def check_allowed(error: KafkaError | None, topic: str) -> None:
     """
     if error is not None and error.code() in REFUSED:
         raise NotAllowed(topic, to="Write topic")
+
+
+def write_all(
+    writer: Producer, topic: str, records: Iterable[tuple[bytes | None, int, bytes | None]], timeout_s: float, then: str
+) -> None:
+    """Write records and wait until all are acknowledged.
+
+    Args:
+        writer: see `producer`.
+        topic: where to.
+        records: of each key, partition (`BY_KEY` where the key decides) and value; few enough for the client's queue.
+        timeout_s: how long to wait for the last.
+        then: what to do if some are not acknowledged, for the error.
+
+    Raises:
+        DeliveryError: some were not acknowledged.
+        NotAllowed: the topic may not be written to.
+    """
+    errors: list[KafkaError] = []
+    acknowledged = 0
+
+    def on_delivery(error: KafkaError | None, _: object) -> None:
+        nonlocal acknowledged
+        if error is None:
+            acknowledged += 1
+        else:
+            errors.append(error)
+
+    count = 0
+    try:
+        for key, partition, value in records:
+            count += 1
+            writer.produce(topic, value, key, partition, on_delivery=on_delivery)
+        writer.flush(timeout_s)
+    except KafkaException as exc:
+        errors.append(exc.args[0])
+    if acknowledged != count:
+        error = errors[0] if errors else None
+        check_allowed(error, topic)
+        why = error.str() if error else "no answer"
+        msg = f"{topic}: {count - acknowledged} of {count} records were not acknowledged ({why}); {then}"
+        raise DeliveryError(msg)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from stream.core.encoders import REASONS, Status, VersionedEncoder
+from stream.core.encoders import REASONS, VectorStatus, VersionedEncoder
 from stream.items.space import ItemSpace
 from stream.keys import encoder_key
 from stream.retrieval.answers import UserEmbedding, View
@@ -59,7 +59,7 @@ def _built(
         vector, status, unknown = encoder.embed(items, history, types)
     except Exception as exc:  # noqa: BLE001 - the same
         log.debug("an encoder failed: %s", type(exc).__name__)  # counted, and in the line of each minute
-        vector, status, unknown = items.fallback, Status.ENCODER_ERROR, 0
+        vector, status, unknown = items.fallback, VectorStatus.ENCODER_ERROR, 0
     return UserEmbedding(
         stored.user_id,
         vector,

@@ -3,12 +3,10 @@
 from pathlib import Path
 from typing import Final
 
-from confluent_kafka import KafkaError, KafkaException
-
 from stream.config import Settings
-from stream.errors import ConfigError, DeliveryError
+from stream.errors import ConfigError
 from stream.items.space import ItemSpace
-from stream.kafka.brokers import check_allowed, producer
+from stream.kafka.brokers import producer, write_all
 from stream.kafka.log_reader import open_consumer, read, whole
 from stream.rollout.records import (
     NOTHING_SAID,
@@ -71,20 +69,9 @@ class ItemControl:
             NotAllowed: the topic may not be written to.
         """
         key, value = record.encode()
-        errors: list[KafkaError | None] = []
-        writer = producer(self._settings, {"acks": "all"})
         topic = self._settings.item_versions_topic
-        try:
-            writer.produce(topic, value, key, partition=0, on_delivery=lambda error, _: errors.append(error))
-            writer.flush(_TIMEOUT_S)
-        except KafkaException as exc:
-            errors.append(exc.args[0])
-        error = errors[0] if errors else None
-        if not errors or error is not None:
-            check_allowed(error, topic)
-            said = error.str() if error else "no answer"
-            msg = f"{topic}: not acknowledged ({said}); see the brokers, then try again"
-            raise DeliveryError(msg)
+        writer = producer(self._settings, {"acks": "all"})
+        write_all(writer, topic, [(key, 0, value)], _TIMEOUT_S, "see the brokers, then try again")
         self.look()
 
     @property

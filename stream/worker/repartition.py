@@ -38,7 +38,7 @@ from stream.config import Settings
 from stream.core.history_codec import HistoryCodec, stored_order
 from stream.core.records import kv_entry
 from stream.errors import ConfigError, DeliveryError, NotAllowed
-from stream.kafka.brokers import admin_client, list_topics, producer
+from stream.kafka.brokers import admin_client, list_topics, producer, write_all
 from stream.kafka.connection import aiokafka_config
 from stream.kafka.grants import REFUSED
 from stream.kafka.log_reader import TIMEOUT_S, open_consumer, read, whole
@@ -55,6 +55,7 @@ from stream.worker.ownership import joined
 Note = Callable[[str], None]
 _CHUNK: Final = 1_000
 _FLUSH_S: Final = 60.0
+_AGAIN: Final = "see the brokers, then run this again"
 _SETTLE_S: Final = 0.1
 
 
@@ -284,27 +285,10 @@ class Repartition:
         moved = 0
         wrong = ((key, to, value) for key, to, value in records if to != partition)
         while some := list(islice(wrong, _CHUNK)):
-            self._write(writer, topic, some)
-            self._write(writer, topic, [(key, partition, None) for key, _, _ in some])
+            write_all(writer, topic, some, _FLUSH_S, _AGAIN)
+            write_all(writer, topic, [(key, partition, None) for key, _, _ in some], _FLUSH_S, _AGAIN)
             moved += len(some)
         return moved
-
-    def _write(self, writer: Producer, topic: str, records: Iterable[tuple[bytes | None, int, bytes | None]]) -> None:
-        """Write records and wait until all are acknowledged."""
-        errors: list[KafkaError] = []
-
-        def on_delivery(error: KafkaError | None, _: object) -> None:
-            if error is not None:
-                errors.append(error)
-
-        for key, partition, value in records:
-            writer.produce(topic, value, key, partition, on_delivery=on_delivery)
-        if writer.flush(_FLUSH_S) or errors:
-            if errors and errors[0].code() in REFUSED:
-                raise NotAllowed(topic, to="Write topic")
-            why = errors[0].str() if errors else "no answer"
-            msg = f"{topic}: not acknowledged ({why}); see the brokers, then run this again"
-            raise DeliveryError(msg)
 
     def _send_erasures(self, consumer: Consumer, writer: Producer, committed: Mapping[tuple[str, int], int]) -> None:
         """Send erasures that no worker has seen to where the user's partition is now; a second copy changes nothing."""
@@ -318,7 +302,7 @@ class Repartition:
                 for message in read(consumer, [unread])
                 if (key := message.key()) is not None and (to := partition_of(key, self._partitions)) != partition
             ]
-            self._write(writer, topic, some)
+            write_all(writer, topic, some, _FLUSH_S, _AGAIN)
             self.moved.erasures += len(some)
 
     async def _finish(self, writer: Producer, seen: _Seen, committed: Mapping[tuple[str, int], int]) -> None:
@@ -353,7 +337,7 @@ class Repartition:
                 since=since,
             )
             made.append((CLAIM_KEY, partition, claim.encode()))
-        self._write(writer, self._settings.changelog_topic, made)
+        write_all(writer, self._settings.changelog_topic, made, _FLUSH_S, _AGAIN)
 
     async def _highest_in(self, store: KVWriter) -> int:
         """The greatest claim that the store knows, 0 without one."""
@@ -374,4 +358,4 @@ def _keep(scratch: Scratch, found: Mapping[bytes, bytes | None]) -> None:
 def _refused(what: str, exc: KafkaException, to: str) -> DeliveryError | NotAllowed:
     if exc.args[0].code() in REFUSED:
         return NotAllowed(what, to=to)
-    return DeliveryError(f"{what}: {exc.args[0].str()}; see the brokers, then run this again")
+    return DeliveryError(f"{what}: {exc.args[0].str()}; {_AGAIN}")

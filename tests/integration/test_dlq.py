@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from confluent_kafka import Consumer, Producer
+from confluent_kafka import Consumer
 from kafka_broker import KafkaBroker
 from pipeline import UEMB, Event, Pipeline, check_end_state, event_json, expected
+from sender import Sender
 from topic_admin import delete_topic
 
 from stream.cli.dlq import replay as dlq_replay
@@ -48,23 +49,6 @@ def uemb(pipeline: Pipeline, *args: str, code: int = 0) -> str:
 
 def documents(pipeline: Pipeline, *args: str) -> list[Any]:
     return [json.loads(line) for line in uemb(pipeline, *args, "--json").splitlines()]
-
-
-class Sender:
-    """Sends anything anywhere."""
-
-    def __init__(self, bootstrap: str) -> None:
-        config = {"bootstrap.servers": bootstrap, "partitioner": "murmur2_random", "message.max.bytes": 5_000_000}
-        self._producer = Producer(config)
-
-    def __call__(self, topic: str, key: bytes | None, value: bytes | None, **more: Any) -> None:
-        def delivered(error: object, _: object) -> None:
-            assert error is None, error
-
-        self._producer.produce(topic, value, key, on_delivery=delivered, **more)
-
-    def flush(self) -> None:
-        assert self._producer.flush(60) == 0
 
 
 def _event(row: EventRow) -> Event:

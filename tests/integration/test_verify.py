@@ -12,6 +12,7 @@ from confluent_kafka import Consumer, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 from kafka_broker import KafkaBroker
 from pipeline import Pipeline, delete_topics, event_json
+from sender import Sender
 
 from stream.config import load_settings
 from stream.core.history_codec import stored_order
@@ -25,39 +26,24 @@ USER_VERSION = load_settings().versioned_encoder.version
 ERASED = "259"  # who has the first event
 
 
-class Sender:
-    """Sends records, and moves the group's committed offsets as a worker that lost them would."""
-
-    def __init__(self, pipeline: Pipeline) -> None:
-        self._pipeline = pipeline
-        config = {"bootstrap.servers": pipeline.bootstrap, "partitioner": "murmur2_random"}
-        self._producer = Producer(config)
-
-    def send(self, topic: str, key: str, value: bytes | None) -> None:
-        self._producer.produce(topic, value, key.encode())
-
-    def flush(self) -> None:
-        assert self._producer.flush(60) == 0
-
-    def skip(self) -> None:
-        """Commit all input without processing it."""
-        self.flush()
-        group = Consumer({"bootstrap.servers": self._pipeline.bootstrap, "group.id": self._pipeline.app_id})
-        places = [TopicPartition(t, p) for t in self._pipeline.inputs for p in range(self._pipeline.partitions)]
-        ends = [TopicPartition(x.topic, x.partition, group.get_watermark_offsets(x)[1]) for x in places]
-        group.commit(offsets=ends, asynchronous=False)
-        group.close()
+def skip(pipeline: Pipeline) -> None:
+    """Commit all input without processing it, as a worker that lost it would."""
+    group = Consumer({"bootstrap.servers": pipeline.bootstrap, "group.id": pipeline.app_id})
+    places = [TopicPartition(t, p) for t in pipeline.inputs for p in range(pipeline.partitions)]
+    ends = [TopicPartition(x.topic, x.partition, group.get_watermark_offsets(x)[1]) for x in places]
+    group.commit(offsets=ends, asynchronous=False)
+    group.close()
 
 
 def feed(pipeline: Pipeline, films: Dataset, count: int) -> int:
     """Events, a rejected record and an erasure; return how many users there are."""
-    sender = Sender(pipeline)
+    send = Sender(pipeline.bootstrap)
     rows = films.events[:count]
     for row in rows:
-        sender.send(pipeline.topics[row.type], row.user_id, event_json(*row))
-    sender.send(pipeline.topics["view"], "1", b"{")
-    sender.send(pipeline.deletions, ERASED, json.dumps({"user_id": ERASED, "ts": rows[-1].ts_ms}).encode())
-    sender.flush()
+        send(pipeline.topics[row.type], row.user_id, event_json(*row))
+    send(pipeline.topics["view"], "1", b"{")
+    send(pipeline.deletions, ERASED, json.dumps({"user_id": ERASED, "ts": rows[-1].ts_ms}).encode())
+    send.flush()
     pipeline.until_committed()
     return len({row.user_id for row in rows})
 
@@ -90,12 +76,12 @@ def test_what_a_worker_did_is_in_order_while_it_runs_and_after(
     want = {"users": users, "whole": users, "partial": 0, "busy": 0, "differ": 0, "rejected": 1, "letterless": 0}
     want |= {"letters_checked": True, "other_versions": 0, "differences": []}
     assert pipeline.verify() == {"ok": True, **want}
-    sender = Sender(pipeline)
+    send = Sender(pipeline.bootstrap)
     for row in films.events[5_000:25_000]:
-        sender.send(pipeline.topics[row.type], row.user_id, event_json(*row))
+        send(pipeline.topics[row.type], row.user_id, event_json(*row))
     during = pipeline.verify("--patience", "30")  # 20,000 events are on their way
     assert (during["differ"], during["busy"], during["letterless"]) == (0, 0, 0)
-    sender.flush()
+    send.flush()
     pipeline.until_committed()
     assert pipeline.stop() == 0
     after = pipeline.verify()
@@ -103,11 +89,11 @@ def test_what_a_worker_did_is_in_order_while_it_runs_and_after(
 
 
 def test_input_that_is_not_committed_is_busy(ended: Pipeline, films: Dataset) -> None:
-    sender = Sender(ended)
+    send = Sender(ended.bootstrap)
     users = {row.user_id for row in films.events[3_000:3_050]}
     for row in films.events[3_000:3_050]:
-        sender.send(ended.topics[row.type], row.user_id, event_json(*row))
-    sender.flush()
+        send(ended.topics[row.type], row.user_id, event_json(*row))
+    send.flush()
     report = ended.verify("--patience", "1")
     assert (report["busy"], report["differ"]) == (len(users), 0)
     ended.start()
@@ -131,9 +117,10 @@ def test_input_that_retention_took_is_not_demanded_but_what_is_left_is(
         future.result()
     report = pipeline.verify()
     assert (report["partial"], report["differ"]) == (users, 0)
-    sender = Sender(pipeline)
-    sender.send(view, "1", event_json(1, 7, "view", 900_000_000_000))
-    sender.skip()
+    send = Sender(pipeline.bootstrap)
+    send(view, "1", event_json(1, 7, "view", 900_000_000_000))
+    send.flush()
+    skip(pipeline)
     report = pipeline.verify(code=1)
     assert report["differ"] == 1
     assert "lacks interactions" in report["differences"][0]["what"]
@@ -218,15 +205,17 @@ def changelog_with_an_older_record(pipeline: Pipeline, space: ItemSpace, user: s
 
 
 def an_event_that_was_skipped(pipeline: Pipeline, space: ItemSpace, user: str) -> None:
-    sender = Sender(pipeline)
-    sender.send(pipeline.topics["like"], user, event_json(user, 50, "like", 900_000_000_000))
-    sender.skip()
+    send = Sender(pipeline.bootstrap)
+    send(pipeline.topics["like"], user, event_json(user, 50, "like", 900_000_000_000))
+    send.flush()
+    skip(pipeline)
 
 
 def an_erasure_that_was_skipped(pipeline: Pipeline, space: ItemSpace, user: str) -> None:
-    sender = Sender(pipeline)
-    sender.send(pipeline.deletions, user, json.dumps({"user_id": user, "ts": 900_000_000_000}).encode())
-    sender.skip()
+    send = Sender(pipeline.bootstrap)
+    send(pipeline.deletions, user, json.dumps({"user_id": user, "ts": 900_000_000_000}).encode())
+    send.flush()
+    skip(pipeline)
 
 
 def a_user_nobody_sent(pipeline: Pipeline, space: ItemSpace, user: str) -> None:
@@ -238,9 +227,10 @@ def a_user_nobody_sent(pipeline: Pipeline, space: ItemSpace, user: str) -> None:
 
 
 def a_reject_without_a_letter(pipeline: Pipeline, space: ItemSpace, user: str) -> None:
-    sender = Sender(pipeline)
-    sender.send(pipeline.topics["like"], user, b"not JSON")
-    sender.skip()
+    send = Sender(pipeline.bootstrap)
+    send(pipeline.topics["like"], user, b"not JSON")
+    send.flush()
+    skip(pipeline)
 
 
 FAULTS: dict[Callable[[Pipeline, ItemSpace, str], None], str] = {

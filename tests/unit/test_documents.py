@@ -136,5 +136,13 @@ def test_the_readme_is_read_in_minutes() -> None:
     assert text.count("\n") <= 150
     assert len(text.encode()) <= 9_500
     first = "\n".join(text.splitlines()[:100])
-    for sign in ("uemb demo", "pytest", "◄─► changelog", "uemb worker &", "get_many", "10. **", "[stream](stream/README.md)"):
+    for sign in (
+        "uemb demo",
+        "pytest",
+        "◄─► changelog",
+        "uemb worker &",
+        "get_many",
+        "10. **",
+        "[stream](stream/README.md)",
+    ):
         assert sign in first, sign

@@ -7,7 +7,7 @@ from collections import defaultdict
 import numpy as np
 import pytest
 
-from stream.core.encoders import Status, VersionedEncoder
+from stream.core.encoders import VectorStatus, VersionedEncoder
 from stream.core.events import EventRow
 from stream.errors import ItemSpaceError
 from stream.feed import dataset
@@ -187,7 +187,7 @@ def test_the_next_film_is_found_twice_as_often_as_by_popularity(movielens, space
         if number % 8 == 0 and row.item_id not in history:
             vector, status, _ = encoder.embed(space, history)
             target = space.rows([row.item_id])[0]
-            if status is Status.OK:
+            if status is VectorStatus.OK:
                 asked += 1
                 old = space.rows(history)
                 old = old[old >= 0]
