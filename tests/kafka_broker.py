@@ -345,7 +345,9 @@ def shared_broker(folder: Path) -> Iterator[KafkaBroker]:
 
 def _keep(folder: Path) -> None:
     """Run the broker of a folder until nobody uses it."""
-    with KafkaBroker() as broker, (folder / "users").open("w") as users:
+    # Nobody stops it, so it need not be missed soon; and a machine may well keep it from its heartbeats for seconds.
+    patient = {"broker.session.timeout.ms": "60000"}
+    with KafkaBroker(patient) as broker, (folder / "users").open("w") as users:
         (folder / "bootstrap.new").write_text(broker.bootstrap)
         (folder / "bootstrap.new").rename(folder / "bootstrap")
         fcntl.flock(users, fcntl.LOCK_EX)

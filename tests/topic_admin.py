@@ -25,6 +25,12 @@ def set_config(bootstrap: str, topic: str, **settings: object) -> None:
         future.result()
 
 
+def create_topic(bootstrap: str, topic: str, partitions: int) -> None:
+    """Make a topic."""
+    client = _client(bootstrap)
+    client.create_topics([NewTopic(topic, partitions, 1)])[topic].result()
+
+
 def delete_topic(bootstrap: str, topic: str) -> None:
     """Delete a topic, and wait until the broker knows it no more."""
     deadline = time.monotonic() + _PATIENCE_S

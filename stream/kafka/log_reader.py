@@ -24,6 +24,9 @@ _EXPANDED_BYTES: Final = 4 * MAX_EXPANDED_BYTES
 #: Errors that waiting does not mend; a client goes on by itself after any other.
 _LASTING: Final = (TOPIC_REFUSED, KafkaError._AUTHENTICATION)
 _NOT_THERE: Final = (KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION, KafkaError.UNKNOWN_TOPIC_OR_PART)
+#: Said for a moment of a partition that gets another leader, as when a broker is restarted.
+_ELECTING: Final = (KafkaError.NOT_LEADER_FOR_PARTITION, KafkaError.LEADER_NOT_AVAILABLE)
+_ELECTION_POLL_S: Final = 0.1
 #: Called with topic, partition and offset.
 Unreadable = Callable[[str, int, int], None]
 
@@ -54,14 +57,14 @@ def open_consumer(settings: Settings, purpose: str) -> Consumer:
 
 
 def whole(consumer: Consumer, topic: str, partition: int) -> Span | None:
-    """All that a partition holds now; None when there is no such partition.
+    """All that a partition holds now; None when there is no such partition. Waits for its leader while one is elected.
 
     Raises:
         DeliveryError: the broker does not answer.
         NotAllowed: the topic may not be read.
     """
     try:
-        low, high = consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=TIMEOUT_S)
+        low, high = _watermarks(consumer, TopicPartition(topic, partition))
     except KafkaException as exc:
         if exc.args[0].code() in _NOT_THERE:
             error = consumer.list_topics(topic, timeout=TIMEOUT_S).topics[topic].error
@@ -70,6 +73,19 @@ def whole(consumer: Consumer, topic: str, partition: int) -> Span | None:
             return None
         raise unreadable(topic, exc.args[0]) from exc
     return Span(topic, partition, low, high)
+
+
+def _watermarks(consumer: Consumer, place: TopicPartition) -> tuple[int, int]:
+    deadline = time.monotonic() + TIMEOUT_S
+    while True:
+        try:
+            low, high = consumer.get_watermark_offsets(place, timeout=TIMEOUT_S)
+        except KafkaException as exc:
+            if exc.args[0].code() not in _ELECTING or time.monotonic() > deadline:
+                raise
+            time.sleep(_ELECTION_POLL_S)
+        else:
+            return low, high
 
 
 def read(

@@ -9,10 +9,12 @@ import pytest
 from kafka_broker import KafkaBroker
 from odd_records import Sender
 from pipeline import Pipeline, feeding
-from topic_admin import delete_topic, set_config
+from topic_admin import create_topic, delete_topic, set_config
 
+from stream.config import Settings
 from stream.feed.dataset import Dataset
 from stream.feed.sender import Feeder
+from stream.kafka.log_reader import Span, open_consumer, whole
 
 
 @pytest.fixture(scope="module")
@@ -191,3 +193,15 @@ def send_bad(pipeline: Pipeline) -> None:
     for user in pipeline.users_by_partition().values():
         sender.send(pipeline.topics["view"], user, b"{")
     sender.flush()
+
+
+def test_a_partition_without_a_leader_is_waited_for(kafka: KafkaBroker, unique: str) -> None:
+    """For a moment after a pause that took longer than its session the broker leads nothing."""
+    create_topic(kafka.bootstrap, unique, 1)
+    consumer = open_consumer(Settings(bootstrap_servers=kafka.bootstrap), "look")
+    with paused(kafka, 4):
+        pass
+    until = time.monotonic() + 3
+    while time.monotonic() < until:
+        assert whole(consumer, unique, 0) == Span(unique, 0, 0, 0)
+    consumer.close()
