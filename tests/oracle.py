@@ -19,6 +19,7 @@ class Space(Protocol):
     version: str
     ids: Sequence[bytes]
     vectors: np.ndarray
+    history_vectors: np.ndarray
 
 
 def normalize(x: np.ndarray) -> np.ndarray:
@@ -74,9 +75,11 @@ class Oracle:
         self._fallback: dict[str, np.ndarray] = {}
         for version, space in self._spaces.items():
             matrix = np.asarray(space.vectors, dtype=np.float64)
-            self._longest[version] = float(np.sqrt((matrix**2).sum(axis=1)).max())
+            longest = float(np.sqrt((matrix**2).sum(axis=1)).max())
             centroid = matrix.mean(axis=0)
-            gone = np.linalg.norm(centroid) <= DEGENERATE * self._longest[version]
+            gone = np.linalg.norm(centroid) <= DEGENERATE * longest
+            history = np.asarray(space.history_vectors, dtype=np.float64)
+            self._longest[version] = float(np.sqrt((history**2).sum(axis=1)).max())
             self._fallback[version] = normalize(np.ones(matrix.shape[1]) if gone else centroid).astype(np.float32)
 
     # -- the fold -------------------------------------------------------------------------------------------------
@@ -127,7 +130,7 @@ class Oracle:
         fallback = self._fallback[version]
         if len(known) < 2:
             return ("too_short_history" if known else "no_known_items"), fallback
-        rows = np.asarray(self._spaces[version].vectors[[row for row, _ in known]], dtype=np.float64)
+        rows = np.asarray(self._spaces[version].history_vectors[[row for row, _ in known]], dtype=np.float64)
         weights = np.array([weight for _, weight in known])
         if self.avg_decay is not None:
             mean = decayed_mean(rows, self.avg_decay, weights)

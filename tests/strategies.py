@@ -157,16 +157,30 @@ def random_chunks(rng: random.Random, operations: Sequence[Operation], mean: int
 # -- item spaces --------------------------------------------------------------------------------------------------
 
 
+def longest_row(rows: np.ndarray) -> float:
+    return float(np.linalg.norm(rows.astype(np.float64), axis=1).max())
+
+
 def make_space(
-    version: str, item_ids: Sequence[int | str], vectors: np.ndarray, *, metric: str = "cosine"
+    version: str,
+    item_ids: Sequence[int | str],
+    vectors: np.ndarray,
+    *,
+    metric: str = "cosine",
+    history: np.ndarray | None = None,
 ) -> ItemSpace:
-    """An item space in memory, made without the code that makes folders."""
-    matrix = np.asarray(vectors, dtype=np.float64)
-    if metric == "cosine":
-        matrix = matrix / np.linalg.norm(matrix, axis=1, keepdims=True)
-    rows = matrix.astype(np.float32)
+    """An item space in memory, made without the code that makes folders; `history` is its history side's rows."""
+
+    def stored(vectors: np.ndarray) -> np.ndarray:
+        matrix = np.asarray(vectors, dtype=np.float64)
+        if metric == "cosine":
+            matrix = matrix / np.linalg.norm(matrix, axis=1, keepdims=True)
+        return matrix.astype(np.float32)
+
+    rows = stored(vectors)
+    history_rows = None if history is None else stored(history)
     exact = rows.astype(np.float64)
-    longest = float(np.linalg.norm(exact, axis=1).max())
+    longest = longest_row(rows)
     centroid = exact.mean(axis=0)
     if np.linalg.norm(centroid) <= 1e-6 * longest:
         centroid = np.ones(exact.shape[1])
@@ -176,7 +190,10 @@ def make_space(
         rows,
         metric=metric,  # type: ignore[arg-type]
         fallback=(centroid / np.linalg.norm(centroid)).astype(np.float32),
-        max_row_norm=longest,
+        max_row_norm=longest
+        if history_rows is None
+        else float(np.linalg.norm(history_rows.astype(np.float64), axis=1).max()),
+        history_vectors=history_rows,
         sha256="0" * 64,
     )
 
@@ -184,23 +201,25 @@ def make_space(
 def random_space(
     version: str, dim: int, *, known: Iterable[int | str] = range(30), seed: int = 0, metric: str = "cosine"
 ) -> ItemSpace:
-    """A seeded space; items that a stream uses beyond `known` are unknown to it."""
+    """A seeded space, with a history side if its metric is dot; a stream's items beyond `known` are unknown to it."""
     item_ids = list(known)
-    rows = np.random.default_rng(seed).normal(size=(len(item_ids), dim))
-    rows[np.abs(rows).max(axis=1) < 1e-3] = 1.0
-    return make_space(version, item_ids, rows, metric=metric)
+    sides = np.random.default_rng(seed).normal(size=(2, len(item_ids), dim))
+    sides[np.abs(sides).max(axis=2) < 1e-3] = 1.0
+    return make_space(version, item_ids, sides[0], metric=metric, history=sides[1] if metric == "dot" else None)
 
 
 @st.composite
 def small_spaces(
     draw: st.DrawFn, version: str = "items_v1", items: Sequence[int | str] = ("a", "b", 3, "é", str(uuid.UUID(int=5)))
 ) -> ItemSpace:
-    """A few of the items in one to three dimensions, cosine or dot."""
+    """A few of the items in one to three dimensions, cosine or dot, with or without a history side."""
     dim = draw(st.integers(1, 3))
     item_ids = draw(st.lists(st.sampled_from(items), min_size=1, unique=True))
     number = st.sampled_from([-2.0, -1.0, -0.5, 0.25, 1.0, 1.5, 3.0])
-    rows = draw(st.lists(st.lists(number, min_size=dim, max_size=dim), min_size=len(item_ids), max_size=len(item_ids)))
-    return make_space(version, item_ids, np.array(rows), metric=draw(st.sampled_from(["cosine", "dot"])))
+    row = st.lists(number, min_size=dim, max_size=dim)
+    matrix = st.lists(row, min_size=len(item_ids), max_size=len(item_ids)).map(np.array)
+    metric, history = draw(st.sampled_from(["cosine", "dot"])), draw(st.none() | matrix)
+    return make_space(version, item_ids, draw(matrix), metric=metric, history=history)
 
 
 # -- the engine, driven -------------------------------------------------------------------------------------------

@@ -61,6 +61,11 @@ def items_build(
 @click.option("--ids", type=click.Path(path_type=Path), help="ids for .npy or .npz: text, one a line, or another .npy")
 @click.option("--id-column", help="name of the ids in the file  [default: item_id; ids in .npz]")
 @click.option("--vector-column", help="name of the vectors in the file  [default: vector; vectors in .npz]")
+@click.option(
+    "--history-vectors",
+    type=click.Path(path_type=Path),
+    help="file of what items count as in a history, where that differs: same items, same order",
+)
 @click.option("--drop-bad", is_flag=True, help="leave bad rows out instead of failing")
 @click.option("--json", "as_json", is_flag=True, help="print the result as one JSON document")
 def items_import(
@@ -71,6 +76,7 @@ def items_import(
     ids: Path | None,
     id_column: str | None,
     vector_column: str | None,
+    history_vectors: Path | None,
     drop_bad: bool,
     as_json: bool,
 ) -> None:
@@ -93,6 +99,7 @@ def items_import(
             metric=metric,
             ids=ids,
             columns=columns,
+            history_vectors=history_vectors,
             drop_bad=drop_bad,
             on_progress=update,
         )
@@ -103,15 +110,16 @@ def items_import(
 @items.command("export")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("out_file", metavar="OUT", type=click.Path(path_type=Path))
+@click.option("--history", is_flag=True, help="what items count as in a history, with which nothing is searched")
 @click.option("--json", "as_json", is_flag=True, help="print the result as one JSON document")
-def items_export(folder: Path, out_file: Path, as_json: bool) -> None:
+def items_export(folder: Path, out_file: Path, history: bool, as_json: bool) -> None:
     """Write the ids and rows of FOLDER to OUT, to index in an ANN: .npy (ids beside it), .npz, .parquet or .jsonl."""
     from stream.items.exporter import export_items
     from stream.items.space import ItemSpace
 
     space = ItemSpace.load(folder)
     with progress_bar("rows") as update:
-        files = export_items(space, out_file, update)
+        files = export_items(space, out_file, update, history=history)
     _describe(space, as_json, {"files": " ".join(map(str, files))})
 
 
@@ -133,6 +141,7 @@ def _describe(space: Any, as_json: bool, more: dict[str, Any] | None = None) -> 
         "items": len(space),
         "dim": space.dim,
         "metric": space.metric,
+        "two_sided": space.two_sided,
         "max_row_norm": space.max_row_norm,
         "sha256": space.sha256,
         **(more or {}),

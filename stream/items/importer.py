@@ -2,7 +2,7 @@
 
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stream.core.formulas import Float64
-from stream.errors import ItemSpaceError
+from stream.errors import ConfigError, ItemSpaceError
 from stream.items.manifest import Metric
 from stream.items.space import ItemSpace
 from stream.items.vector_files import Columns, Piece, pieces
@@ -20,6 +20,7 @@ from stream.keys import canonical_id
 from stream.logs import OnProgress
 
 _SHOWN_ROWS: Final = 10
+_SAME_ORDER: Final = "both must hold the same items in the same order"
 
 
 @dataclass
@@ -58,6 +59,7 @@ def import_items(
     metric: Metric = "cosine",
     ids: Path | None = None,
     columns: Columns | None = None,
+    history_vectors: Path | None = None,
     drop_bad: bool = False,
     on_progress: OnProgress | None = None,
 ) -> tuple[ItemSpace, BadRows]:
@@ -70,6 +72,7 @@ def import_items(
         metric: see `ItemSpace`.
         ids: for .npy: ids in the order of its rows, a text file with one a line or a .npy.
         columns: names in the file.
+        history_vectors: a file of what the items count as in a history: the same items in the same order.
         drop_bad: leave bad rows out instead of failing.
         on_progress: called with rows done and their total.
 
@@ -79,14 +82,21 @@ def import_items(
     """
     bad, done, dim = BadRows(), 0, 0
     with SpaceWriter(folder, version, metric) as writer:
+        beside = None
+        if history_vectors is not None:
+            own_ids = history_vectors.suffix.lower() not in (".npy", ".npz")
+            beside = _Beside(history_vectors, pieces(history_vectors, None if own_ids else ids, columns, folder.parent))
         for piece in pieces(file, ids, columns, folder.parent):
             dim = dim or _dim(piece.vectors)
-            good, matrix = _checked(piece, done, dim, bad, metric)
+            history = None if beside is None else beside.of(piece.ids, done, file)
+            good, matrix, history_matrix = _checked(piece, history, done, dim, bad, metric)
             if good:
-                writer.append(good, matrix)
+                writer.append(good, matrix, history_vectors=history_matrix)
             done += len(piece.ids)
             if on_progress is not None:
                 on_progress(done, piece.total)
+        if beside is not None:
+            beside.check_end(done, file)
         if len(repeats := writer.repeated_rows()):
             bad.add_repeats(repeats)
         if bad.total and not drop_bad:
@@ -102,11 +112,58 @@ def import_items(
     return ItemSpace.load(folder), bad
 
 
-def _checked(piece: Piece, first: int, dim: int, bad: BadRows, metric: Metric) -> tuple[list[str], Float64]:
-    """Canonical ids and vectors of the good rows; the others are noted in `bad`."""
+class _Beside:
+    """The other file's rows, dealt out in as many as the first file's pieces have."""
+
+    def __init__(self, file: Path, found: Iterator[Piece]) -> None:
+        self._file = file
+        self._found = found
+        self._left: list[tuple[Any, Any]] = []
+
+    def of(self, ids: Sequence[Any], first: int, other: Path) -> list[Any]:
+        """Vectors of these items, which must come next; `first` is the number of the first of them.
+
+        Raises:
+            ConfigError: another item comes next, or none.
+        """
+        while len(self._left) < len(ids) and (piece := next(self._found, None)) is not None:
+            wrong = piece.wrong
+            self._left += [
+                (item, None if n in wrong else vector)
+                for n, (item, vector) in enumerate(zip(piece.ids, piece.vectors, strict=True))
+            ]
+        mine, self._left = self._left[: len(ids)], self._left[len(ids) :]
+        if len(mine) < len(ids):
+            msg = f"{self._file} ends after {first + len(mine)} rows, {other} goes on; {_SAME_ORDER}"
+            raise ConfigError(msg)
+        for n, (item, (its, _)) in enumerate(zip(ids, mine, strict=True), first):
+            if str(item) != str(its):
+                msg = f"{self._file}: row {n} is another item than in {other}; {_SAME_ORDER}"
+                raise ConfigError(msg)
+        return [None if vector is None else np.asarray(vector) for _, vector in mine]
+
+    def check_end(self, rows: int, other: Path) -> None:
+        """Nothing is left.
+
+        Raises:
+            ConfigError: the other file had fewer rows.
+        """
+        if self._left or next(self._found, None) is not None:
+            msg = f"{self._file} goes on where {other} ends, after {rows} rows; {_SAME_ORDER}"
+            raise ConfigError(msg)
+
+
+def _checked(
+    piece: Piece, history: list[Any] | None, first: int, dim: int, bad: BadRows, metric: Metric
+) -> tuple[list[str], Float64, Float64 | None]:
+    """Canonical ids, vectors and history vectors of the good rows; the others are noted in `bad`."""
     good: list[str] = []
     keep: list[int] = []
     matrix, reasons = _matrix(piece.vectors, dim, metric)
+    history_matrix = None
+    if history is not None:
+        history_matrix, why = _matrix(history, dim, metric)
+        reasons = {n: f"of the history vectors {reason}" for n, reason in why.items()} | reasons
     reasons |= piece.wrong
     for n, item in enumerate(piece.ids):
         try:
@@ -119,7 +176,7 @@ def _checked(piece: Piece, first: int, dim: int, bad: BadRows, metric: Metric) -
         else:
             good.append(name)
             keep.append(n)
-    return good, matrix[keep]
+    return good, matrix[keep], None if history_matrix is None else history_matrix[keep]
 
 
 def _matrix(

@@ -15,8 +15,27 @@ ROW_TOLERANCE: Final = 1e-4
 Metric = Literal["cosine", "dot"]
 
 
-class Manifest(msgspec.Struct):
-    """``manifest.json``."""
+IDS: Final = "ids.txt"
+VECTORS: Final = "vectors.npy"
+HISTORY_VECTORS: Final = "history_vectors.npy"
+POPULARITY: Final = "popularity.npy"
+
+
+class Manifest(msgspec.Struct, omit_defaults=True):
+    """``manifest.json``.
+
+    Attributes:
+        format: of this file.
+        version: name of the version.
+        dim: d.
+        count: n.
+        dtype: of the vectors.
+        metric: similarity that the index uses.
+        max_row_norm: length of the longest row of ``vectors.npy``.
+        fallback: unit vector [d] for users without one.
+        sha256: of each file.
+        history_max_row_norm: length of the longest row of ``history_vectors.npy``, where there is one.
+    """
 
     format: Literal[1]
     version: str
@@ -27,6 +46,7 @@ class Manifest(msgspec.Struct):
     max_row_norm: Annotated[float, msgspec.Meta(gt=0)]
     fallback: list[float]
     sha256: dict[str, str]
+    history_max_row_norm: Annotated[float, msgspec.Meta(gt=0)] | None = None
 
 
 def bad_space(folder: Path, text: str) -> ItemSpaceError:

@@ -1,8 +1,11 @@
 """Item spaces: an immutable, hash-checked folder of item ids and vectors per version.
 
 ``manifest.json`` (version, dim, count, dtype, metric, max_row_norm, fallback, sha256 per file), ``ids.txt`` (one UTF-8
-id per line, row order) and ``vectors.npy`` (float32 [n, d], memory-mapped); optionally ``popularity.npy``, and lists
-that were made later (`stream.items.popularity`).
+id per line, row order) and ``vectors.npy`` (float32 [n, d], memory-mapped); optionally ``history_vectors.npy`` (the
+same shape), ``popularity.npy``, and lists that were made later (`stream.items.popularity`).
+
+Items of a history may count as other vectors than the index holds, as in models that learn a table for either side:
+a user's vector is then made of `history_vectors`, lies in the index's space all the same, and searches `vectors`.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from stream.core.formulas import Float32, is_unit
 from stream.items.ids import BadIds, ItemIds
-from stream.items.manifest import Manifest, Metric, bad_space, file_sha256
+from stream.items.manifest import HISTORY_VECTORS, IDS, POPULARITY, VECTORS, Manifest, Metric, bad_space, file_sha256
 from stream.items.popularity import read_popularity, top_rows
 from stream.items.writer import SpaceWriter, check_norms
 from stream.keys import check_version_name
@@ -31,10 +34,11 @@ class ItemSpace:
         version: name of the version; every user vector made from it carries it.
         dim: dimension d.
         ids: canonical item ids as UTF-8, row order, memory-mapped.
-        vectors: float32 [n, d], read-only.
+        vectors: what the index holds: float32 [n, d], read-only.
+        history_vectors: what items count as in a history: the same shape; `vectors` itself where no others were made.
         metric: ``cosine`` (unit rows) or ``dot``.
         fallback: unit float32 [d] for users without a vector of their own.
-        max_row_norm: length of the longest row.
+        max_row_norm: length of the longest row of `history_vectors`.
         sha256: of ``manifest.json``, which holds those of the other files.
         popularity: float32 [n] or None, as the version was made with.
     """
@@ -50,11 +54,13 @@ class ItemSpace:
         max_row_norm: float,
         sha256: str,
         popularity: Float32 | None = None,
+        history_vectors: Float32 | None = None,
         folder: Path | None = None,
     ) -> None:
         self.version = version
         self.ids = ids
         self.vectors = vectors
+        self.history_vectors = vectors if history_vectors is None else history_vectors
         self.metric = metric
         self.fallback = fallback
         self.max_row_norm = max_row_norm
@@ -73,9 +79,9 @@ class ItemSpace:
         return int(self.vectors.shape[1])
 
     @property
-    def history_vectors(self) -> Float32:
-        """What items count as when they lie in a history [n, d]: their own rows."""
-        return self.vectors
+    def two_sided(self) -> bool:
+        """Whether items count as other vectors in a history than in the index."""
+        return self.history_vectors is not self.vectors
 
     def rows(self, item_ids: Sequence[str | int]) -> NDArray[np.int64]:
         """Row of each item id, -1 where this version lacks it."""
@@ -131,16 +137,16 @@ class ItemSpace:
                     folder, f"{name} is not the file its manifest describes (sha256 differs); publish it again"
                 )
         ids = _read_ids(folder, manifest.count)
-        vectors = _open_array(folder / "vectors.npy", (manifest.count, manifest.dim))
-        longest = _longest_row(vectors, manifest.metric, folder)
-        if abs(longest - manifest.max_row_norm) > 1e-6 * longest:
-            raise bad_space(folder, f"max_row_norm is {manifest.max_row_norm}, the rows say {longest}")
+        vectors, longest = _open_vectors(folder, VECTORS, manifest, manifest.max_row_norm)
+        history_vectors = None
+        if (told := manifest.history_max_row_norm) is not None:
+            history_vectors, longest = _open_vectors(folder, HISTORY_VECTORS, manifest, told)
         fallback = np.asarray(manifest.fallback, dtype=np.float32)
         if fallback.shape != (manifest.dim,) or not is_unit(fallback):
             raise bad_space(folder, f"the fallback must be one unit vector of dimension {manifest.dim}")
         popularity = None
-        if "popularity.npy" in manifest.sha256:
-            popularity = _open_array(folder / "popularity.npy", (manifest.count,))
+        if POPULARITY in manifest.sha256:
+            popularity = _open_array(folder / POPULARITY, (manifest.count,))
         return cls(
             manifest.version,
             ids,
@@ -150,6 +156,7 @@ class ItemSpace:
             max_row_norm=longest,
             sha256=manifest_sha,
             popularity=popularity,
+            history_vectors=history_vectors,
             folder=folder,
         )
 
@@ -163,6 +170,7 @@ class ItemSpace:
         *,
         metric: Metric = "cosine",
         popularity: ArrayLike | None = None,
+        history_vectors: ArrayLike | None = None,
     ) -> "ItemSpace":
         """Write a folder as a whole or not at all, and return it loaded.
 
@@ -173,6 +181,7 @@ class ItemSpace:
             vectors: [n, d]; rows are normalised for ``cosine`` and kept for ``dot``.
             metric: the similarity the ANN index uses.
             popularity: optional weight per item [n].
+            history_vectors: what items count as in a history [n, d], where that is not `vectors`; the same rules hold.
 
         Raises:
             ItemSpaceError: an id or a row is not acceptable, or the folder exists.
@@ -184,18 +193,33 @@ class ItemSpace:
         weights = None if popularity is None else np.asarray(popularity, dtype=np.float32)
         if weights is not None and weights.shape != (len(ids),):
             raise bad_space(Path(path), "popularity must be one finite number per item")
+        history = None if history_vectors is None else np.asarray(history_vectors)
+        if history is not None and history.shape != matrix.shape:
+            text = f"history vectors must have the shape {matrix.shape} of the vectors, not {history.shape}"
+            raise bad_space(Path(path), text)
         with SpaceWriter(path, version, metric) as writer:
             for start in range(0, len(ids), _CHUNK_ROWS):
                 piece = slice(start, start + _CHUNK_ROWS)
-                writer.append(ids[piece], matrix[piece], None if weights is None else weights[piece])
+                writer.append(
+                    ids[piece],
+                    matrix[piece],
+                    None if weights is None else weights[piece],
+                    None if history is None else history[piece],
+                )
         return cls.load(path)
 
 
-def _longest_row(vectors: Float32, metric: Metric, folder: Path) -> float:
-    """Norm of the longest row; the first row that is not acceptable is an error."""
-    size = max(1, _CHUNK_NUMBERS // vectors.shape[1])
-    chunks = range(0, vectors.shape[0], size)
-    return max(float(check_norms(vectors[n : n + size], metric, n, folder).max()) for n in chunks)
+def _open_vectors(folder: Path, name: str, manifest: Manifest, told: float) -> tuple[Float32, float]:
+    """A matrix [n, d] of the folder, and the norm of its longest row, which the manifest has `told`."""
+    vectors = _open_array(folder / name, (manifest.count, manifest.dim))
+    size = max(1, _CHUNK_NUMBERS // manifest.dim)
+    pieces = range(0, manifest.count, size)
+    what = "row" if name == VECTORS else "history row"
+    longest = max(float(check_norms(vectors[n : n + size], manifest.metric, n, folder, what).max()) for n in pieces)
+    if abs(longest - told) > 1e-6 * longest:
+        of = "max_row_norm" if name == VECTORS else "history_max_row_norm"
+        raise bad_space(folder, f"{of} is {told}, the rows say {longest}")
+    return vectors, longest
 
 
 def _read_manifest(folder: Path) -> tuple[Manifest, str]:
@@ -206,14 +230,16 @@ def _read_manifest(folder: Path) -> tuple[Manifest, str]:
     except (ValueError, RecursionError) as exc:  # msgspec's errors are ValueErrors
         raise bad_space(folder, "manifest.json is not a manifest of this format; make it with `uemb items`") from exc
     files = set(manifest.sha256)
-    if not {"ids.txt", "vectors.npy"} <= files <= {"ids.txt", "vectors.npy", "popularity.npy"}:
-        raise bad_space(folder, "manifest.json must list ids.txt, vectors.npy and at most popularity.npy")
+    needed = {IDS, VECTORS} if manifest.history_max_row_norm is None else {IDS, VECTORS, HISTORY_VECTORS}
+    if not needed <= files <= {*needed, POPULARITY}:
+        text = f"manifest.json must list {', '.join(sorted(needed))} and at most {POPULARITY}"
+        raise bad_space(folder, f"{text}; {HISTORY_VECTORS} needs history_max_row_norm")
     return manifest, digest
 
 
 def _read_ids(folder: Path, count: int) -> ItemIds:
     try:
-        return ItemIds.load(folder / "ids.txt", count)
+        return ItemIds.load(folder / IDS, count)
     except BadIds as exc:
         raise bad_space(folder, f"ids.txt {exc}") from exc
 

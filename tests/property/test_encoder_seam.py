@@ -65,27 +65,9 @@ class FeatureOracle(Oracle):
         return ("degenerate", fallback) if np.linalg.norm(u) < DEGENERATE else ("", normalize(u).astype(np.float32))
 
 
-class TwoSided(ItemSpace):
-    """A space whose histories are summed in another matrix than its index holds."""
-
-    history_vectors = None  # type: ignore[assignment]
-
-
-def two_sided(dim: int, items: int = 30) -> TwoSided:
-    rng = np.random.default_rng(7)
-    plain = make_space("items_v1", range(items), rng.normal(size=(items, dim)))
-    other = rng.normal(size=(items, dim)).astype(np.float32)
-    space = TwoSided(
-        "items_v1",
-        plain.ids,
-        plain.vectors,
-        metric="cosine",
-        fallback=plain.fallback,
-        max_row_norm=float(np.linalg.norm(other.astype(np.float64), axis=1).max()),
-        sha256="0" * 64,
-    )
-    space.history_vectors = other
-    return space
+def two_sided(dim: int, items: int = 30) -> ItemSpace:
+    sides = np.random.default_rng(7).normal(size=(2, items, dim))
+    return make_space("items_v1", range(items), sides[0], metric="dot", history=sides[1])
 
 
 @pytest.mark.parametrize("limit", [2, 5, 6, 100])
