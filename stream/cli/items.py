@@ -29,14 +29,32 @@ items.add_command(items_popular)
     type=click.Path(path_type=Path),
     help="file or folder, as for `uemb send`; default MovieLens-100K",
 )
+@click.option(
+    "--method",
+    type=click.Choice(["two-tables", "ppmi"]),
+    default="two-tables",
+    show_default=True,
+    help="two-tables: one vector for an item in a history, another in the index (metric dot); ppmi: one for both",
+)
 @click.option("--dim", type=click.IntRange(1), default=48, show_default=True, help="dimensions")
 @click.option("--share", type=float, default=0.8, show_default=True, help="part of the stream, by time, to learn from")
 @file_options
 @click.option("--json", "as_json", is_flag=True, help="print the result as one JSON document")
 def items_build(
-    folder: Path, version: str, events: Path | None, dim: int, share: float, look: FileOptions, as_json: bool
+    folder: Path,
+    version: str,
+    events: Path | None,
+    method: Any,
+    dim: int,
+    share: float,
+    look: FileOptions,
+    as_json: bool,
 ) -> None:
-    """Learn item vectors from interactions (PPMI of co-occurrence, truncated SVD) into FOLDER."""
+    """Learn item vectors from interactions into FOLDER.
+
+    two-tables: EASE and next-item regression, blended, in two tables by truncated SVD. ppmi: PPMI of co-occurrence,
+    truncated SVD. The same events give the same vectors. `uemb evaluate` says which is better on yours.
+    """
     from stream.feed.sources import load
     from stream.learning.item_vectors import build_space
 
@@ -44,9 +62,9 @@ def items_build(
     with progress_bar("fetching data") as update:
         data = load(settings.cache_dir, events, update, err.print, shape=shape_of_files(settings, look))
     try:
-        with progress_bar("co-occurrences") as update:
+        with progress_bar("learning") as update:
             space = build_space(
-                data.events, folder, version, dim=dim, share=share, on_progress=update, on_note=err.print
+                data.events, folder, version, method, dim=dim, share=share, on_progress=update, on_note=err.print
             )
     except ValueError as exc:
         raise ConfigError(str(exc)) from exc

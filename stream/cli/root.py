@@ -23,6 +23,7 @@ _ELSEWHERE: Final = {
     "bench": "stream.cli.bench.command",
     "delete": "stream.cli.delete",
     "dlq": "stream.cli.dlq.commands",
+    "evaluate": "stream.cli.evaluate",
     "items": "stream.cli.items",
     "kv": "stream.cli.kv",
     "repartition": "stream.cli.repartition",

@@ -6,20 +6,20 @@ import sys
 from typing import Any
 
 from stream.cli.root import main
-from stream.worker.repartition import Repartition
+from stream.worker import repartition
 
 left = int(sys.argv[1])
-write = Repartition._write
+write = repartition.write_all
 
 
-def dying(self: Repartition, *arguments: Any) -> None:
+def dying(*arguments: Any) -> None:
     global left
-    write(self, *arguments)
+    write(*arguments)
     left -= 1
     if not left:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-Repartition._write = dying  # type: ignore[method-assign]
+repartition.write_all = dying
 sys.argv = ["uemb", "repartition", "--partitions", sys.argv[2]]
 main()

@@ -14,8 +14,10 @@ from stream.feed import dataset
 from stream.feed import movielens as ml
 from stream.feed.synthetic import synthetic
 from stream.items.space import ItemSpace
-from stream.learning import item_vectors
-from stream.learning.item_vectors import build_item_vectors, build_space, split_by_time
+from stream.learning import factors, ppmi
+from stream.learning.histories import split_by_time
+from stream.learning.item_vectors import build_space
+from stream.learning.ppmi import ppmi_vectors
 
 SMALL = synthetic(users=40, items=60, events=1500).events
 
@@ -46,9 +48,9 @@ def oracle(events, *, dim, window, discount):
 @pytest.mark.parametrize("dense_items", [0, 400])  # ARPACK and dense
 @pytest.mark.parametrize(("window", "discount"), [(1, 0.0), (3, 20.0), (1000, 5.0)])
 def test_vectors_equal_the_plain_formula(window, discount, dense_items, monkeypatch):
-    monkeypatch.setattr(item_vectors, "_DENSE_ITEMS", dense_items)
-    monkeypatch.setattr(item_vectors, "_BLOCK_PAIRS", 700)  # several blocks
-    ids, vectors, popularity = build_item_vectors(SMALL, dim=6, share=1.0, window=window, discount=discount)
+    monkeypatch.setattr(factors, "_DENSE", dense_items)
+    monkeypatch.setattr(ppmi, "_BLOCK_PAIRS", 700)  # several blocks
+    ids, vectors, popularity, *_ = ppmi_vectors(SMALL, dim=6, share=1.0, window=window, discount=discount)
     want_ids, want = oracle(SMALL, dim=6, window=window, discount=discount)
     assert ids == want_ids
     np.testing.assert_allclose(vectors, want, atol=1e-9)
@@ -57,8 +59,8 @@ def test_vectors_equal_the_plain_formula(window, discount, dense_items, monkeypa
 
 
 def test_the_same_events_in_any_order_give_the_same_bytes():
-    first = build_item_vectors(SMALL, dim=8)
-    again = build_item_vectors(iter(SMALL[::-1]), dim=8)
+    first = ppmi_vectors(SMALL, dim=8)
+    again = ppmi_vectors(iter(SMALL[::-1]), dim=8)
     assert first.ids == again.ids
     assert first.vectors.tobytes() == again.vectors.tobytes()
     assert first.popularity.tobytes() == again.popularity.tobytes()
@@ -69,9 +71,9 @@ def test_only_the_first_part_by_time_is_used():
     assert (len(train), len(rest)) == (1200, 300)
     assert max(r.ts_ms for r in train) <= min(r.ts_ms for r in rest)
     later = [EventRow(r.user_id, "unseen", "like", r.ts_ms + 1) for r in rest]
-    base = build_item_vectors(SMALL, dim=8)
-    assert build_item_vectors(train + later, dim=8).vectors.tobytes() == base.vectors.tobytes()
-    assert base.ids == build_item_vectors(train, dim=8, share=1.0).ids
+    base = ppmi_vectors(SMALL, dim=8)
+    assert ppmi_vectors(train + later, dim=8).vectors.tobytes() == base.vectors.tobytes()
+    assert base.ids == ppmi_vectors(train, dim=8, share=1.0).ids
     assert base.popularity.sum() == 1200
 
 
@@ -83,26 +85,26 @@ def events(*histories):
 
 def test_items_without_cooccurrence_are_left_out_and_counted():
     notes = []
-    built = build_item_vectors(events("abc", "bca", "z", "yyy"), dim=2, share=1.0, on_note=notes.append)
+    built = ppmi_vectors(events("abc", "bca", "z", "yyy"), dim=2, share=1.0, on_note=notes.append)
     assert built.ids == ["a", "b", "c"]
     assert built.popularity.tolist() == [2, 2, 2]
     assert notes == ["2 of 5 items have no co-occurrence to learn from and are left out"]
     notes.clear()
-    build_item_vectors(events("abc"), dim=2, share=1.0, on_note=notes.append)
+    ppmi_vectors(events("abc"), dim=2, share=1.0, on_note=notes.append)
     assert notes == []
 
 
 @pytest.mark.parametrize("dense_items", [0, 400])
 def test_an_item_whose_row_is_rounding_noise_is_left_out(dense_items, monkeypatch):
     """Two clusters that never meet, one dimension: the weaker cluster has no direction in it."""
-    monkeypatch.setattr(item_vectors, "_DENSE_ITEMS", dense_items)
-    built = build_item_vectors(events("abc", "abc", "abc", "abc", "abc", "xy"), dim=1, share=1.0)
+    monkeypatch.setattr(factors, "_DENSE", dense_items)
+    built = ppmi_vectors(events("abc", "abc", "abc", "abc", "abc", "xy"), dim=1, share=1.0)
     assert built.ids in (["a", "b", "c"], ["x", "y"])
     assert (np.abs(built.vectors) > 1e-3).all()
 
 
 def test_the_smallest_input_works():
-    ids, vectors, _ = build_item_vectors(events("ab"), dim=2, share=1.0)
+    ids, vectors, *_ = ppmi_vectors(events("ab"), dim=2, share=1.0)
     assert ids == ["a", "b"]
     assert np.isfinite(vectors).all()
     assert (np.linalg.norm(vectors, axis=1) > 0).all()
@@ -111,25 +113,25 @@ def test_the_smallest_input_works():
 @pytest.mark.parametrize(("rows", "there_are"), [(events("abc", "ab"), 3), (events("a", "b"), 0), ([], 0)])
 def test_an_impossible_dimension_is_one_line(rows, there_are):
     with pytest.raises(ItemSpaceError, match=rf"^4 dimensions need at least 4 items .* there are {there_are};.*$"):
-        build_item_vectors(rows, dim=4, share=1.0)
+        ppmi_vectors(rows, dim=4, share=1.0)
 
 
 @pytest.mark.parametrize("wrong", [{"dim": 0}, {"window": 0}, {"discount": -1}, {"share": 0}, {"share": 1.1}])
 def test_arguments_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match=r"at least|share"):
-        build_item_vectors(SMALL, **{"dim": 4, **wrong})
+        ppmi_vectors(SMALL, **{"dim": 4, **wrong})
 
 
 def test_progress_rises_to_its_total():
     seen = []
-    build_item_vectors(SMALL, dim=4, window=5, on_progress=lambda done, total: seen.append((done, total)))
+    ppmi_vectors(SMALL, dim=4, window=5, on_progress=lambda done, total: seen.append((done, total)))
     assert seen == [(i, 6) for i in range(1, 7)]
 
 
 def test_a_space_is_built_saved_and_loads(tmp_path):
-    space = build_space(SMALL, tmp_path / "v1", "items_v1", dim=8)
+    space = build_space(SMALL, tmp_path / "v1", "items_v1", "ppmi", dim=8)
     loaded = ItemSpace.load(tmp_path / "v1")
-    built = build_item_vectors(SMALL, dim=8)
+    built = ppmi_vectors(SMALL, dim=8)
     assert (loaded.version, loaded.metric, loaded.sha256) == ("items_v1", "cosine", space.sha256)
     assert [i.decode() for i in loaded.ids] == built.ids
     unit = built.vectors / np.linalg.norm(built.vectors, axis=1, keepdims=True)
@@ -139,7 +141,7 @@ def test_a_space_is_built_saved_and_loads(tmp_path):
 
 def test_neighbours_in_the_synthetic_stream_share_their_topic():
     data = synthetic(users=400, items=300, events=30_000)
-    ids, vectors, _ = build_item_vectors(data.events, dim=24)
+    ids, vectors, *_ = ppmi_vectors(data.events, dim=24)
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     topic = np.array([data.titles[i].partition("(")[2] for i in ids])
     scores = unit @ unit.T
@@ -161,7 +163,7 @@ def movielens():
 
 @pytest.fixture(scope="module")
 def space(movielens, tmp_path_factory):
-    return build_space(movielens.events, tmp_path_factory.mktemp("space") / "v1", "items_v1")
+    return build_space(movielens.events, tmp_path_factory.mktemp("space") / "v1", "items_v1", "ppmi")
 
 
 def test_films_lie_near_films_of_their_kind(movielens, space):
