@@ -1,1 +1,1 @@
-"""Offline: item vectors out of events."""
+"""Offline: item vectors out of events, and what they find."""
