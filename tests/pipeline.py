@@ -421,7 +421,7 @@ def expected(events: Iterable[Event], space: ItemSpace, limit: int = 100) -> dic
             "history_len": len(history),
             "unknown_items": len(history) - len(known),
             "as_of": history[-1][0],
-            "vector": space.fallback if reason else seed_mix(space.vectors[known]),
+            "vector": space.fallback if reason else seed_mix(space.history_vectors[known]),
         }
     return out
 

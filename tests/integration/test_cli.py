@@ -338,7 +338,7 @@ def test_embed_the_seeds_example(folder: Path, run_here: Callable[..., Ran]) -> 
     assert (ran.code, ran.err) == (0, "")
     got = parsed(ran.out)
     space = ItemSpace.load(folder / "items")
-    want = user_embed_mix(space.rows(SEED_INPUT["history_item_ids"]), np.asarray(space.vectors))
+    want = user_embed_mix(space.rows(SEED_INPUT["history_item_ids"]), np.asarray(space.history_vectors))
     np.testing.assert_allclose(got["user_embedding"]["vector"], want, rtol=0, atol=1e-6)
     assert got["user_embedding"]["dim"] == 48
     assert got["user_embedding"]["norm"] == pytest.approx(1.0, abs=1e-5)
