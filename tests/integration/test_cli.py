@@ -362,15 +362,20 @@ def test_embed_orders_by_time_and_reads_from_stdin(folder: Path, run_here: Calla
     assert parsed(got.stdout.decode()) == {**plain, "user_embedding_version": "user_v7"}
 
 
-def test_items_build_and_check(folder: Path, tmp_path: Path, run_here: Callable[..., Ran]) -> None:
-    options = ["--version", "films_v2", "--dim", "6", "--events", folder / "small.csv", "--json"]
+@pytest.mark.parametrize(("method", "metric"), [("two-tables", "dot"), ("ppmi", "cosine")])
+def test_items_build_and_check(
+    method: str, metric: str, folder: Path, tmp_path: Path, run_here: Callable[..., Ran]
+) -> None:
+    chosen = [] if method == "two-tables" else ["--method", method]
+    options = ["--version", "films_v2", "--dim", "6", "--events", folder / "small.csv", "--json", *chosen]
     built = run_here("items", "build", tmp_path / "space", *options)
     assert built.code == 0, built.err
     checked = run_here("items", "check", tmp_path / "space", "--json")
     assert (checked.code, checked.err) == (0, "")
     assert parsed(built.out) == parsed(checked.out)
     facts = parsed(checked.out)
-    assert (facts["version"], facts["dim"], facts["metric"]) == ("films_v2", 6, "cosine")
+    assert (facts["version"], facts["dim"], facts["metric"]) == ("films_v2", 6, metric)
+    assert facts["two_sided"] is (method == "two-tables")
     assert facts["items"] == len(ItemSpace.load(tmp_path / "space"))
     assert run_here("items", "build", tmp_path / "again", *options).out == built.out, "the same events, other vectors"
     assert "films_v2" in run_here("items", "check", tmp_path / "space").out

@@ -45,7 +45,7 @@ def make_app(spec: dict[str, Any]) -> faust.App:
     histories = app.Table("history", default=list, partitions=spec["partitions"])
 
     async def embed(stream: Any) -> None:
-        async for event in stream.core.events():
+        async for event in stream.events():
             value = event.value
             user = str(value["user_id"])
             history = histories[user]
