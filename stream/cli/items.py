@@ -38,6 +38,7 @@ items.add_command(items_popular)
 )
 @click.option("--dim", type=click.IntRange(1), default=48, show_default=True, help="dimensions")
 @click.option("--share", type=float, default=0.8, show_default=True, help="part of the stream, by time, to learn from")
+@click.option("--seed", type=int, default=0, show_default=True, help="of all that is random; the same gives the same")
 @file_options
 @click.option("--json", "as_json", is_flag=True, help="print the result as one JSON document")
 def items_build(
@@ -47,6 +48,7 @@ def items_build(
     method: Any,
     dim: int,
     share: float,
+    seed: int,
     look: FileOptions,
     as_json: bool,
 ) -> None:
@@ -64,7 +66,15 @@ def items_build(
     try:
         with progress_bar("learning") as update:
             space = build_space(
-                data.events, folder, version, method, dim=dim, share=share, on_progress=update, on_note=err.print
+                data.events,
+                folder,
+                version,
+                method,
+                dim=dim,
+                share=share,
+                seed=seed,
+                on_progress=update,
+                on_note=err.print,
             )
     except ValueError as exc:
         raise ConfigError(str(exc)) from exc

@@ -27,7 +27,7 @@ from stream.learning.item_vectors import DIM, ItemVectors, Note
 from stream.logs import OnProgress
 
 # What follows was chosen within the training part of MovieLens-100K (`uemb evaluate --validation`), on a plateau: half
-# or twice of each changes recall@10 by less than 0.004.
+# or twice the ridges change recall@10 there by less than 0.003.
 #: Regularisation of the two models: in users, and in cases.
 EASE_RIDGE: Final = 400.0
 NEXT_RIDGE: Final = 500.0
@@ -91,7 +91,7 @@ def two_table_vectors(
         popularity_exponent: rows of the index are divided by ``(1 + count) ** popularity_exponent``.
         seed: of the order of interactions of one time, and of the SVD's start vector.
         on_progress: called with steps done and their total.
-        on_note: called with one line about what was left out, if anything was.
+        on_note: called with one line about items that were learned beside the head, and about those left out.
 
     Raises:
         ItemSpaceError: these events can't fill `dim` dimensions.
@@ -127,6 +127,12 @@ def two_tables_of(
 ) -> ItemVectors:
     """The same from histories, all of which are learned from; arguments and errors are those of `two_table_vectors`."""
     report = on_progress or (lambda done, total: None)
+
+    def note(text: str) -> None:
+        log.info(text)
+        if on_note is not None:
+            on_note(text)
+
     ids = histories.ids
     popularity = np.bincount(histories.item, minlength=len(ids)).astype(np.float64)
     by_count = np.argsort(-popularity, kind="stable")
@@ -134,6 +140,8 @@ def two_tables_of(
     if dim > len(head):
         msg = f"{dim} dimensions need at least {dim} items, there are {len(head)}; lower the dimension"
         raise ItemSpaceError(msg)
+    if len(tail):
+        note(f"{len(head):,} items are learned together, the other {len(tail):,} beside them, one by one")
     models: list[_Linear] = []
     for model in (Ease, NextItem):
         models.append(model(histories, head, tail, seed))
@@ -157,10 +165,7 @@ def two_tables_of(
         msg = f"{dim} dimensions need at least {dim} items that others occur with, there are {len(kept)}; lower it"
         raise ItemSpaceError(msg)
     if len(kept) < len(ids):
-        text = f"{len(ids) - len(kept)} of {len(ids)} items occur with no others to learn from and are left out"
-        log.info(text)
-        if on_note is not None:
-            on_note(text)
+        note(f"{len(ids) - len(kept)} of {len(ids)} items occur with no others to learn from and are left out")
     return ItemVectors([ids[i] for i in kept], index[kept], popularity[kept], "dot", history[kept])
 
 

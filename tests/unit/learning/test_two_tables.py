@@ -171,8 +171,10 @@ def test_items_that_occur_with_no_others_are_left_out_and_counted() -> None:
     made = two_table_vectors(events("abc", "bca", "z", "y"), dim=2, share=1.0, on_note=notes.append)
     assert made.ids == ["a", "b", "c"]
     assert notes == ["2 of 5 items occur with no others to learn from and are left out"]
-    beside = two_table_vectors(events("abc", "bca", "z", "y"), dim=2, share=1.0, head_items=3)
+    rows = events("abc", "bca", "z", "y")
+    beside = two_table_vectors(rows, dim=2, share=1.0, head_items=3, on_note=notes.append)
     assert beside.ids == ["a", "b", "c"]
+    assert notes[1:] == ["3 items are learned together, the other 2 beside them, one by one", notes[0]]
 
 
 @pytest.mark.parametrize(("rows", "are"), [(events("abc"), 3), ([], 0), (events("x", "y"), 2)])
