@@ -24,6 +24,7 @@ _ELSEWHERE: Final = {
     "delete": "stream.cli.delete",
     "dlq": "stream.cli.dlq.commands",
     "evaluate": "stream.cli.evaluate",
+    "export": "stream.cli.export",
     "items": "stream.cli.items",
     "kv": "stream.cli.kv",
     "repartition": "stream.cli.repartition",
