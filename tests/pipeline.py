@@ -110,9 +110,10 @@ class Pipeline:
             )
 
     def stop(self, timeout_s: float = 30) -> int:
-        """SIGTERM; return the exit code."""
+        """SIGTERM, also to one that is frozen; return the exit code."""
         assert self.process is not None
         self.process.send_signal(signal.SIGTERM)
+        self.thaw()
         return self.wait(timeout_s)
 
     def wait(self, timeout_s: float = 30) -> int:
@@ -123,6 +124,16 @@ class Pipeline:
         except subprocess.TimeoutExpired:
             self.kill()
             raise AssertionError(f"the worker did not end:\n{self.tail()}") from None
+
+    def freeze(self) -> None:
+        """SIGSTOP: whatever it is at, it is at until it is told to go on."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """SIGCONT."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
         """SIGKILL."""

@@ -17,6 +17,7 @@ from stream.worker.app import STOP_TIMEOUT_S, TOO_LATE
 from stream.worker.run import FAULT_STOP_TIMEOUT_S, SAME_SIGNAL_S
 
 EVENTS = 30_000
+Busy = Callable[..., tuple[Pipeline, list[EventRow]]]
 LATE_COMMITTER = [sys.executable, str(Path(__file__).parent / "late_committer.py")]
 
 
@@ -26,20 +27,27 @@ def kafka(own_kafka: KafkaBroker) -> KafkaBroker:
     return own_kafka
 
 
-def in_a_backlog(pipeline: Pipeline, films: Dataset) -> Pipeline:
-    """Start a worker, and bring it into the middle of a backlog."""
-    pipeline.start()
-    pipeline.until_ready()
-    with Feeder(pipeline.bootstrap, pipeline.topics) as feeder:
-        feeder.send(films.events[:EVENTS])
-    pipeline.until(lambda: pipeline.length(pipeline.output) > 1_000, "events flow")
-    return pipeline
-
-
 @pytest.fixture
-def busy(films: Dataset, make_pipeline: Callable[..., Pipeline]) -> Pipeline:
-    """A worker in the middle of a backlog."""
-    return in_a_backlog(make_pipeline(), films)
+def make_busy(films: Dataset, make_pipeline: Callable[..., Pipeline]) -> Busy:
+    """Starts a worker, and freezes it in the middle of a backlog; gives it and what was sent."""
+
+    def start(**settings: object) -> tuple[Pipeline, list[EventRow]]:
+        pipeline = make_pipeline(session_timeout_s=15, **settings)
+        pipeline.start()
+        pipeline.until_ready()
+        with Feeder(pipeline.bootstrap, pipeline.topics) as feeder:
+            for end in range(EVENTS, len(films.events), EVENTS):
+                pipeline.freeze()
+                feeder.send(films.events[end - EVENTS : end])
+                before = pipeline.length(pipeline.output)
+                pipeline.thaw()
+                pipeline.until(lambda: pipeline.length(pipeline.output) > before + 1_000, "events flow")  # noqa: B023
+                pipeline.freeze()
+                if pipeline.length(pipeline.output) < before + EVENTS // 2:
+                    return pipeline, films.events[:end]
+        raise AssertionError("the worker was always at the end before it was seen in the middle")
+
+    return start
 
 
 def stop_without(kafka: KafkaBroker, pipeline: Pipeline) -> str:
@@ -63,53 +71,54 @@ def go_on(pipeline: Pipeline, events: Sequence[EventRow]) -> None:
     assert pipeline.stop() == 0
 
 
-def test_a_signal_in_the_middle_of_a_backlog(busy: Pipeline, films: Dataset) -> None:
+def test_a_signal_in_the_middle_of_a_backlog(make_busy: Busy) -> None:
+    busy, events = make_busy()
     assert busy.stop() == 0
     assert busy.lag() > 0, "nothing was left to do"
     said = len(busy.log.read_text())
-    go_on(busy, films.events[:EVENTS])
+    go_on(busy, events)
     assert "duplicate" not in busy.log.read_text()[said:], "what was published was not committed, and done twice"
 
 
-def test_two_signals_under_load_end_it_at_once(busy: Pipeline, films: Dataset) -> None:
+def test_two_signals_under_load_end_it_at_once(make_busy: Busy) -> None:
     """It is frozen in the middle of its drain, which may take less time than two signals must be apart."""
+    busy, events = make_busy()
     assert busy.process is not None
     busy.process.send_signal(signal.SIGTERM)
+    busy.thaw()
     busy.until(lambda: "draining and stopping" in busy.log.read_text(), "the first signal is followed")
-    busy.process.send_signal(signal.SIGSTOP)
+    busy.freeze()
     time.sleep(SAME_SIGNAL_S + 0.1)
     assert busy.process.poll() is None, "it was done before the second signal"
     busy.process.send_signal(signal.SIGTERM)
-    busy.process.send_signal(signal.SIGCONT)
+    busy.thaw()
     assert busy.wait(5) == 128 + signal.SIGTERM
     assert busy.lag() > 0, "nothing was left to do"
-    go_on(busy, films.events[:EVENTS])
+    go_on(busy, events)
 
 
 @pytest.mark.slow
-def test_two_signals_while_the_broker_is_away_end_it_at_once(
-    busy: Pipeline, films: Dataset, kafka: KafkaBroker
-) -> None:
+def test_two_signals_while_the_broker_is_away_end_it_at_once(make_busy: Busy, kafka: KafkaBroker) -> None:
+    busy, events = make_busy()
     assert busy.process is not None
     kafka.pause()
     try:
         busy.process.send_signal(signal.SIGTERM)
+        busy.thaw()
         time.sleep(SAME_SIGNAL_S + 0.5)
         assert busy.process.poll() is None, "there was nothing to wait for"
         busy.process.send_signal(signal.SIGTERM)
         assert busy.wait(5) == 128 + signal.SIGTERM
     finally:
         kafka.resume()
-    go_on(busy, films.events[:EVENTS])
+    go_on(busy, events)
 
 
-def test_a_signal_while_the_broker_is_away_does_not_wait_for_it_long(
-    films: Dataset, kafka: KafkaBroker, make_pipeline: Callable[..., Pipeline]
-) -> None:
-    pipeline = in_a_backlog(make_pipeline(delivery_timeout_s=3), films)
-    assert "see whether the brokers are up" in stop_without(kafka, pipeline)
-    assert pipeline.lag() > 0
-    go_on(pipeline, films.events[:EVENTS])
+def test_a_signal_while_the_broker_is_away_does_not_wait_for_it_long(make_busy: Busy, kafka: KafkaBroker) -> None:
+    busy, events = make_busy(delivery_timeout_s=3)
+    assert "see whether the brokers are up" in stop_without(kafka, busy)
+    assert busy.lag() > 0
+    go_on(busy, events)
 
 
 def test_a_commit_while_the_broker_is_away_is_not_waited_for_long(

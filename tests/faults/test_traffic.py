@@ -66,14 +66,16 @@ def test_traffic_of_all_kinds_with_a_kill_in_the_middle(films: Dataset, make_pip
             sender.send(pipeline.topics[topic], user, value)
         sender.flush()
 
-    half = len(traffic) // 2
+    half, more = len(traffic) // 2, 3 * len(traffic) // 4
     send(traffic[:half])
     pipeline.until(lambda: len(pipeline.read(pipeline.output)) > 500, "events flow")
+    pipeline.freeze()  # so that there is something left to do
+    send(traffic[half:more])
     pipeline.kill()
     shutil.rmtree(pipeline.state)
     assert pipeline.lag() > 0, "all was done before the kill"
     pipeline.start()
-    send(traffic[half:])
+    send(traffic[more:])
     pipeline.until_committed(120)
     sent = {(at.topic, at.partition, at.offset) for name, at in sender.sent.items() if name}
     assert 0.15 * len(traffic) < bad < 0.35 * len(traffic)
