@@ -219,6 +219,15 @@ def check_equal(setup: Setup, ends: Ends, note: Note) -> int:
     if sum(found.records for found in ours.values()) != CHECKED_EVENTS or published < CHECKED_EVENTS - MAX_LOST:
         msg = f"of {CHECKED_EVENTS} events plain Faust published {published}"
         raise BenchError(msg)
+    return compare_users(ours, theirs)
+
+
+def compare_users(ours: "Mapping[str, LastRecord]", theirs: "Mapping[str, LastRecord]") -> int:
+    """Compare the last vectors of users of whom both systems published as many; return how many these are.
+
+    Raises:
+        BenchError: vectors differ.
+    """
     comparable = [user for user, found in theirs.items() if found.records == ours[user].records]
     for user in comparable:
         vector = json.loads(theirs[user].value)["user_embedding"]["vector"]
