@@ -141,7 +141,7 @@ def test_a_stop_of_fausts_own_command_ends_in_time_too(
     films: Dataset, kafka: KafkaBroker, make_pipeline: Callable[..., Pipeline]
 ) -> None:
     pipeline = make_pipeline()
-    pipeline.start([sys.executable, "-m", "faust", "-A", "stream.app", "worker", "-l", "warn"])
+    pipeline.start([sys.executable, "-m", "faust", "-A", "stream.app", "worker", "-l", "warn", "--without-web"])
     pipeline.until_ready()
     with Feeder(pipeline.bootstrap, pipeline.topics) as feeder:
         feeder.send(films.events[:EVENTS])

@@ -186,7 +186,7 @@ def test_no_secret_is_ever_written(
     settings = there(folder, {**BOTH, **CLIENT})
     pipeline = make_pipeline(kv_url=redis.url, log_level="debug", **settings)
     pipeline.environment["UEMB_BOOTSTRAP_SERVERS"] = secured.at["SASLSSL"]
-    by_faust = [sys.executable, "-m", "faust", "-A", "stream.app", "worker", "-l", "debug"]
+    by_faust = [sys.executable, "-m", "faust", "-A", "stream.app", "worker", "-l", "debug", "--without-web"]
     pipeline.start(by_faust if command == "faust" else None)
     pipeline.until_ready()
     with Feeder(pipeline.bootstrap, pipeline.topics) as feeder:
