@@ -38,7 +38,7 @@ _DEPTH: Final = 50
 SHARES: Final = (0.6, 0.4)
 #: Rows of the index are shortened by their popularity to this power: what is found is less of what everybody has.
 POPULARITY_EXPONENT: Final = 0.35
-#: Items of the dense part: 10,000 need about 4 GB for some minutes.
+#: Items of the dense part: 10,000 need 5 GB for two minutes on 2 cores (tests/bench/bench_learning.py).
 HEAD_ITEMS: Final = 10_000
 #: So many next items are enough to learn from; of more, a random part is taken.
 MAX_CASES: Final = 2_000_000
