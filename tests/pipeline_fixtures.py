@@ -11,7 +11,7 @@ from pipeline import Pipeline, delete_topics
 from stream.feed.dataset import Dataset, DatasetUnavailable
 from stream.feed.movielens import movielens
 from stream.items.space import ItemSpace
-from stream.learning.item_vectors import build_space
+from stream.learning.build import build_space
 
 
 @pytest.fixture(scope="session")

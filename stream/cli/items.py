@@ -58,7 +58,7 @@ def items_build(
     truncated SVD. The same events give the same vectors. `uemb evaluate` says which is better on yours.
     """
     from stream.feed.sources import load
-    from stream.learning.item_vectors import build_space
+    from stream.learning.build import build_space
 
     settings = load_settings()
     with progress_bar("fetching data") as update:

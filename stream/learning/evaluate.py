@@ -2,7 +2,7 @@
 
 The events are split by time. Each later event whose item is new to its user is a case: from the history before it, all
 items that the training part has are ranked, without those of the history. Nothing is learned from, or chosen by, the
-later part. Vectors are made by the worker's own formulas, of item spaces as `stream.learning.item_vectors` saves them.
+later part. Vectors are made by the worker's own formulas, of item spaces as `stream.learning.build` saves them.
 
 Three readings of the same events: **ordered** as they are; **shuffled**, where a user's events of one time are put in
 random order, in training and cases, for their order is as a rule that of ids and can be learned; and **older**, the

@@ -13,7 +13,7 @@ import sys
 import time
 
 from stream.feed.synthetic import synthetic
-from stream.learning.item_vectors import learn
+from stream.learning.build import learn
 from stream.learning.two_tables import HEAD_ITEMS
 
 

@@ -11,7 +11,7 @@ from pipeline import Pipeline, feeding
 from prober import Prober
 
 from stream.feed.dataset import Dataset
-from stream.learning.item_vectors import build_space
+from stream.learning.build import build_space
 from stream.retrieval.reader import EmbeddingReader
 
 EVENTS = 20_000

@@ -22,7 +22,7 @@ from stream.feed.sender import Feeder
 from stream.items.space import ItemSpace
 from stream.kv.protocol import Meta
 from stream.kv.stores import open_writer
-from stream.learning.item_vectors import build_space
+from stream.learning.build import build_space
 from stream.retrieval.reader import EmbeddingReader
 
 pytestmark = pytest.mark.kafka

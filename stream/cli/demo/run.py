@@ -29,7 +29,7 @@ from stream.feed.shape import FileShape
 from stream.feed.sources import load
 from stream.items.space import ItemSpace
 from stream.kafka.embedded_broker import DevBroker
-from stream.learning.item_vectors import build_space
+from stream.learning.build import build_space
 from stream.logs import escaped
 from stream.retrieval.answers import UserEmbedding
 from stream.retrieval.reader import EmbeddingReader

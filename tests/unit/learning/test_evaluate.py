@@ -15,7 +15,6 @@ from stream.core.events import EventRow
 from stream.errors import ConfigError, ItemSpaceError
 from stream.feed.synthetic import synthetic
 from stream.learning import evaluate as learning
-from stream.learning import report as reports
 from stream.learning.evaluate import BASE, BEST, TTLS_S, evaluate, find_cases, refreshed
 from stream.learning.histories import by_user
 from stream.learning.report import markdown, save_figure
@@ -244,4 +243,3 @@ def test_a_figure_that_can_not_be_made_is_one_line(tmp_path: Path, monkeypatch: 
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(ConfigError, match=r"\[plots\]"):
         save_figure(report, tmp_path / "figure.png")
-    assert reports.PLOTS_HINT

@@ -15,8 +15,8 @@ from stream.feed import movielens as ml
 from stream.feed.synthetic import synthetic
 from stream.items.space import ItemSpace
 from stream.learning import factors, ppmi
+from stream.learning.build import build_space
 from stream.learning.histories import split_by_time
-from stream.learning.item_vectors import build_space
 from stream.learning.ppmi import ppmi_vectors
 
 SMALL = synthetic(users=40, items=60, events=1500).events

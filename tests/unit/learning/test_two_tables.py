@@ -11,8 +11,8 @@ from stream.errors import ItemSpaceError
 from stream.feed.synthetic import synthetic
 from stream.items.space import ItemSpace
 from stream.learning import factors, two_tables
+from stream.learning.build import build_space, learn
 from stream.learning.histories import by_user, split_by_time
-from stream.learning.item_vectors import build_space, learn
 from stream.learning.two_tables import Ease, NextItem, two_table_vectors, two_tables_of
 
 SMALL = synthetic(users=40, items=60, events=1500).events
