@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from confluent_kafka import KafkaException, Message, Producer
+from confluent_kafka import Consumer, KafkaException, Message, Producer, TopicPartition
 
 from stream.keys import partition_of
 
@@ -204,6 +204,7 @@ class Sender:
         self._bootstrap = bootstrap
         self._producers: dict[str, Producer] = {}
         self.sent: dict[str, Sent] = {}
+        self._last = (0, 0)  # partition and offset
 
     def _producer(self, codec: str, transactional: bool) -> Producer:
         config = {
@@ -236,6 +237,7 @@ class Sender:
 
         def delivered(error: object, message: Any) -> None:
             assert error is None, error
+            self._last = message.partition(), message.offset()
             self.sent[name] = Sent(message.topic(), message.partition(), message.offset(), message.timestamp()[1])
 
         where = {} if partition is None else {"partition": partition}
@@ -249,9 +251,23 @@ class Sender:
             if transaction:
                 producer.flush(60)
                 producer.commit_transaction(20) if how == "committed" else producer.abort_transaction(20)
+                self._until_marked(topic)
         except KafkaException as exc:
             raise AssertionError(exc) from exc
         producer.poll(0)
+
+    def _until_marked(self, topic: str) -> None:
+        """Wait for the marker of the last transaction: it is written after the answer, and what comes before it isn't.
+
+        No commit covers a marker that a partition ends in.
+        """
+        partition, offset = self._last
+        group = Consumer({"bootstrap.servers": self._bootstrap, "group.id": "markers", "log_level": 2})
+        deadline = time.monotonic() + 60
+        while group.get_watermark_offsets(TopicPartition(topic, partition), timeout=10)[1] < offset + 2:
+            assert time.monotonic() < deadline, "no marker"
+            time.sleep(0.02)
+        group.close()
 
     def flush(self) -> None:
         """Wait until all is acknowledged."""

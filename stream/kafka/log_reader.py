@@ -64,28 +64,36 @@ def whole(consumer: Consumer, topic: str, partition: int) -> Span | None:
         NotAllowed: the topic may not be read.
     """
     try:
-        low, high = _watermarks(consumer, TopicPartition(topic, partition))
+        found = _watermarks(consumer, TopicPartition(topic, partition))
     except KafkaException as exc:
-        if exc.args[0].code() in _NOT_THERE:
-            error = consumer.list_topics(topic, timeout=TIMEOUT_S).topics[topic].error
-            if error is not None and error.code() == TOPIC_REFUSED:  # which hides it
-                raise unreadable(topic, error) from exc
-            return None
         raise unreadable(topic, exc.args[0]) from exc
-    return Span(topic, partition, low, high)
+    return None if found is None else Span(topic, partition, *found)
 
 
-def _watermarks(consumer: Consumer, place: TopicPartition) -> tuple[int, int]:
+def _watermarks(consumer: Consumer, place: TopicPartition) -> tuple[int, int] | None:
+    """First and next offset; None when the brokers know of no such partition."""
     deadline = time.monotonic() + TIMEOUT_S
     while True:
         try:
             low, high = consumer.get_watermark_offsets(place, timeout=TIMEOUT_S)
         except KafkaException as exc:
-            if exc.args[0].code() not in _ELECTING or time.monotonic() > deadline:
+            code = exc.args[0].code()
+            if code in _NOT_THERE and not _is_there(consumer, place):
+                return None
+            if code not in (*_NOT_THERE, *_ELECTING) or time.monotonic() > deadline:
                 raise
             time.sleep(_ELECTION_POLL_S)
         else:
             return low, high
+
+
+def _is_there(consumer: Consumer, place: TopicPartition) -> bool:
+    """Whether the brokers list a partition: a client takes one without a leader for one that is not there."""
+    metadata = consumer.list_topics(place.topic, timeout=TIMEOUT_S)
+    topic = metadata.topics[place.topic]
+    if topic.error is not None and topic.error.code() == TOPIC_REFUSED:  # which hides it
+        raise KafkaException(topic.error)
+    return place.partition in topic.partitions or not metadata.brokers
 
 
 def read(

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ledger import check_end, check_every_event
 from oracle import DEGENERATE, Oracle, normalize
 from strategies import Driver, arrivals, make_space, random_chunks, random_stream, streams
-from test_laws import check_end, check_every_event
 
 from stream.core.encoders import Inputs, VersionedEncoder
 from stream.items import ItemSpace
