@@ -20,7 +20,7 @@ from redis_cluster import RedisCluster
 from redis_server import RedisServer, why_no_redis
 from xdist.scheduler import LoadScopeScheduling
 
-pytest_plugins = ["cluster_writers", "pipeline_fixtures"]
+pytest_plugins = ["cluster_writers", "pipeline_fixtures", "redis_writers"]
 
 #: Markers of tests that run only where `-m` names them.
 ON_REQUEST: Final = ("slow", "bench")
