@@ -14,7 +14,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from stream.core.encoders import VersionedEncoder, make_encoder
 from stream.core.events import FIELDS, EventRules, TsUnit
-from stream.errors import ConfigError
+from stream.encoders.folder import open_encoder
+from stream.errors import ConfigError, EncoderError
 from stream.kv.urls import masked_kv_url, parse_kv_url
 
 log = logging.getLogger(__name__)
@@ -22,6 +23,8 @@ log = logging.getLogger(__name__)
 _TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
 ENV_PREFIX: Final = "UEMB_"
 MAX_TYPE_CODE: Final = 16_383
+#: The kind of encoder that is no formula.
+LEARNED: Final = "learned"
 #: Ends the name of an application's status topic.
 ITEM_STATUS: Final = "-item-status"
 #: From here on two names are alike; others with our prefix may be somebody's own, as those of a compose file are.
@@ -86,7 +89,8 @@ class Settings(BaseSettings):
 
     # vectors
     history_limit: int = Field(100, ge=2, le=10_000, description="interactions retained per user (L)")
-    encoder: str = Field("mix", description="avg or mix")
+    encoder: str = Field("mix", description="avg, mix, mix_time or learned; served while no other is activated")
+    encoder_folder: Path | None = Field(None, description="folder of the learned encoder")
     encoder_params: Numbers = Field({}, description="parameters, for example alpha_short=0.6,decay_long=0.01")
     type_weights: Numbers = Field({}, description="factor per type, like=2.0; types not listed weigh 1")
     user_version: str | None = Field(None, description="alias of the user-embedding version; default is its hash")
@@ -124,7 +128,7 @@ class Settings(BaseSettings):
     def _colons(cls, value: object) -> object:
         return _pairs(value, ":")
 
-    @field_validator("items", mode="before")
+    @field_validator("items", "encoder_folder", mode="before")
     @classmethod
     def _empty_is_unset(cls, value: object) -> object:
         return None if value == "" else value
@@ -136,7 +140,7 @@ class Settings(BaseSettings):
             return _seconds(value) if value.strip() else None
         return value
 
-    @field_validator("cache_dir", "state_dir", "items", mode="after")
+    @field_validator("cache_dir", "state_dir", "items", "encoder_folder", mode="after")
     @classmethod
     def _home(cls, value: Path | None) -> Path | None:
         try:
@@ -229,6 +233,12 @@ class Settings(BaseSettings):
             raise ValueError(msg)
 
     def _check_encoder(self) -> None:
+        if (self.encoder == LEARNED) != (self.encoder_folder is not None):
+            msg = f"UEMB_ENCODER_FOLDER is for UEMB_ENCODER={LEARNED}, which can't do without; set both, or neither"
+            raise ValueError(msg)
+        if self.encoder == LEARNED:
+            self._check_learned()
+            return
         steps: list[tuple[str, Callable[[], object]]] = [
             ("UEMB_ENCODER", lambda: make_encoder(self.encoder, {}, {})),
             ("UEMB_ENCODER_PARAMS", lambda: make_encoder(self.encoder, self.encoder_params, {})),
@@ -241,6 +251,21 @@ class Settings(BaseSettings):
             except ValueError as exc:
                 msg = f"{variable}: {exc}"
                 raise ValueError(msg) from exc
+
+    def _check_learned(self) -> None:
+        given = {"UEMB_ENCODER_PARAMS": self.encoder_params, "UEMB_TYPE_WEIGHTS": self.type_weights}
+        for variable, params in given.items():
+            if params:
+                msg = f"{variable}: a learned encoder has its own, in its folder; leave it empty"
+                raise ValueError(msg)
+        try:
+            _ = self.versioned_encoder.version
+        except EncoderError as exc:
+            msg = f"UEMB_ENCODER_FOLDER: {exc}"
+            raise ValueError(msg) from exc
+        except ValueError as exc:
+            msg = f"UEMB_USER_VERSION: {exc}"
+            raise ValueError(msg) from exc
 
     @property
     def rules(self) -> EventRules:
@@ -278,7 +303,9 @@ class Settings(BaseSettings):
 
     @property
     def versioned_encoder(self) -> VersionedEncoder:
-        """The encoder with its history length and name."""
+        """The encoder with its history length and name; the model of a learned one is loaded when it is first asked."""
+        if self.encoder_folder is not None:
+            return VersionedEncoder(open_encoder(self.encoder_folder), self.history_limit, self.user_version)
         encoder = make_encoder(self.encoder, self.encoder_params, self.type_weights)
         return VersionedEncoder(encoder, self.history_limit, self.user_version)
 
@@ -339,6 +366,20 @@ def _pairs(value: object, separator: str) -> object:
             raise ValueError(msg)
         out[name.strip()] = rest.strip()
     return out
+
+
+def numbers_of(text: str) -> dict[str, float]:
+    """Numbers by name, from a text like ``alpha_short=0.5,decay_long=0.02``.
+
+    Raises:
+        ValueError: the text is none like that.
+    """
+    found = _pairs(text, "=")
+    try:
+        return {name: float(value) for name, value in found.items()} if isinstance(found, dict) else {}
+    except ValueError:
+        msg = "write name=number, separated by commas"
+        raise ValueError(msg) from None
 
 
 def _seconds(text: str) -> float:

@@ -5,6 +5,8 @@ UembError
 │   ├── TopicMismatch      topics disagree with the application (partition counts, limits, policies)
 │   └── NotAllowed         the brokers' access lists lack a grant
 ├── ItemSpaceError         an item-vector folder is missing, damaged or of another version
+├── EncoderError           an encoder's folder is missing, damaged, or of no use here
+│   └── SpaceMismatch      an encoder was made for another item version
 ├── StateError             stored state does not belong to this configuration, or can't be read
 │   └── StateDamaged       local state is damaged; the next start wipes and restores it
 ├── Fenced                 another worker holds a newer claim on this partition; stop, do not retry
@@ -54,6 +56,16 @@ class ItemSpaceError(UembError):
     """An item-vector folder is missing, damaged, or not what its manifest says."""
 
     exit_code = 2
+
+
+class EncoderError(UembError):
+    """An encoder's folder is missing, damaged, or can't be used here."""
+
+    exit_code = 2
+
+
+class SpaceMismatch(EncoderError):
+    """An encoder was made for another item version: its vectors would look fine, and their neighbours be wrong."""
 
 
 class StateError(UembError):

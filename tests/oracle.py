@@ -43,6 +43,7 @@ class Oracle:
         limit: L.
         spaces: item spaces; the first one is the default of `expected`.
         avg_decay: the decay of encoder ``avg``; None is encoder ``mix`` with the next three.
+        half_lives_h: hours of encoder ``mix_time``, long and short, instead of the two decays.
         alpha_short: share of the short-term direction.
         decay_long: decay of the long-term average.
         decay_short: decay of the short-term average.
@@ -55,6 +56,7 @@ class Oracle:
         spaces: Iterable[Space],
         *,
         avg_decay: float | None = None,
+        half_lives_h: tuple[float, float] | None = None,
         alpha_short: float = 0.6,
         decay_long: float = 0.01,
         decay_short: float = 0.15,
@@ -62,6 +64,7 @@ class Oracle:
     ) -> None:
         self.limit = limit
         self.avg_decay = avg_decay
+        self.half_lives_h = half_lives_h
         self.alpha_short = alpha_short
         self.decays = (decay_long, decay_short)
         self.type_weights = dict(type_weights or {})
@@ -112,7 +115,7 @@ class Oracle:
         if not history:
             return None
         row_of = self._rows[version]
-        known = [(row_of[item], self.type_weights.get(kind, 1.0)) for _, item, kind in history if item in row_of]
+        known = [(row_of[i], self.type_weights.get(kind, 1.0), at) for at, i, kind in history if i in row_of]
         reason, vector = self._vector(version, known)
         return {
             "user_id": str(user),
@@ -126,18 +129,24 @@ class Oracle:
             "norm": float(np.linalg.norm(vector.astype(np.float64))),
         }
 
-    def _vector(self, version: str, known: Sequence[tuple[int, float]]) -> tuple[str, np.ndarray]:
+    def _vector(self, version: str, known: Sequence[tuple[int, float, int]]) -> tuple[str, np.ndarray]:
         fallback = self._fallback[version]
         if len(known) < 2:
             return ("too_short_history" if known else "no_known_items"), fallback
-        rows = np.asarray(self._spaces[version].history_vectors[[row for row, _ in known]], dtype=np.float64)
-        weights = np.array([weight for _, weight in known])
+        rows = np.asarray(self._spaces[version].history_vectors[[row for row, _, _ in known]], dtype=np.float64)
+        weights = np.array([weight for _, weight, _ in known])
         if self.avg_decay is not None:
             mean = decayed_mean(rows, self.avg_decay, weights)
             if np.linalg.norm(mean) < DEGENERATE * self._longest[version]:
                 return "degenerate", fallback
             return "", normalize(mean).astype(np.float32)
-        u_long, u_short = (decayed_mean(rows, decay, weights) for decay in self.decays)
+        if self.half_lives_h is not None:
+            hours = np.array([(known[-1][2] - at) / 3_600_000 for _, _, at in known])
+            u_long, u_short = (
+                np.average(rows, axis=0, weights=weights * 0.5 ** (hours / half)) for half in self.half_lives_h
+            )
+        else:
+            u_long, u_short = (decayed_mean(rows, decay, weights) for decay in self.decays)
         if min(np.linalg.norm(u_long), np.linalg.norm(u_short)) < DEGENERATE * self._longest[version]:
             return "degenerate", fallback
         mixed = (1 - self.alpha_short) * normalize(u_long) + self.alpha_short * normalize(u_short)

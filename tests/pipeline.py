@@ -187,7 +187,7 @@ class Pipeline:
             raise
 
     def verify(self, *args: str, code: int = 0) -> dict[str, Any]:
-        """The report of `uemb verify` on the first item version, which must end with `code`; `verified` holds all."""
+        """The report of `uemb verify` on the first pair, which must end with `code`; `verified` holds all."""
         ended = subprocess.run(
             [*UEMB, "verify", "--json", *args],
             env=self.environment,
@@ -199,8 +199,13 @@ class Pipeline:
         assert ended.returncode == code, f"{ended.stdout}{ended.stderr}\n{self.tail()}"
         document: dict[str, Any] = json.loads(ended.stdout)
         assert document["ok"] is (code == 0)
-        self.verified = document["item_versions"]
+        self.verified = document["pairs"]
         return next(iter(self.verified.values()))
+
+    @property
+    def verified_items(self) -> set[str]:
+        """Item versions of the pairs that the last `verify` looked at."""
+        return {pair.split(":")[1] for pair in self.verified}
 
     def check(self, users: int) -> dict[str, Any]:
         """`uemb verify` finds so many users and every one of them in order, in each item version."""

@@ -18,6 +18,7 @@ from stream.core.engine import Engine
 from stream.core.events import EventRules
 from stream.core.history_codec import stored_order
 from stream.core.records import decode, kv_entry
+from stream.core.space_engine import Pair
 from stream.items.ids import ItemIds
 from stream.items.space import ItemSpace
 from stream.keys import INT64_MAX, INT64_MIN
@@ -250,8 +251,7 @@ class Driver:
         """A new worker with a higher claim and nothing but the stored bytes."""
         self.epoch += 1
         self.engine = Engine(
-            self.spaces,
-            self.encoder,
+            self._pairs(),
             self.rules,
             partition=self.partition,
             partitions=self.partitions,
@@ -259,6 +259,14 @@ class Driver:
             publish_latest=self.publish_latest,
             json_output=self.json_output,
         )
+
+    def _pairs(self) -> list[Pair]:
+        return [Pair(self.encoder, space) for space in self.spaces]
+
+    def serve(self, spaces: Sequence[ItemSpace]) -> None:
+        """Publish in other spaces from here on."""
+        self.spaces = spaces
+        self.engine.serve(self._pairs())
 
     def feed(self, topic: str, records: Sequence[Record]) -> StepResult:
         """One fetched batch."""

@@ -27,6 +27,7 @@ class Counter(StrEnum):
     ERASED = "erased", "interactions from before their user's erasure"
     IGNORED = "ignored", "events of a type that never is part of a history"
     REJECTED = "rejected", "records that were turned away as dead letters"
+    ENCODER_ERRORS = "encoder_errors", "vectors that a learned encoder failed to make; the fallback was published"
     ERASURES = "erasures", "erasures that took effect"
     WITHDRAWN = "withdrawn", "tombstones on the deletion topic"
     SENT_AGAIN = "sent_again", "states that were sent once more by a rebuild"

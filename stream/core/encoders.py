@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -11,12 +13,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stream.core import formulas
-from stream.core.formulas import DEGENERATE_NORM, WEIGHT_EPS, Float32, Float64, decayed_mean
+from stream.core.formulas import DEGENERATE_NORM, WEIGHT_EPS, Float32, Float64, weighted_mean
 from stream.core.space import Space
+from stream.core.sums import DecayedSums, FadingSums, RunningSums
+from stream.errors import SpaceMismatch
 from stream.keys import check_version_name
 
 #: Weights further apart would leave rounding of the heavy ones behind in running sums.
 MIN_WEIGHT: Final = 1e-3
+_HOUR_MS: Final = 3_600_000
+#: Half-lives (hours) by time: a second, and a thousand years.
+_SHORTEST_H, _LONGEST_H = 1 / 3600, 1000 * 366 * 24.0
 
 
 class VectorStatus(IntEnum):
@@ -53,6 +60,14 @@ class Inputs(NamedTuple):
     known: NDArray[np.int64]
 
 
+class MadeFor(NamedTuple):
+    """The item version that an encoder was learned from, and the only one that it is of any use in."""
+
+    version: str
+    sha256: str
+    dim: int
+
+
 class Encoder(Protocol):
     """Maps what it asks for of a history's known item rows to a direction in the items' space.
 
@@ -70,6 +85,11 @@ class Encoder(Protocol):
         ...
 
     @property
+    def by_time(self) -> bool:
+        """Whether they are per millisecond that an interaction is older than the newest known one, not per rank."""
+        ...
+
+    @property
     def newest(self) -> int:
         """How many of the newest rows it sees one by one, M of them."""
         ...
@@ -84,14 +104,31 @@ class Encoder(Protocol):
         """Every parameter, written out."""
         ...
 
-    def combine(self, of: Inputs) -> tuple[Float64, NDArray[np.bool_]]:
-        """Directions [N, d] of N histories, and which of them have none [N]."""
+    @property
+    def made_for(self) -> MadeFor | None:
+        """The one item version that it is of any use in; None for all."""
+        ...
+
+    def combine(self, of: Inputs) -> tuple[Float64, NDArray[np.int8]]:
+        """Directions [N, d] of N histories, and the `VectorStatus` of each [N]: ``OK`` where there is one."""
         ...
 
 
 def _unit(vectors: Float64) -> tuple[Float64, NDArray[np.bool_]]:
     norms = np.sqrt(np.einsum("...d,...d->...", vectors, vectors))
     return vectors / (norms + formulas.NORM_EPS)[..., None], norms < DEGENERATE_NORM
+
+
+def _degenerate(where: NDArray[np.bool_]) -> NDArray[np.int8]:
+    return np.where(where, VectorStatus.DEGENERATE, VectorStatus.OK).astype(np.int8)
+
+
+def _mixture(alpha_short: float, of: Inputs) -> tuple[Float64, NDArray[np.int8]]:
+    """Mixture of the directions of a long and of a short mean, in this order."""
+    parts, short_parts = _unit(of.means)
+    mixed = (1 - alpha_short) * parts[:, 0] + alpha_short * parts[:, 1]
+    u, short_mix = _unit(mixed)
+    return u, _degenerate(short_mix | short_parts.any(axis=1))
 
 
 @dataclass(frozen=True)
@@ -101,7 +138,9 @@ class AvgEncoder:
     decay: float = formulas.DECAY
     type_weights: Mapping[str, float] = field(default_factory=dict)
     name: str = "avg"
+    by_time: ClassVar[bool] = False
     newest: ClassVar[int] = 0
+    made_for: ClassVar[None] = None
 
     @property
     def decays(self) -> tuple[float, ...]:
@@ -113,9 +152,10 @@ class AvgEncoder:
         """Every parameter, written out."""
         return {"decay": float(self.decay)}
 
-    def combine(self, of: Inputs) -> tuple[Float64, NDArray[np.bool_]]:
+    def combine(self, of: Inputs) -> tuple[Float64, NDArray[np.int8]]:
         """The one mean, normalised."""
-        return _unit(of.means[:, 0])
+        u, short = _unit(of.means[:, 0])
+        return u, _degenerate(short)
 
 
 @dataclass(frozen=True)
@@ -127,7 +167,9 @@ class MixEncoder:
     decay_short: float = formulas.DECAY_SHORT
     type_weights: Mapping[str, float] = field(default_factory=dict)
     name: str = "mix"
+    by_time: ClassVar[bool] = False
     newest: ClassVar[int] = 0
+    made_for: ClassVar[None] = None
 
     @property
     def decays(self) -> tuple[float, ...]:
@@ -143,21 +185,178 @@ class MixEncoder:
             "decay_short": float(self.decay_short),
         }
 
-    def combine(self, of: Inputs) -> tuple[Float64, NDArray[np.bool_]]:
+    def combine(self, of: Inputs) -> tuple[Float64, NDArray[np.int8]]:
         """Mixture of the two directions."""
-        parts, short_parts = _unit(of.means)
-        mixed = (1 - self.alpha_short) * parts[:, 0] + self.alpha_short * parts[:, 1]
-        u, short_mix = _unit(mixed)
-        return u, short_mix | short_parts.any(axis=1)
+        return _mixture(self.alpha_short, of)
+
+
+@dataclass(frozen=True)
+class TimeMixEncoder:
+    """The mixture of §3 with weights that halve with time instead of falling with each later interaction.
+
+    Attributes:
+        alpha_short: share of the short-term direction.
+        half_life_long_h: hours after which an interaction weighs half in the long-term average.
+        half_life_short_h: the same in the short-term average.
+        type_weights: factor per type.
+        name: short name.
+    """
+
+    alpha_short: float = formulas.ALPHA_SHORT
+    half_life_long_h: float = 720.0
+    half_life_short_h: float = 24.0
+    type_weights: Mapping[str, float] = field(default_factory=dict)
+    name: str = "mix_time"
+    by_time: ClassVar[bool] = True
+    newest: ClassVar[int] = 0
+    made_for: ClassVar[None] = None
+
+    @property
+    def decays(self) -> tuple[float, ...]:
+        """Long first, then short, per millisecond."""
+        return tuple(math.log(2) / (hours * _HOUR_MS) for hours in (self.half_life_long_h, self.half_life_short_h))
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """Every parameter, written out."""
+        return {
+            "alpha_short": float(self.alpha_short),
+            "half_life_long_h": float(self.half_life_long_h),
+            "half_life_short_h": float(self.half_life_short_h),
+        }
+
+    def combine(self, of: Inputs) -> tuple[Float64, NDArray[np.int8]]:
+        """Mixture of the two directions."""
+        return _mixture(self.alpha_short, of)
+
+
+#: Input of a learned encoder as the seed has it (§4): mean of all, mean of the newest five, newest.
+SEED_FEATURES: Final = ("mean", "mean:5", "last")
+_MEAN_OF: Final = re.compile(r"mean:([1-9][0-9]?)")
+_DECAY: Final = re.compile(r"decay:([0-9.e-]+)")
+
+
+@dataclass(frozen=True)
+class LearnedEncoder:
+    """A model from features of the history to the items' space (seed §4).
+
+    Attributes:
+        model: from features, float64 [n, F·d], to directions [n, d]; what it says of one row must not depend on others.
+        model_sha256: hash (hex) of the model.
+        made_for: the item version that it was learned from.
+        features: F of ``mean`` (of all), ``mean:N`` (of the newest N, of all where there are fewer), ``decay:λ`` (the
+            recency-weighted mean) and ``last`` (the newest), in the order in which the model takes them, each [d]; of
+            known items, in units of the space's longest row.
+        type_weights: factor per type, in ``mean`` and ``decay:λ``.
+        name: short name.
+
+    Raises:
+        ValueError: a feature is none of these.
+    """
+
+    model: Callable[[Float64], NDArray[Any]]
+    model_sha256: str
+    made_for: MadeFor
+    features: tuple[str, ...] = SEED_FEATURES
+    type_weights: Mapping[str, float] = field(default_factory=dict)
+    name: str = "learned"
+    by_time: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not self.features:
+            msg = "an encoder needs at least one feature"
+            raise ValueError(msg)
+        for feature in self.features:
+            found = _DECAY.fullmatch(feature)
+            if feature in ("mean", "last") or _MEAN_OF.fullmatch(feature):
+                continue
+            try:
+                fine = found is not None and math.isfinite(float(found[1]))
+            except ValueError:
+                fine = False
+            if not fine:
+                msg = f"a feature is mean, mean:N, decay:RATE or last, not {feature[:40]!r}"
+                raise ValueError(msg)
+
+    @property
+    def decays(self) -> tuple[float, ...]:
+        """Those that its features need; means of the newest few fall back on the mean of all."""
+        return tuple(sorted({d for f in self.features if (d := _decay_of(f)) is not None}))
+
+    @property
+    def newest(self) -> int:
+        """As many as its features need."""
+        return max(_newest_of(feature) for feature in self.features)
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """Every parameter, written out."""
+        return {
+            "features": list(self.features),
+            "model_sha256": self.model_sha256,
+            "item_version": self.made_for.version,
+            "items_sha256": self.made_for.sha256,
+            "dim": self.made_for.dim,
+        }
+
+    def features_of(self, of: Inputs) -> Float64:
+        """What the model is given of N histories [N, F·d]."""
+        decays, parts = self.decays, []
+        for feature in self.features:
+            decay, newest = _decay_of(feature), _newest_of(feature)
+            part = of.newest[:, 0] if decay is None else of.means[:, decays.index(decay)]
+            if decay is not None and newest:
+                part = np.where((of.known >= newest)[:, None], of.newest[:, :newest].mean(axis=1), part)
+            parts.append(part)
+        return np.concatenate(parts, axis=1)
+
+    def combine(self, of: Inputs) -> tuple[Float64, NDArray[np.int8]]:
+        """What the model says, normalised; ``ENCODER_ERROR`` where it fails, or says no vector of finite numbers."""
+        said = np.zeros((len(of.known), of.means.shape[2]))
+        status = np.zeros(len(of.known), dtype=np.int8)
+        asked = np.flatnonzero(of.known >= 2)  # nobody asks for the others'
+        if asked.size:
+            said[asked], sound = self._say(self.features_of(of)[asked], said.shape[1])
+            status[asked[~sound]] = VectorStatus.ENCODER_ERROR
+        u, short = _unit(said)
+        status[short & (status == VectorStatus.OK)] = VectorStatus.DEGENERATE
+        return u, status
+
+    def _say(self, features: Float64, dim: int) -> tuple[Float64, NDArray[np.bool_]]:
+        """The model's directions [n, d], zeros where there is none, and where there is one [n]."""
+        try:
+            said = np.asarray(self.model(features), dtype=np.float64)
+        except Exception:  # noqa: BLE001 - whatever a model does of some users, others have vectors
+            said = np.zeros(0)
+        if said.shape == (len(features), dim):
+            sound: NDArray[np.bool_] = np.asarray(np.isfinite(said).all(axis=1))
+            return np.where(sound[:, None], said, 0.0), sound
+        if len(features) > 1:  # one of them may spoil it for all, and a vector hangs on its own history alone
+            each = [self._say(row[None], dim) for row in features]
+            return np.concatenate([one[0] for one in each]), np.concatenate([one[1] for one in each])
+        return np.zeros((len(features), dim)), np.zeros(len(features), dtype=np.bool_)
+
+
+def _decay_of(feature: str) -> float | None:
+    """Decay of the mean that a feature is, or falls back on."""
+    if feature == "last":
+        return None
+    found = _DECAY.fullmatch(feature)
+    return float(found[1]) if found else 0.0
+
+
+def _newest_of(feature: str) -> int:
+    found = _MEAN_OF.fullmatch(feature)
+    return int(found[1]) if found else int(feature == "last")
 
 
 def make_encoder(name: str, params: Mapping[str, float], type_weights: Mapping[str, float]) -> Encoder:
-    """Build an encoder by name.
+    """Build an encoder that is nothing but a formula, by name.
 
     Raises:
         ValueError: an unknown name, or a parameter the encoder has not.
     """
-    kinds: dict[str, Callable[..., Encoder]] = {"avg": AvgEncoder, "mix": MixEncoder}
+    kinds: dict[str, Callable[..., Encoder]] = {"avg": AvgEncoder, "mix": MixEncoder, "mix_time": TimeMixEncoder}
     if name not in kinds:
         msg = f"unknown encoder {name!r}; choose one of {', '.join(sorted(kinds))}"
         raise ValueError(msg)
@@ -170,7 +369,18 @@ def make_encoder(name: str, params: Mapping[str, float], type_weights: Mapping[s
     if not all(np.isfinite(v) and v >= 0 for v in params.values()) or not 0 <= params.get("alpha_short", 0) <= 1:
         msg = "encoder parameters must be finite and not negative, alpha_short at most 1"
         raise ValueError(msg)
+    half_lives = [hours for name, hours in params.items() if name.startswith("half_life")]
+    if not all(_SHORTEST_H <= hours <= _LONGEST_H for hours in half_lives):
+        msg = "a half-life must be at least a second (0.0003 hours), and at most a thousand years"
+        raise ValueError(msg)
     return kinds[name](**params, type_weights=dict(type_weights))
+
+
+def running_sums(space: Space, encoder: Encoder, history_limit: int, capacity: int) -> RunningSums:
+    """The sums that an encoder combines."""
+    if encoder.by_time:
+        return FadingSums(space.history_vectors, encoder.decays, capacity)
+    return DecayedSums(space.history_vectors, encoder.decays, history_limit, capacity)
 
 
 def encoder_hash(encoder: Encoder, history_limit: int) -> str:
@@ -210,9 +420,8 @@ def finish(
     """
     # In units of the longest row, so that the unit of a dot space decides nothing; 1 in a cosine space.
     means = sums / ((totals + WEIGHT_EPS) * space.max_row_norm)[:, :, None]
-    u, degenerate = encoder.combine(Inputs(means, _rows_at(newest, space), known))
-    status = np.zeros(len(known), dtype=np.int8)
-    status[degenerate | ~np.isfinite(u).all(axis=1)] = VectorStatus.DEGENERATE
+    u, status = encoder.combine(Inputs(means, _rows_at(newest, space), known))
+    status[(status == VectorStatus.OK) & ~np.isfinite(u).all(axis=1)] = VectorStatus.DEGENERATE
     status[known == 1] = VectorStatus.TOO_SHORT_HISTORY
     status[known == 0] = VectorStatus.NO_KNOWN_ITEMS
     vectors = u.astype(np.float32)
@@ -233,6 +442,7 @@ def reference(
     encoder: Encoder,
     rows: NDArray[Any],
     weights: Float64 | None = None,
+    ages_ms: Float64 | None = None,
     *,
     max_row_norm: float,
     fallback: Float32,
@@ -243,19 +453,24 @@ def reference(
         encoder: the encoder.
         rows: the history's known item vectors [k, d], oldest first.
         weights: type weight of each [k]; None is all ones.
+        ages_ms: how much older than the newest each is [k], for an encoder that goes by time.
         max_row_norm: the space's longest row.
         fallback: unit float32 [d].
     """
     if len(rows) < 2:
         return fallback, VectorStatus.TOO_SHORT_HISTORY if len(rows) else VectorStatus.NO_KNOWN_ITEMS
-    means = np.stack([decayed_mean(rows, decay, weights) for decay in encoder.decays]) / max_row_norm
+    ages = ages_ms if encoder.by_time else np.arange(len(rows), dtype=np.float64)[::-1]
+    if ages is None:
+        msg = "this encoder goes by time; give the times of the interactions"
+        raise ValueError(msg)
+    means = np.stack([weighted_mean(rows, decay, ages, weights) for decay in encoder.decays]) / max_row_norm
     newest = np.zeros((encoder.newest, rows.shape[1]))
     last = rows[::-1][: encoder.newest]
     newest[: len(last)] = last.astype(np.float64) / max_row_norm
-    u, degenerate = encoder.combine(Inputs(means[None], newest[None], np.array([len(rows)])))
-    if degenerate[0] or not np.isfinite(u).all():
+    u, status = encoder.combine(Inputs(means[None], newest[None], np.array([len(rows)])))
+    if status[0] == VectorStatus.OK and not np.isfinite(u).all():
         return fallback, VectorStatus.DEGENERATE
-    return u[0].astype(np.float32), VectorStatus.OK
+    return (fallback if status[0] else u[0].astype(np.float32)), VectorStatus(int(status[0]))
 
 
 @dataclass(frozen=True)
@@ -287,10 +502,43 @@ class VersionedEncoder:
         """The sha256 (hex) of all that decides a vector."""
         return encoder_hash(self.encoder, self.history_limit)
 
+    def fits(self, space: Space) -> bool:
+        """Whether it is of any use in an item space: one that was learned is, where it was learned."""
+        made_for = self.encoder.made_for
+        return made_for is None or made_for == (space.version, space.sha256, space.dim)
+
+    def check(self, space: Space) -> None:
+        """Raise `SpaceMismatch` unless it `fits` (law 4)."""
+        if not self.fits(space):
+            made_for = self.encoder.made_for
+            of = "" if made_for is None else made_for.version
+            other = " (other vectors under this name)" if of == space.version else ""
+            msg = f"encoder {self.version} was made for item version {of}, not for {space.version}{other}"
+            raise SpaceMismatch(msg)
+
     def embed(
-        self, space: Space, item_ids: Sequence[str | int], types: Sequence[str] | None = None
+        self,
+        space: Space,
+        item_ids: Sequence[str | int],
+        types: Sequence[str] | None = None,
+        times_ms: Sequence[int] | None = None,
     ) -> tuple[Float32, VectorStatus, int]:
-        """Vector of a history (item ids, oldest to newest), its status, and how many items the space lacks."""
+        """Vector of a history by hand.
+
+        Args:
+            space: the item space.
+            item_ids: oldest to newest.
+            types: the type of each, for an encoder that weighs types.
+            times_ms: the event time of each, for an encoder that goes by time.
+
+        Returns:
+            unit float32 [d], its status, and how many items the space lacks.
+
+        Raises:
+            SpaceMismatch: the encoder was made for another item version.
+            ValueError: the encoder goes by time, and there are no times.
+        """
+        self.check(space)
         recent = item_ids[-self.history_limit :]
         rows = space.rows(recent)
         known = rows >= 0
@@ -298,10 +546,15 @@ class VersionedEncoder:
         if types is not None and self.encoder.type_weights:
             factor = self.encoder.type_weights
             weights = np.array([factor.get(t, 1.0) for t in types[-self.history_limit :]])[known]
+        ages = None
+        if times_ms is not None:
+            times = np.asarray(times_ms[-self.history_limit :], dtype=np.int64)[known]
+            ages = (times.max(initial=0) - times).astype(np.float64)
         vector, status = reference(
             self.encoder,
             space.history_vectors[rows[known]],
             weights,
+            ages,
             max_row_norm=space.max_row_norm,
             fallback=space.fallback,
         )

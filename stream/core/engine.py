@@ -11,13 +11,11 @@ from typing import Final
 
 from stream.core.batch import Batch, BatchDecoder, Record, StepResult
 from stream.core.counters import Counter
-from stream.core.encoders import VersionedEncoder
 from stream.core.events import EventDecoder, EventRules
 from stream.core.history import History, Outcome
 from stream.core.history_codec import NEVER, HistoryCodec, key_ts_ms, stored_order
 from stream.core.item_rows import SharedRows
-from stream.core.space import Space
-from stream.core.space_engine import MAX_ROUNDS, Coverage, Publisher, Touch, User
+from stream.core.space_engine import MAX_ROUNDS, Coverage, Pair, Publisher, Touch, User
 
 #: An event that is older than so many others of its user is not added to running sums: summing afresh is cheaper.
 MAX_NEWER: Final = 64
@@ -30,8 +28,7 @@ class Engine:
     """The step for one partition, with the running sums of its hottest users in memory.
 
     Args:
-        spaces: item spaces to publish vectors in, at least one.
-        encoder: the encoder and history length.
+        pairs: encoders and item spaces to publish vectors of, at least one; all encoders have one history length.
         rules: which events are admitted.
         partition: number of this partition.
         partitions: how many there are.
@@ -44,8 +41,7 @@ class Engine:
 
     def __init__(
         self,
-        spaces: Sequence[Space],
-        encoder: VersionedEncoder,
+        pairs: Sequence[Pair],
         rules: EventRules,
         *,
         partition: int,
@@ -56,8 +52,8 @@ class Engine:
         decoder: EventDecoder | None = None,
         rows: SharedRows | None = None,
     ) -> None:
-        self.encoder = encoder
-        self._rows = rows or SharedRows(HistoryCodec(rules.types), encoder.encoder.type_weights)
+        self.history_limit = pairs[0].encoder.history_limit
+        self._rows = rows or SharedRows(HistoryCodec(rules.types))
         self.codec = self._rows.codec
         self.hot_users = hot_users
         self.publish_latest = publish_latest
@@ -65,30 +61,34 @@ class Engine:
         self._users: dict[bytes, User] = {}  # least recently used first
         self._first_revision = 0
         self._decoder = BatchDecoder(decoder or EventDecoder(rules), partition, partitions, self._users)
-        # slots and interactions of users whose sums are to be made before the batch is applied to them
-        self._loaded: list[tuple[int, list[bytes]]] = []
+        # slots, interactions and their times of users whose sums are to be made before the batch is applied to them
+        self._loaded: list[tuple[int, list[bytes], list[int]]] = []
         self._capacity = min(hot_users, _FIRST_SLOTS)
         self._free = list(range(self._capacity))
         self._publishers: list[Publisher] = []
-        self.serve(spaces)
+        self._by_time = False
+        self.serve(pairs)
 
-    def serve(self, spaces: Sequence[Space]) -> None:
-        """Publish vectors in these item spaces from the next step on; those that stay keep their running sums."""
-        kept = {publisher.space.version: publisher for publisher in self._publishers}
-        if any(space.version not in kept for space in spaces):
-            self.forget(list(self._users))  # a new space has no sums of theirs
+    def serve(self, pairs: Sequence[Pair]) -> None:
+        """Publish vectors of these pairs from the next step on; those that stay keep their running sums.
+
+        Raises:
+            SpaceMismatch: an encoder was made for another item version than that of its pair.
+        """
+        kept = {publisher.versions: publisher for publisher in self._publishers}
+        if any(pair.versions not in kept for pair in pairs):
+            self.forget(list(self._users))  # a new pair has no sums of theirs
         self._publishers = [
-            kept.get(space.version)
-            or Publisher(
-                space, self._rows.of(space), self.encoder, capacity=self._capacity, json_output=self.json_output
-            )
-            for space in spaces
+            kept.get(pair.versions)
+            or Publisher(pair, self._rows, capacity=self._capacity, json_output=self.json_output)
+            for pair in pairs
         ]
+        self._by_time = any(publisher.by_time for publisher in self._publishers)
 
     @property
-    def versions(self) -> tuple[str, ...]:
-        """Item versions that vectors are published in."""
-        return tuple(publisher.space.version for publisher in self._publishers)
+    def versions(self) -> tuple[tuple[str, str], ...]:
+        """User and item version of each pair that vectors are published of."""
+        return tuple(publisher.versions for publisher in self._publishers)
 
     def decode_events(self, topic: str, records: Iterable[Record]) -> Batch:
         """Operations and rejects of a fetched batch of one event topic."""
@@ -132,14 +132,16 @@ class Engine:
         self._evict()
         return result
 
-    def embed(self, stored: Mapping[bytes, bytes], version: str, epoch: int) -> tuple[StepResult, Coverage]:
-        """Records of users' present states in one item version, and what there is to say of these.
+    def embed(
+        self, stored: Mapping[bytes, bytes], versions: tuple[str, str], epoch: int
+    ) -> tuple[StepResult, Coverage]:
+        """Records of users' present states in one pair of versions, and what there is to say of these.
 
         Changes no state, and leaves memory to the hot users.
 
         Args:
             stored: the present stored state of each user.
-            version: an item version that is served.
+            versions: user and item version of a pair that is served.
             epoch: this worker's claim on the partition.
 
         Raises:
@@ -147,7 +149,7 @@ class Engine:
         """
         users = {user: self.codec.stored(data) for user, data in stored.items()}
         result = StepResult()
-        publisher = next(p for p in self._publishers if p.space.version == version)
+        publisher = next(p for p in self._publishers if p.versions == versions)
         # a user that only sent what can't be kept has no revision, and nothing to show
         users = {user: state for user, state in users.items() if state.revision}
         return result, publisher.publish_cold(users, epoch, result)
@@ -219,14 +221,13 @@ class Engine:
         user = self._users.pop(key, None)
         if user is None:
             data = stored[key]
-            limit = self.encoder.history_limit
             bodies: list[bytes] = []
             if data is None:
-                history = History(self.codec, limit, revision=self._first_revision)
+                history = History(self.codec, self.history_limit, revision=self._first_revision)
             else:
-                history, bodies = History.read(data, self.codec, limit)
+                history, bodies = History.read(data, self.codec, self.history_limit)
             user = User(history, self._slot())
-            self._loaded.append((user.slot, bodies))
+            self._loaded.append((user.slot, bodies, history.times() if self._by_time else []))
         self._users[key] = user
         return user
 

@@ -109,7 +109,12 @@ def decayed_mean(rows: NDArray[Any], decay: float, weights: Float64 | None = Non
         weights: extra factor per row [L], for example by interaction type; None is all ones.
     """
     length = rows.shape[0]
-    w = np.exp(decay * (np.arange(length, dtype=np.float64) - (length - 1)))
+    return weighted_mean(rows, decay, (length - 1) - np.arange(length, dtype=np.float64), weights)
+
+
+def weighted_mean(rows: NDArray[Any], decay: float, ages: Float64, weights: Float64 | None = None) -> Float64:
+    """Mean [d] of `rows` [L, d], each weighing ``exp(-decay · age)`` times its weight [L]; None is all ones."""
+    w = np.exp(-decay * ages)
     if weights is not None:
         w = w * weights
     w = w / (w.sum() + WEIGHT_EPS)

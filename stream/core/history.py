@@ -20,6 +20,7 @@ from stream.core.history_codec import (
     TS_BYTES,
     HistoryCodec,
     check_layout,
+    entry_times,
     key_ts_ms,
     split_key,
 )
@@ -176,6 +177,12 @@ class History:
     def as_of_ms(self) -> int | None:
         """Event time of the newest interaction, or None without one."""
         return key_ts_ms(self.newest) if self.count else None
+
+    def times(self) -> list[int]:
+        """Event time of each interaction (ms), oldest first."""
+        if self._keys is None and self._body is not None:
+            return entry_times(self._body)
+        return [*map(key_ts_ms, self.keys)]
 
     def interactions(self) -> list[Interaction]:
         """What is retained, oldest first."""

@@ -50,11 +50,17 @@ class Stored(NamedTuple):
         revision: how often the state changed.
         as_of_ms: event time of the newest interaction, None without one.
         bodies: type and item of each interaction as `HistoryCodec.item_and_type` reads them, oldest first.
+        data: all of it.
     """
 
     revision: int
     as_of_ms: int | None
     bodies: list[bytes]
+    data: bytes
+
+    def times(self) -> list[int]:
+        """Event time of each interaction (ms), oldest first."""
+        return entry_times(self.data, HEADER_BYTES)
 
 
 class HistoryCodec:
@@ -142,7 +148,7 @@ class HistoryCodec:
         except (IndexError, ValueError) as exc:
             raise StateError(DAMAGED) from exc
         as_of_ms = int.from_bytes(data[newest : newest + TS_BYTES], "big") if bodies else None
-        return Stored(int.from_bytes(data[9:17], "big"), as_of_ms, bodies)
+        return Stored(int.from_bytes(data[9:17], "big"), as_of_ms, bodies, data)
 
     def item_and_type(self, body: bytes) -> bytes:
         """Item and type of one interaction, with a zero byte in between.
@@ -215,6 +221,19 @@ class HistoryCodec:
             size, start = read_varint(entries, start - 1)
         body = entries[start : start + size]
         return entries[pos : pos + TS_BYTES] + self._suffix(body), start + size
+
+
+def entry_times(entries: bytes, start: int = 0) -> list[int]:
+    """Event time of each stored entry from byte `start` on (ms); they are sound entries."""
+    times, pos, end = [], start, len(entries)
+    while pos < end:
+        times.append(int.from_bytes(entries[pos : pos + TS_BYTES], "big"))
+        pos += TS_BYTES + 1
+        size = entries[pos - 1]
+        if size > 0x7F:
+            size, pos = read_varint(entries, pos - 1)
+        pos += size
+    return times
 
 
 def check_layout(data: bytes) -> None:

@@ -1,4 +1,7 @@
-"""One item space's side of the step: running sums, vectors and records of the users that a batch touched."""
+"""One pair's side of the step: running sums, vectors and records of the users that a batch touched.
+
+A pair is an encoder and an item space; its vectors are published under both versions.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,14 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stream.core.batch import StepResult
-from stream.core.encoders import REASONS, VectorStatus, VersionedEncoder, finish
+from stream.core.counters import Counter
+from stream.core.encoders import REASONS, VectorStatus, VersionedEncoder, finish, running_sums
 from stream.core.formulas import Float32, Float64
 from stream.core.history import History
-from stream.core.history_codec import TS_BYTES, Stored
-from stream.core.item_rows import StoredRows
+from stream.core.history_codec import TS_BYTES, Stored, key_ts_ms
+from stream.core.item_rows import SharedRows
 from stream.core.records import EmbeddingRecord, RecordEncoder, kv_prefix, to_json
 from stream.core.space import Space
-from stream.core.sums import DecayedSums, Newer
+from stream.core.sums import Moved, Newer
 from stream.keys import user_cache_key
 
 #: Up to so many events of one user in a batch are added one round at a time, together with other users'; from there on
@@ -64,8 +68,20 @@ class _Sums(NamedTuple):
     newest: Int64
 
 
+class Pair(NamedTuple):
+    """What vectors are made with and of."""
+
+    encoder: VersionedEncoder
+    space: Space
+
+    @property
+    def versions(self) -> tuple[str, str]:
+        """User version and item version."""
+        return self.encoder.version, self.space.version
+
+
 class Coverage(NamedTuple):
-    """How well an item version serves some users.
+    """How well a pair of versions serves some users.
 
     Attributes:
         fallbacks: how many of them, of those who have a history, get the fallback vector.
@@ -79,21 +95,25 @@ class Coverage(NamedTuple):
 
 
 class Publisher:
-    """Vectors and records in one item space, with the running sums of users in memory.
+    """Vectors and records of one pair, with the running sums of users in memory.
 
     Args:
-        space: the item space.
-        stored_rows: where stored interactions lie in it.
-        encoder: the encoder and history length.
+        pair: the encoder and the item space.
+        shared: where stored interactions lie in it, and what their types weigh.
         capacity: slots to begin with.
         json_output: write JSON instead of Avro to the output topic.
+
+    Raises:
+        SpaceMismatch: the encoder was made for another item version.
     """
 
-    def __init__(
-        self, space: Space, stored_rows: StoredRows, encoder: VersionedEncoder, *, capacity: int, json_output: bool
-    ) -> None:
+    def __init__(self, pair: Pair, shared: SharedRows, *, capacity: int, json_output: bool) -> None:
+        encoder, space = pair
+        encoder.check(space)
+        self.versions = pair.versions
         self.space = space
-        self.sums = DecayedSums(space.history_vectors, encoder.encoder.decays, encoder.history_limit, capacity)
+        self.sums = running_sums(space, encoder.encoder, encoder.history_limit, capacity)
+        self.by_time = encoder.encoder.by_time
         self._encoder = encoder
         self._newest = encoder.encoder.newest
         self._json_output = json_output
@@ -102,24 +122,36 @@ class Publisher:
         self._row_of = space.row
         self._rows: dict[int, list[int]] = {}  # by slot, aligned with the history's keys
         self._row_weights: dict[int, list[float]] = {}  # the same; empty where all types weigh 1
-        self._stored_rows = stored_rows
+        self._stored_rows = shared.rows_of(space)
+        self._stored_weights = shared.weights_of(encoder.encoder.type_weights)
         self._weights = {b"\0" + t.encode(): w for t, w in encoder.encoder.type_weights.items() if w != 1.0}
 
     def key(self, user: bytes) -> bytes:
-        """Key of a user's vector in this space."""
+        """Key of a user's vector of this pair."""
         return self._key_prefix + user
 
-    def load(self, users: Sequence[tuple[int, Sequence[bytes]]]) -> None:
-        """Set the sums of users that were read from the store: their slots and stored interactions."""
+    def load(self, users: Sequence[tuple[int, Sequence[bytes], Sequence[int]]]) -> None:
+        """Set the sums of users that were read from the store: their slots, stored interactions and times of these.
+
+        Times may be left out where no pair goes by time.
+        """
         known: list[Int64] = []
         known_weights: list[Float64] = []
-        for slot, bodies in users:
+        known_times: list[Int64] = []
+        for slot, bodies, times in users:
             rows = self._rows[slot] = self._stored_rows.rows(bodies)
             if self._weights:
-                weights = self._row_weights[slot] = self._stored_rows.weights(bodies)
+                weights = self._row_weights[slot] = self._stored_weights.weights(bodies)
                 known_weights.append(_newest_known(weights, rows, np.float64))
+            if self.by_time:
+                known_times.append(_newest_known(times, rows, np.int64))
             known.append(_newest_known(rows, rows, np.int64))
-        self.sums.load(np.array([slot for slot, _ in users]), known, known_weights if self._weights else None)
+        self.sums.load(
+            np.array([slot for slot, _, _ in users]),
+            known,
+            known_weights if self._weights else None,
+            known_times if self.by_time else None,
+        )
 
     def _rows_of(self, keys: Sequence[bytes]) -> list[int]:
         row_of = self._row_of
@@ -166,14 +198,17 @@ class Publisher:
         """Add the present state of users that need not be in memory; leaves the running sums alone."""
         computed = self._room(len(users))
         shown: list[tuple[bytes, Step]] = []
-        for place, (user, (revision, as_of, bodies)) in enumerate(users.items()):
+        for place, (user, stored) in enumerate(users.items()):
+            bodies = stored.bodies
             rows = self._stored_rows.rows(bodies)
-            weights = _newest_known(self._stored_rows.weights(bodies), rows, np.float64) if self._weights else None
+            weights = _newest_known(self._stored_weights.weights(bodies), rows, np.float64) if self._weights else None
+            times = _newest_known(stored.times(), rows, np.int64) if self.by_time else None
             newest_first = _newest_known(rows, rows, np.int64)
             computed.known[place] = len(newest_first)
-            computed.sums[place], computed.totals[place] = self.sums.sum_of(newest_first, weights)
+            if len(newest_first):
+                computed.sums[place], computed.totals[place] = self.sums.sum_of(newest_first, weights, times)
             computed.newest[place, : len(newest_first)] = newest_first[: self._newest]
-            shown.append((user, (len(bodies), as_of, revision, None, (), 0)))
+            shown.append((user, (len(bodies), stored.as_of_ms, stored.revision, None, (), 0)))
         status = self._emit(shown, computed, epoch, result)
         lengths = np.array([step[0] for _, step in shown], dtype=np.int64)
         items = int(lengths.sum())
@@ -199,6 +234,7 @@ class Publisher:
         places = np.fromiter((place for _, place in members), dtype=np.int64, count=count)
         new_rows, old_rows = np.full(count, -1), np.full(count, -1)
         new_weights, old_weights = np.ones(count), np.ones(count)
+        new_ms, old_ms = np.zeros((2, count), dtype=np.int64) if self.by_time else (None, None)
         late: list[int] = []
         newer_rows: list[list[int]] = []
         newer_weights: list[list[float]] = []
@@ -207,6 +243,10 @@ class Publisher:
             if added is None:  # sent again, or an erasure that took nothing
                 continue
             rows = self._rows[touch.user.slot]
+            if new_ms is not None and old_ms is not None:
+                new_ms[i] = key_ts_ms(added)
+                if gone:
+                    old_ms[i] = key_ts_ms(gone[0])
             if gone:
                 old_rows[i] = rows.pop(0)
             row = row_of(added[TS_BYTES : added.rindex(b"\0")], -1)
@@ -227,7 +267,7 @@ class Publisher:
                     if self._weights:
                         newer_weights.append([weights[n] for n in known])
         aside = Newer(np.array(late), newer_rows, newer_weights if self._weights else None) if late else None
-        self.sums.insert(slots, new_rows, new_weights, old_rows, old_weights, aside)
+        self.sums.insert(slots, Moved(new_rows, new_weights, new_ms), Moved(old_rows, old_weights, old_ms), newer=aside)
         return slots, places
 
     def _afresh(self, touch: Touch, wanted: Sequence[int]) -> _Sums:
@@ -245,6 +285,7 @@ class Publisher:
             keys = sorted({*keys, *left})
         rows = np.array(self._rows_of(keys), dtype=np.int64)
         weights = np.array([self._weight(k) for k in keys]) if self._weights else None
+        times = np.array([*map(key_ts_ms, keys)], dtype=np.int64) if self.by_time else None
         arrivals = np.fromiter((arrived.get(k, -1) for k in keys), dtype=np.int64, count=len(keys))
         departures = np.fromiter((left.get(k, _STAYS) for k in keys), dtype=np.int64, count=len(keys))
         steps = np.asarray(wanted, dtype=np.int64)
@@ -252,22 +293,22 @@ class Publisher:
         if self._newest:
             for n, step in enumerate(wanted):
                 newest[n] = self._newest_of(rows[(arrivals <= step) & (step < departures)].tolist())
-        computed = _Sums(*self.sums.window(rows, weights, arrivals, departures, steps), newest)
-        self._rows[user.slot] = rows[departures == _STAYS].tolist()
+        computed = _Sums(*self.sums.window(rows, weights, arrivals, departures, steps, times), newest)
+        stays = departures == _STAYS
+        self._rows[user.slot] = rows[stays].tolist()
         if weights is not None:
-            self._row_weights[user.slot] = weights[departures == _STAYS].tolist()
-        self.sums.put(user.slot, computed.sums[-1], computed.totals[-1], int(computed.known[-1]))
+            self._row_weights[user.slot] = weights[stays].tolist()
+        newest_ms = 0 if times is None else int(times[stays & (rows >= 0)].max(initial=0))
+        self.sums.put(user.slot, computed.sums[-1], computed.totals[-1], int(computed.known[-1]), newest_ms)
         return computed
 
     def _emit(
         self, shown: Sequence[tuple[bytes, Step]], computed: _Sums, epoch: int, result: StepResult
     ) -> NDArray[np.int8]:
         """Add records of users after a step each, in order; return the `VectorStatus` of each."""
-        vectors, status = finish(
-            self._encoder.encoder,
-            *computed,
-            space=self.space,
-        )
+        vectors, status = finish(self._encoder.encoder, *computed, space=self.space)
+        if failed := int((status == VectorStatus.ENCODER_ERROR).sum()):
+            result.counts[Counter.ENCODER_ERRORS] = result.counts.get(Counter.ENCODER_ERRORS, 0) + failed
         norms = np.sqrt(np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64)).tolist()
         block = vectors.astype("<f4", copy=False).tobytes()
         size = 4 * self.space.dim

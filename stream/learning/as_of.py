@@ -12,11 +12,11 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from stream.core.encoders import REASONS, VersionedEncoder, finish
+from stream.core.encoders import REASONS, VersionedEncoder, finish, running_sums
 from stream.core.events import EventRow
 from stream.core.formulas import Float32
 from stream.core.space import Space
-from stream.core.sums import DecayedSums, Int64
+from stream.core.sums import Int64, RunningSums
 from stream.errors import ConfigError
 from stream.items.vector_files import PARQUET_HINT
 from stream.logs import OnProgress
@@ -56,9 +56,13 @@ def vectors_before(
         space: the item space.
         encoder: the encoder and history length.
         types: what enters a history. Events of other types (what was shown, say) get a vector and enter none.
+
+    Raises:
+        SpaceMismatch: the encoder was made for another item version.
     """
+    encoder.check(space)
     ordered = sorted(events, key=lambda row: (row.user_id, row.ts_ms, row.item_id.encode(), row.type.encode()))
-    sums = DecayedSums(space.history_vectors, encoder.encoder.decays, encoder.history_limit, 0)
+    sums = running_sums(space, encoder.encoder, encoder.history_limit, 0)
     block: list[_History] = []
     for _, of_user in groupby(ordered, key=lambda row: row.user_id):
         for history in _histories(list(of_user), space, encoder, types):
@@ -71,11 +75,12 @@ def vectors_before(
 
 
 class _History(NamedTuple):
-    """An event, and the rows and type weights of the known items of the history before it, newest first."""
+    """An event, and the rows, type weights and times of the known items of the history before it, newest first."""
 
     event: EventRow
     rows: Int64
     weights: "np.ndarray[Any, np.dtype[np.float64]] | None"
+    times: Int64
     length: int
     as_of: int | None
 
@@ -86,6 +91,7 @@ def _histories(
     """Of one user's events, in the order of histories."""
     entered = list(dict.fromkeys(row for row in events if row.type in types))  # a history is a set
     times = [row.ts_ms for row in entered]
+    at = np.array(times, dtype=np.int64)
     rows = space.rows([row.item_id for row in entered])
     factor = encoder.encoder.type_weights
     weights = np.array([factor.get(row.type, 1.0) for row in entered]) if factor else None
@@ -95,18 +101,19 @@ def _histories(
         newest_first = rows[start:end][::-1]
         known = newest_first >= 0
         of_known = None if weights is None else weights[start:end][::-1][known]
-        yield _History(event, newest_first[known], of_known, end - start, times[end - 1] if end > start else None)
+        as_of = times[end - 1] if end > start else None
+        yield _History(event, newest_first[known], of_known, at[start:end][::-1][known], end - start, as_of)
 
 
 def _embedded(
-    block: list[_History], sums: DecayedSums, space: Space, encoder: VersionedEncoder
+    block: list[_History], sums: RunningSums, space: Space, encoder: VersionedEncoder
 ) -> Iterator[VectorBefore]:
     count, decays, newest = len(block), len(encoder.encoder.decays), encoder.encoder.newest
     totals, known = np.zeros((count, decays)), np.array([len(history.rows) for history in block])
     of_all, newest_rows = np.zeros((count, decays, space.dim)), np.full((count, newest), -1)
     for n, history in enumerate(block):
         if len(history.rows):
-            of_all[n], totals[n] = sums.sum_of(history.rows, history.weights)
+            of_all[n], totals[n] = sums.sum_of(history.rows, history.weights, history.times)
         newest_rows[n, : len(history.rows)] = history.rows[:newest]
     vectors, status = finish(encoder.encoder, of_all, totals, known, newest_rows, space=space)
     for n, history in enumerate(block):

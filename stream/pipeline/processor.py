@@ -132,12 +132,14 @@ class BatchProcessor:
             self._count(Counter.SENT_AGAIN, len(users))
             return await self._queue(owned, result)
 
-    async def embed(self, owned: Owned, users: Sequence[bytes], version: str) -> tuple[Coverage, asyncio.Future[None]]:
-        """Queue the present vectors of `users` in one item version; the future is done when they are durable."""
+    async def embed(
+        self, owned: Owned, users: Sequence[bytes], versions: tuple[str, str]
+    ) -> tuple[Coverage, asyncio.Future[None]]:
+        """Queue the present vectors of `users` in one pair of versions; the future is done when they are durable."""
         async with owned.turn:
             found = zip(users, owned.db.get(users), strict=True)
             stored = {user: state for user, state in found if state}
-            result, coverage = owned.engine.embed(stored, version, owned.epoch)
+            result, coverage = owned.engine.embed(stored, versions, owned.epoch)
             return coverage, await self._queue(owned, result)
 
     async def remove(self, owned: Owned, keys: Sequence[bytes]) -> asyncio.Future[None]:

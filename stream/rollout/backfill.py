@@ -41,14 +41,14 @@ class Backfill:
         self._records = records
 
     async def cover(self, owned: Owned, status: Status, report: Report) -> Status:
-        """Write the present vector of every user in the status' item version; return the status when all is durable.
+        """Write the present vector of every user in the status' pair; return the status when all is durable.
 
         Users that appear, or change, meanwhile are written by their own events.
         """
         totals = dict.fromkeys(Coverage._fields, 0)
 
         async def step(users: Sequence[bytes]) -> asyncio.Future[None]:
-            coverage, durable = await self._processor.embed(owned, users, status.item_version)
+            coverage, durable = await self._processor.embed(owned, users, status.pair)
             for name, n in coverage._asdict().items():
                 totals[name] += n
             return durable

@@ -1,20 +1,23 @@
-"""The command line's side of item versions: what the control and status topics say, and saying something new."""
+"""The command line's side of versions: what the control and status topics say, and saying something new."""
 
 from pathlib import Path
 from typing import Final
 
-from stream.config import Settings
+from stream.config import LEARNED, Settings
+from stream.core.encoders import VersionedEncoder
+from stream.core.space_engine import Pair
 from stream.errors import ConfigError
 from stream.items.space import ItemSpace
 from stream.kafka.brokers import producer, write_all
 from stream.kafka.log_reader import open_consumer, read, whole
+from stream.rollout.live_encoders import encoder_of
 from stream.rollout.records import (
     NOTHING_SAID,
     BadRecord,
     Catalogue,
     ControlRecord,
     Coverage,
-    RetiredUserVersion,
+    EncoderRecord,
     State,
     Status,
 )
@@ -22,7 +25,7 @@ from stream.rollout.records import (
 _TIMEOUT_S: Final = 20.0
 
 
-class ItemControl:
+class RolloutClient:
     """Both topics as they were when this was made, or looked at again.
 
     Args:
@@ -61,7 +64,7 @@ class ItemControl:
                     continue
             self._next[topic] = span.end
 
-    def say(self, record: ControlRecord | RetiredUserVersion) -> None:
+    def say(self, record: ControlRecord | EncoderRecord) -> None:
         """Write a record.
 
         Raises:
@@ -111,8 +114,10 @@ class ItemControl:
         """Why a worker refuses a version as it was published last; None if none does."""
         if version not in self.catalogue.records:
             return None
-        offset, _ = self.catalogue.records[version]
-        return next((status.error for status in self.coverage.refusals(version, offset)), None)
+        return self._refusal(self.catalogue.records[version][0])
+
+    def _refusal(self, asked: int) -> str | None:
+        return next((status.error for status in self.coverage.refusals(asked)), None)
 
     def record_of(self, folder: Path, state: State) -> ControlRecord:
         """A record for a folder, which is loaded and checked for it.
@@ -128,13 +133,75 @@ class ItemControl:
             raise ConfigError(msg)
         return ControlRecord(space.version, str(folder.absolute()), space.sha256, state)
 
+    # -- encoders -------------------------------------------------------------------------------------------------
 
-def spaces_of(settings: Settings, control: ItemControl) -> list[ItemSpace]:
-    """All live item spaces, that in ``UEMB_ITEMS`` first.
+    @property
+    def base_encoder(self) -> EncoderRecord:
+        """The encoder of the settings, as a record that would name it."""
+        return encoder_record(self._settings.versioned_encoder, self._settings.encoder_folder, "active")
+
+    @property
+    def base_encoder_is_live(self) -> bool:
+        """Whether workers with these settings publish their own encoder's vectors."""
+        retired = self._settings.versioned_encoder.version in self.catalogue.retired_encoders
+        return not retired or self.catalogue.active_encoder is None
+
+    @property
+    def live_encoders(self) -> dict[str, EncoderRecord]:
+        """All that vectors are published of, by user version, that of the settings first."""
+        base = self.base_encoder
+        mine = {base.user_version: base} if self.base_encoder_is_live else {}
+        return mine | self.catalogue.live_encoders
+
+    @property
+    def served_encoder(self) -> EncoderRecord:
+        """The encoder that is to be served."""
+        active = self.catalogue.active_encoder
+        return self.base_encoder if active is None else active[1]
+
+    def known_encoder(self, version: str) -> EncoderRecord:
+        """The record of an encoder whose vectors are published, of that of the settings too.
+
+        Raises:
+            ConfigError: nobody has published it, or it is retired.
+        """
+        if (record := self.live_encoders.get(version)) is not None:
+            return record
+        if version in self.catalogue.retired_encoders:
+            msg = f"encoder {version} is retired; publish it again to bring it back"
+            raise ConfigError(msg)
+        msg = f"encoder {version!r} is not known; publish it first (`uemb encoder publish`)"
+        raise ConfigError(msg)
+
+    def encoder_refusal(self, version: str) -> str | None:
+        """Why a worker refuses an encoder as it was published last; None if none does."""
+        if version not in self.catalogue.encoders:
+            return None
+        return self._refusal(self.catalogue.encoders[version][0])
+
+
+def encoder_record(encoder: VersionedEncoder, folder: Path | None, state: State) -> EncoderRecord:
+    """A record for an encoder; a learned one lies in `folder`."""
+    kind, made_for = encoder.encoder, encoder.encoder.made_for
+    return EncoderRecord(
+        encoder.version,
+        state,
+        encoder.hash,
+        kind.name if folder is None else LEARNED,
+        {} if folder is not None else dict(kind.params),
+        {} if folder is not None else dict(kind.type_weights),
+        "" if folder is None else str(folder.absolute()),
+        "" if made_for is None else made_for.version,
+    )
+
+
+def pairs_of(settings: Settings, control: RolloutClient) -> list[Pair]:
+    """All pairs that vectors are published of, those of the settings first.
 
     Raises:
         ConfigError: there is none.
-        ItemSpaceError: one can't be loaded here.
+        ItemSpaceError: an item space can't be loaded here.
+        EncoderError: an encoder can't be loaded here.
     """
     folders: dict[str, str] = {}
     base = control.base
@@ -145,4 +212,9 @@ def spaces_of(settings: Settings, control: ItemControl) -> list[ItemSpace]:
     if not spaces:
         msg = "UEMB_ITEMS is not set, and no item version is active; point it to the folder that the workers serve"
         raise ConfigError(msg)
-    return spaces
+    encoders = [
+        encoder_of(record, settings.history_limit)
+        for version, record in control.live_encoders.items()
+        if control.encoder_refusal(version) is None
+    ]
+    return [Pair(encoder, space) for space in spaces for encoder in encoders if encoder.fits(space)]

@@ -1,9 +1,9 @@
-"""Does a new item version make sense? A sample of users in the served version and in the new one, side by side."""
+"""Does a new version make sense? A sample of users in the served pair of versions and in another, side by side."""
 
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -24,9 +24,10 @@ _SEED: Final = 7
 
 @dataclass(frozen=True)
 class Side:
-    """One version's side of the comparison.
+    """One pair's side of the comparison.
 
     Attributes:
+        user_version: the user version.
         version: the item version.
         items: rows of the space.
         dim: dimensions.
@@ -37,6 +38,7 @@ class Side:
         greatest_norm: of their vectors.
     """
 
+    user_version: str
     version: str
     items: int
     dim: int
@@ -49,48 +51,65 @@ class Side:
 
 @dataclass(frozen=True)
 class VersionReport:
-    """A served version and another one.
+    """A served pair and another one.
 
     Attributes:
         served: the former.
         other: the latter.
         compared: users with a vector of their own in both.
+        cosine: mean cosine of such a user's two vectors; None where the item versions differ, whose spaces don't mix.
         overlap: of the ten nearest items of such a user in one version, the share that is among the ten in the other.
     """
 
     served: Side
     other: Side
     compared: int
+    cosine: float | None
     overlap: float | None
 
 
-def compare(settings: Settings, store: KVReader, served: ItemSpace, other: ItemSpace, sample: int) -> VersionReport:
+class Shown(NamedTuple):
+    """A pair whose vectors are looked at."""
+
+    user_version: str
+    space: ItemSpace
+
+    @property
+    def prefix(self) -> bytes:
+        """What its keys begin with."""
+        return user_cache_key("", self.space.version, self.user_version).encode()
+
+
+def compare(settings: Settings, store: KVReader, served: Shown, other: Shown, sample: int) -> VersionReport:
     """Look at about `sample` users who were active of late.
 
     Raises:
         ConfigError: there are no users yet.
         StoreError: the store can't be read.
     """
-    users = _users(settings, served.version, sample)
+    users = _users(settings, served, sample)
     if not users:
-        msg = f"{settings.output_topic} holds no vectors of item version {served.version} yet"
+        msg = (
+            f"{settings.output_topic} holds no vectors of item version {served.space.version}, user version "
+            f"{served.user_version} yet"
+        )
         raise ConfigError(msg)
-    records = [_records(settings, store, space.version, users) for space in (served, other)]
+    records = [_records(store, shown, users) for shown in (served, other)]
     both = [n for n, pair in enumerate(zip(*records, strict=True)) if all(r and r.status == "ok" for r in pair)]
-    overlap = None
+    overlap = cosine = None
     if both:
-        nearest = [
-            _nearest(space, np.stack([r.vector for n in both if (r := of_one[n]) is not None]))
-            for space, of_one in zip((served, other), records, strict=True)
-        ]
+        vectors = [np.stack([r.vector for n in both if (r := of_one[n]) is not None]) for of_one in records]
+        nearest = [_nearest(shown.space, v) for shown, v in zip((served, other), vectors, strict=True)]
         shared = [len(a & b) / NEIGHBOURS for a, b in zip(*nearest, strict=True)]
         overlap = float(np.mean(shared))
-    return VersionReport(_side(served, records[0]), _side(other, records[1]), len(both), overlap)
+        if served.space.version == other.space.version:
+            cosine = float(np.einsum("nd,nd->n", *vectors, dtype=np.float64).mean())
+    return VersionReport(_side(served, records[0]), _side(other, records[1]), len(both), cosine, overlap)
 
 
-def _users(settings: Settings, version: str, sample: int) -> list[bytes]:
+def _users(settings: Settings, shown: Shown, sample: int) -> list[bytes]:
     """Users of the newest records of every partition, sampled."""
-    prefix = user_cache_key("", version, settings.versioned_encoder.version).encode()
+    prefix = shown.prefix
     found: dict[bytes, None] = {}
     consumer = open_consumer(settings, "report")
     try:
@@ -108,8 +127,8 @@ def _users(settings: Settings, version: str, sample: int) -> list[bytes]:
     return random.Random(_SEED).sample(users, min(sample, len(users)))  # noqa: S311 - a sample, no secret
 
 
-def _records(settings: Settings, store: KVReader, version: str, users: Sequence[bytes]) -> list[EmbeddingRecord | None]:
-    prefix = user_cache_key("", version, settings.versioned_encoder.version).encode()
+def _records(store: KVReader, shown: Shown, users: Sequence[bytes]) -> list[EmbeddingRecord | None]:
+    prefix = shown.prefix
     out: list[EmbeddingRecord | None] = []
     for entry in store.get([(user, prefix + user) for user in users]):
         try:
@@ -119,11 +138,13 @@ def _records(settings: Settings, store: KVReader, version: str, users: Sequence[
     return out
 
 
-def _side(space: ItemSpace, records: Sequence[EmbeddingRecord | None]) -> Side:
+def _side(shown: Shown, records: Sequence[EmbeddingRecord | None]) -> Side:
+    space = shown.space
     found = [record for record in records if record is not None]
     norms = [record.norm for record in found]
     items = sum(record.history_len for record in found)
     return Side(
+        shown.user_version,
         space.version,
         len(space),
         space.dim,

@@ -2,51 +2,24 @@
 
 import asyncio
 import logging
-import threading
-from contextlib import suppress
 from pathlib import Path
 
 from stream.config import Settings
 from stream.errors import ConfigError, ItemSpaceError
 from stream.items.space import ItemSpace
+from stream.rollout.loading import load_beside
 from stream.rollout.records import Catalogue, ControlRecord
 
 log = logging.getLogger(__name__)
 
 
 async def load_space(folder: Path, timeout_s: float) -> ItemSpace:
-    """Load an item space beside the loop; one whose file system hangs is left to itself, and no exit waits for it.
+    """Load an item space beside the loop.
 
     Raises:
         ItemSpaceError: it is no sound item space, or was not loaded in time.
     """
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[ItemSpace] = loop.create_future()
-
-    def tell(space: ItemSpace | None, error: Exception | None) -> None:
-        if done.done():  # given up
-            return
-        if space is None:
-            done.set_exception(error or RuntimeError("nothing was loaded"))
-        else:
-            done.set_result(space)
-
-    def load() -> None:
-        space, error = None, None
-        try:
-            space = ItemSpace.load(folder)
-        except Exception as exc:  # noqa: BLE001 - it is raised where it is waited for
-            error = exc
-        with suppress(RuntimeError):  # the loop has ended meanwhile
-            loop.call_soon_threadsafe(tell, space, error)
-
-    threading.Thread(target=load, name=f"load {folder.name}", daemon=True).start()
-    try:
-        async with asyncio.timeout(timeout_s):
-            return await done
-    except TimeoutError:
-        msg = f"{folder} was not loaded within {timeout_s:g} s; see its file system, or raise UEMB_ITEMS_TIMEOUT_S"
-        raise ItemSpaceError(msg) from None
+    return await load_beside(folder, ItemSpace.load, timeout_s, ItemSpaceError)
 
 
 class LiveSpaces:

@@ -1,11 +1,12 @@
-"""What is said about item versions: control records (what shall be), and status records (how far it is); no I/O.
+"""What is said about versions: control records (what shall be), and status records (how far it is); no I/O.
 
-The control topic holds one record per version; who folds it whole knows which versions are published and which of them
-is served. The status topic holds one record per partition and pair of versions, written by the partition's owner.
+The control topic holds one record per item version and one per encoder, which is a user version; who folds it whole
+knows which of them are published and which pair is served. The status topic holds one record per partition and pair of
+versions, written by the partition's owner.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Final, Literal, TypeVar, get_args, get_type_hints
 
@@ -75,58 +76,79 @@ class ControlRecord(msgspec.Struct, frozen=True, omit_defaults=True):
         return record
 
 
-class _Retirement(msgspec.Struct, frozen=True):
-    """Fields of the record of a user version, which has one state only."""
-
-    user_version: str
-    state: Annotated[Literal["retired"], msgspec.Meta(description="retired: a user version has no other")]
-    epochs: Annotated[dict[int, int] | None, msgspec.Meta(description="integers by partition")] = None
-
-
-@dataclass(frozen=True, slots=True)
-class RetiredUserVersion:
-    """A user version that workers have left for another one, and whose vectors are to be removed.
+class EncoderRecord(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What shall become of an encoder, and of the vectors under its user version.
 
     Attributes:
         user_version: its name.
-        epochs: newest owner of each partition as it was asked for. What later ones say of the version means that
-            workers went back to it, and stays.
+        state: ``prepare``: publish its vectors beside the served ones; ``active``: serve them; ``retired``: remove.
+        hash: of all that decides its vectors (`stream.core.encoders.encoder_hash`); empty where it is retired and
+            nothing is known of it but the name.
+        encoder: ``avg``, ``mix``, ``mix_time`` or ``learned``.
+        params: of a formula, all of them.
+        type_weights: factor per type; a learned encoder's folder has its own.
+        uri: folder of a learned one, as every worker finds it: a path, or ``file://`` and a path.
+        item_version: the one that a learned one was made for.
+        force: serve it although not all users have a vector of it yet.
+        epochs: of one that was in the settings of workers, which have left it: newest owner of each partition as it was
+            retired. What later ones say of it means that workers went back to it, and stays.
     """
 
-    user_version: str
-    epochs: Mapping[int, int]
+    user_version: Annotated[str, msgspec.Meta(description="a version name")]
+    state: Annotated[State, msgspec.Meta(description=f"one of {', '.join(STATES)}")]
+    hash: Annotated[str, msgspec.Meta(pattern=r"\A([0-9a-f]{64})?\Z", description="64 hex digits")] = ""
+    encoder: str = ""
+    params: Annotated[dict[str, float], msgspec.Meta(description="numbers by name")] = {}
+    type_weights: Annotated[dict[str, float], msgspec.Meta(description="numbers by type")] = {}
+    uri: Annotated[str, msgspec.Meta(pattern=r"\A((file://)?/.*)?\Z", description="an absolute path, or none")] = ""
+    item_version: str = ""
+    force: bool = False
+    epochs: Annotated[dict[int, int] | None, msgspec.Meta(description="integers by partition")] = None
+
+    @property
+    def path(self) -> str:
+        """The folder."""
+        return self.uri.removeprefix("file://")
 
     def encode(self) -> tuple[bytes, bytes]:
         """Key and value of the record; no item version has such a key."""
-        fields = _Retirement(self.user_version, "retired", dict(self.epochs))
-        return _USER_VERSION_KEY + self.user_version.encode(), encode_json(fields)
+        return _USER_VERSION_KEY + self.user_version.encode(), encode_json(self)
 
     @classmethod
-    def decode(cls, key: bytes, value: bytes) -> "RetiredUserVersion":
+    def decode(cls, key: bytes, value: bytes) -> "EncoderRecord":
         """Read a record.
 
         Raises:
             BadRecord: it is none, or its key is not that of its user version.
         """
-        fields = _decoded(value, _Retirement)
-        if key != _USER_VERSION_KEY + fields.user_version.encode(errors="replace"):
+        record = _decoded(value, cls)
+        try:
+            check_version_name(record.user_version)
+        except ValueError as exc:
+            raise BadRecord(str(exc)) from exc
+        if key != _USER_VERSION_KEY + record.user_version.encode():
             msg = "the key is not that of the record's user version"
             raise BadRecord(msg)
-        return cls(fields.user_version, fields.epochs or {})
+        if record.state != "retired" and not (record.hash and record.encoder):
+            msg = "an encoder that is to be published needs its kind and its hash"
+            raise BadRecord(msg)
+        return record
 
-    def covers(self, status: "Status") -> bool:
+    def removes(self, status: "Status") -> bool:
         """Whether a partition's vectors in a pair of versions are to be removed; what was begun is gone on with."""
-        if status.user_version != self.user_version or status.stage == "removed":
+        if self.state != "retired" or status.user_version != self.user_version or status.stage == "removed":
             return False
-        return status.stage == "removing" or status.epoch <= self.epochs.get(status.partition, -1)
+        if status.stage == "removing" or self.epochs is None:
+            return True
+        return status.epoch <= self.epochs.get(status.partition, -1)
 
 
 @dataclass(frozen=True, slots=True)
 class Catalogue:
-    """The control topic folded: the newest record of each version, with its offset, and the retired user versions."""
+    """The control topic folded: the newest record of each item version and of each encoder, with its offset."""
 
     records: Mapping[str, tuple[int, ControlRecord]]
-    retired_user_versions: Mapping[str, RetiredUserVersion] = field(default_factory=dict)
+    encoders: Mapping[str, tuple[int, EncoderRecord]] = field(default_factory=dict)
 
     def after(self, offset: int, key: bytes | None, value: bytes | None) -> "Catalogue":
         """The catalogue with one more record; a null value withdraws its version.
@@ -136,9 +158,9 @@ class Catalogue:
         """
         if key is not None and key.startswith(_USER_VERSION_KEY):
             name = key.removeprefix(_USER_VERSION_KEY).decode(errors="replace")
-            others = {version: found for version, found in self.retired_user_versions.items() if version != name}
-            mine = {} if value is None else {name: RetiredUserVersion.decode(key, value)}
-            return replace(self, retired_user_versions=others | mine)
+            others = {version: found for version, found in self.encoders.items() if version != name}
+            mine = {} if value is None else {name: (offset, EncoderRecord.decode(key, value))}
+            return replace(self, encoders=others | mine)
         if value is None:
             gone = (key or b"").decode(errors="replace")
             return replace(self, records={version: found for version, found in self.records.items() if version != gone})
@@ -147,9 +169,23 @@ class Catalogue:
 
     @property
     def active(self) -> tuple[int, ControlRecord] | None:
-        """The served version and the offset of the record that made it so; None while ``UEMB_ITEMS`` is served."""
-        found = [(offset, record) for offset, record in self.records.values() if record.state == "active"]
-        return max(found, key=lambda entry: entry[0]) if found else None
+        """The served item version and the offset of its record; None while ``UEMB_ITEMS`` is served."""
+        return _newest_active(self.records)
+
+    @property
+    def active_encoder(self) -> tuple[int, EncoderRecord] | None:
+        """The served encoder and the offset of its record; None while ``UEMB_ENCODER`` is served."""
+        return _newest_active(self.encoders)
+
+    @property
+    def live_encoders(self) -> dict[str, EncoderRecord]:
+        """Encoders whose vectors are published."""
+        return {version: record for version, (_, record) in self.encoders.items() if record.state != "retired"}
+
+    @property
+    def retired_encoders(self) -> dict[str, EncoderRecord]:
+        """Encoders whose vectors are removed."""
+        return {version: record for version, (_, record) in self.encoders.items() if record.state == "retired"}
 
     @property
     def live(self) -> dict[str, ControlRecord]:
@@ -160,6 +196,14 @@ class Catalogue:
     def retired(self) -> dict[str, ControlRecord]:
         """Versions whose vectors are removed."""
         return {version: record for version, (_, record) in self.records.items() if record.state == "retired"}
+
+
+_Record = TypeVar("_Record", ControlRecord, EncoderRecord)
+
+
+def _newest_active(records: Mapping[str, tuple[int, _Record]]) -> tuple[int, _Record] | None:
+    found = [(offset, record) for offset, record in records.values() if record.state == "active"]
+    return max(found, key=lambda entry: entry[0]) if found else None
 
 
 NOTHING_SAID: Final = Catalogue({})
@@ -256,18 +300,17 @@ class Coverage:
         """Whether all users of all partitions have a vector of the pair, and it is kept current."""
         return all(self.stage(user_version, item_version, p) == "covered" for p in range(partitions))
 
-    def other_user_versions(self, user_version: str) -> dict[str, list[Status]]:
-        """What is known of all other user versions than that which workers publish now, by name."""
+    def user_versions(self, but: Collection[str] = ()) -> dict[str, list[Status]]:
+        """What is known of all user versions but some, by name."""
         found: dict[str, list[Status]] = {}
         for status in self.statuses.values():
-            if status.user_version != user_version:
+            if status.user_version not in but:
                 found.setdefault(status.user_version, []).append(status)
         return found
 
-    def refusals(self, item_version: str, asked: int) -> list[Status]:
-        """Partitions whose owner could not load the item version that the control record at an offset asked for."""
-        found = [s for s in self.statuses.values() if s.item_version == item_version and s.stage == "refused"]
-        return [status for status in found if status.asked == asked]
+    def refusals(self, asked: int) -> list[Status]:
+        """Partitions whose owner could not load what the control record at an offset asked for."""
+        return [status for status in self.statuses.values() if status.stage == "refused" and status.asked == asked]
 
 
 def _decoded(value: bytes, kind: type[_Kind]) -> _Kind:

@@ -1,4 +1,4 @@
-"""Item versions of one worker: which it publishes in, how far its partitions are with each, and which one is served.
+"""Item versions and encoders of one worker: which pairs it publishes, how far its partitions are, which pair is served.
 
 What must outlive a process lies in Kafka. The control topic says what shall be, the status topic how far it is.
 
@@ -16,7 +16,7 @@ from typing import Final
 
 from stream.config import Settings
 from stream.core.records import encode
-from stream.core.space_engine import fallback_record
+from stream.core.space_engine import Pair, fallback_record
 from stream.errors import ConfigError
 from stream.items.space import ItemSpace
 from stream.kafka.clients import Clients
@@ -25,34 +25,33 @@ from stream.kv.protocol import KVWriter, Meta, Serving
 from stream.pipeline.processor import BatchProcessor, Owned
 from stream.rollout.backfill import Backfill
 from stream.rollout.control_topics import ControlTopics
+from stream.rollout.live_encoders import LiveEncoders
 from stream.rollout.live_spaces import LiveSpaces
 from stream.rollout.records import Catalogue, Status
 
 log = logging.getLogger(__name__)
 
-#: Offset of a serving pair that came from ``UEMB_ITEMS``.
-FROM_ITEMS: Final = -1
+#: Offset of a serving pair that came from the settings.
+FROM_SETTINGS: Final = -1
+#: User and item version of a pair. With an empty user version it stands for all pairs of the item version.
+Versions = tuple[str, str]
 Tell = Callable[[Status], Awaitable[None]]
 
 
 @dataclass
 class _Here:
-    """A partition that this worker owns, and what is still to be done for it: versions to cover or to remove.
-
-    A pair of an item version with another user version than this worker's, which can only be removed, has the name
-    ``user_version:item_version``.
-    """
+    """A partition that this worker owns, and what is still to be done for it: pairs to cover or to remove."""
 
     owned: Owned
-    statuses: dict[str, Status]
-    todo: list[str]
+    statuses: dict[Versions, Status]
+    todo: list[Versions]
 
 
 class Rollout:
     """Follows the control topic and does what it says for the partitions of this worker.
 
     Args:
-        settings: the encoder, and the folder that is served while nothing is active.
+        settings: the encoder and the folder that are served while no others are active.
         clients: read the topics.
         kv: the store whose shared record says what is served.
         processor: queues the vectors of a backfill.
@@ -73,8 +72,8 @@ class Rollout:
     ) -> None:
         self.partitions = 0
         self._live = LiveSpaces(settings, None, 0)
+        self._encoders = LiveEncoders(settings)
         self._settings = settings
-        self._encoder = settings.versioned_encoder
         self._kv = kv
         self._tell = tell
         self._on_error = on_error
@@ -100,19 +99,23 @@ class Rollout:
             largest_dim: what a record of the output topic has room for.
 
         Raises:
-            ConfigError: there is nothing to publish in, or ``UEMB_ITEMS`` is not the version that it says it is.
-            ItemSpaceError: the served version can't be loaded.
+            ConfigError: there is nothing to publish, or the settings and the control topic disagree about a version.
+            ItemSpaceError: the served item version can't be loaded.
+            EncoderError: the served encoder can't be loaded, or was made for other items than are there.
         """
         self.partitions = partitions
         self._live = LiveSpaces(self._settings, base, largest_dim)
         await self._control.start()
-        await self._live.load(self._control.catalogue)
+        await self._load()
         if not self._live.spaces:
             msg = (
                 "UEMB_ITEMS is not set, and no item version is active; point it to an item space folder (make one with "
                 "`uemb items build`), or activate a version"
             )
             raise ConfigError(msg)
+        if not self.pairs:
+            for encoder in self._encoders.encoders.values():
+                encoder.check(next(iter(self._live.spaces.values())))
         self._tasks = [asyncio.create_task(self._follow(), name="item-versions")]
 
     async def stop(self) -> None:
@@ -123,10 +126,22 @@ class Rollout:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._control.stop()
 
+    async def _load(self) -> None:
+        """Have every version that the catalogue names, and none else."""
+        catalogue = self._control.catalogue
+        hashes = (await self._kv.update_meta(lambda meta: meta)).encoders if catalogue.encoders else {}
+        await asyncio.gather(self._live.load(catalogue), self._encoders.load(catalogue, hashes))
+
     @property
     def spaces(self) -> list[ItemSpace]:
         """The item spaces that vectors are published in."""
         return list(self._live.spaces.values())
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """The pairs that vectors are published of: every encoder in every space that it is of any use in."""
+        encoders = self._encoders.encoders.values()
+        return [Pair(encoder, space) for encoder in encoders for space in self.spaces if encoder.fits(space)]
 
     # -- partitions -----------------------------------------------------------------------------------------------
 
@@ -134,27 +149,25 @@ class Rollout:
         """Take in all that has been said by now: what an earlier owner published in must be published in further on."""
         await self._control.catch_up()
         async with self._turn:
-            await self._live.load(self._control.catalogue)
+            await self._load()
 
     async def take(self, owned: Owned, earlier_epoch: int) -> None:
-        """Speak of every version for a partition that is being taken, before it processes anything.
+        """Speak of every pair for a partition that is being taken, before it processes anything.
 
         Args:
-            owned: the partition; its engine serves `spaces`.
+            owned: the partition; its engine serves `pairs`.
             earlier_epoch: the claim of the owner right before, 0 for none.
         """
-        partition, user_version = owned.partition, self._encoder.version
-        coverage = self._control.coverage
+        partition, coverage = owned.partition, self._control.coverage
         empty = next(owned.db.users(), None) is None
         here = _Here(owned, {}, [])
-        for version in owned.engine.versions:
-            status = coverage.of(user_version, version, partition)
-            status = status or Status(user_version, version, partition, 0, "covering")
+        for versions in owned.engine.versions:
+            status = coverage.of(*versions, partition) or Status(*versions, partition, 0, "covering")
             unbroken = status.stage == "covered" and status.epoch == earlier_epoch
-            status = status.at("covered" if unbroken or empty else "covering", epoch=owned.epoch, error="")
-            here.statuses[version] = status
+            status = status.at("covered" if unbroken or empty else "covering", epoch=owned.epoch, error="", asked=-1)
+            here.statuses[versions] = status
         await asyncio.gather(*map(self._tell, here.statuses.values()))
-        here.todo = [version for version, status in here.statuses.items() if status.stage == "covering"]
+        here.todo = [versions for versions, status in here.statuses.items() if status.stage == "covering"]
         self._here[partition] = here
 
     def begin(self) -> None:
@@ -174,29 +187,29 @@ class Rollout:
 
     def announce(self, meta: Meta) -> Meta:
         """Enter this worker's versions into the store's shared record; in a fresh one they are served from here on."""
-        encoder = self._encoder
         fallbacks = {
             fallback_key(space.version, encoder.version): encode(fallback_record(space, encoder))
-            for space in self.spaces
+            for encoder, space in self.pairs
         }
+        hashes = {encoder_key(version): encoder.hash for version, encoder in self._encoders.encoders.items()}
         return replace(
             meta,
             current=meta.current or self._target(),
-            encoders={**meta.encoders, encoder_key(encoder.version): encoder.hash},
+            encoders={**meta.encoders, **hashes},
             fallbacks={**meta.fallbacks, **fallbacks},
         )
 
     def _target(self) -> Serving | None:
         """The pair that is to be served, None while this worker can't."""
-        active, base = self._control.catalogue.active, self._live.base
-        if active is not None:
-            offset, record = active
-            return (
-                Serving(self._encoder.version, record.version, offset) if record.version in self._live.spaces else None
-            )
-        if base is not None and base.version in self._live.spaces:
-            return Serving(self._encoder.version, base.version, FROM_ITEMS)
-        return None
+        catalogue, base = self._control.catalogue, self._live.base
+        offset, user_version, item_version = FROM_SETTINGS, self._encoders.base.version, base.version if base else ""
+        if (active_encoder := catalogue.active_encoder) is not None:
+            offset, user_version = active_encoder[0], active_encoder[1].user_version
+        if (active := catalogue.active) is not None:
+            offset, item_version = max(offset, active[0]), active[1].version
+        if (user_version, item_version) not in [pair.versions for pair in self.pairs]:
+            return None  # or one that is in the making: of two that were made for each other, one was activated so far
+        return Serving(user_version, item_version, offset)
 
     async def _follow(self) -> None:
         try:
@@ -217,63 +230,79 @@ class Rollout:
         catalogue = self._control.catalogue
         if catalogue is self._applied:
             return
-        before = set(self._live.spaces)
-        await self._live.load(self._control.catalogue)
-        if set(self._live.spaces) != before:
+        before = {pair.versions for pair in self.pairs}
+        await self._load()
+        now = {pair.versions for pair in self.pairs}
+        if now != before:
             await self._kv.update_meta(self.announce)
-            for version in set(self._live.spaces) - before:
-                log.info("item version %s: publishing in it from here on", version)
+            for user_version, item_version in sorted(now - before):
+                log.info("item version %s, user version %s: publishing from here on", item_version, user_version)
         for here in list(self._here.values()):
             await self._change(here, catalogue)
         self._applied = catalogue
 
     async def _change(self, here: _Here, catalogue: Catalogue) -> None:
-        """Publish in the present versions for a partition, and see what is to be covered or removed."""
-        owned, user_version = here.owned, self._encoder.version
-        partition = owned.partition
-        new = [version for version in self._live.spaces if version not in owned.engine.versions]
-        for version in new:
-            status = Status(user_version, version, partition, owned.epoch, "covering")
-            here.statuses[version] = status
-            await self._tell(status)  # before the first vector of the version: whoever comes next must know of it
-        if set(owned.engine.versions) != set(self._live.spaces):
+        """Publish the present pairs for a partition, and see what is to be covered or removed."""
+        owned, pairs = here.owned, self.pairs
+        live = {pair.versions for pair in pairs}
+        new = [versions for versions in live if versions not in owned.engine.versions]
+        for versions in new:
+            status = Status(*versions, owned.partition, owned.epoch, "covering")
+            here.statuses[versions] = status
+            await self._tell(status)  # before the first vector of the pair: whoever comes next must know of it
+        if set(owned.engine.versions) != live:
             async with owned.turn:
-                owned.engine.serve(self.spaces)
-        here.todo += [version for version in new if version not in here.todo]
-        for version, (asked, why) in self._live.refused.items():
-            refusal = Status(user_version, version, partition, owned.epoch, "refused", error=why, asked=asked)
-            known = self._control.coverage.of(user_version, version, partition)
-            if version in catalogue.live and known != refusal:
-                await self._tell(refusal)
+                owned.engine.serve(pairs)
+        here.todo += [versions for versions in new if versions not in here.todo]
+        await self._refuse(owned, catalogue)
         for version in catalogue.retired:
-            if version not in here.todo and self._spoken_of(version, partition):
-                here.statuses[version] = Status(user_version, version, partition, owned.epoch, "removing")
-                here.todo.append(version)
-        for retired in catalogue.retired_user_versions.values():
-            for status in filter(retired.covers, list(self._control.coverage.statuses.values())):
-                pair = ":".join(status.pair)
-                if status.partition == partition and status.user_version != user_version and pair not in here.todo:
-                    here.statuses[pair] = status.at("removing", epoch=owned.epoch)
-                    here.todo.append(pair)
+            everything = "", version
+            if everything not in here.todo and self._spoken_of(version, owned.partition):
+                here.statuses[everything] = Status(*everything, owned.partition, owned.epoch, "removing")
+                here.todo.append(everything)
+        for retired in catalogue.retired_encoders.values():
+            for status in filter(retired.removes, list(self._control.coverage.statuses.values())):
+                if status.partition != owned.partition or status.pair in live or status.pair in here.todo:
+                    continue
+                here.statuses[status.pair] = status.at("removing", epoch=owned.epoch)
+                here.todo.append(status.pair)
+
+    async def _refuse(self, owned: Owned, catalogue: Catalogue) -> None:
+        """Say of each live version that this worker could not load why."""
+        user_version = next(iter(self._encoders.encoders), self._encoders.base.version)
+        item_version = next(iter(self._live.spaces))
+        refused = [
+            (Status(user_version, version, owned.partition, owned.epoch, "refused", error=why, asked=asked))
+            for version, (asked, why) in self._live.refused.items()
+            if version in catalogue.live
+        ]
+        refused += [
+            (Status(version, item_version, owned.partition, owned.epoch, "refused", error=why, asked=asked))
+            for version, (asked, why) in self._encoders.refused.items()
+            if version in catalogue.live_encoders
+        ]
+        for refusal in refused:
+            if self._control.coverage.of(*refusal.pair, owned.partition) != refusal:
+                await self._tell(refusal)
 
     def left_behind(self, owned: Owned) -> list[bytes]:
         """Prefixes of the keys that a partition has vectors under which nobody keeps current any more."""
-        live = {(self._encoder.version, version) for version in owned.engine.versions}
         spoken_of = self._control.coverage.statuses.values()
         pairs = {s.pair for s in spoken_of if s.partition == owned.partition and s.stage != "removed"}
-        return [user_cache_key("", item, user).encode() for user, item in sorted(pairs - live)]
+        return [user_cache_key("", item, user).encode() for user, item in sorted(pairs - set(owned.engine.versions))]
 
     def _spoken_of(self, version: str, partition: int) -> list[Status]:
-        """What is known of a version's vectors in a partition, of whatever user version, that are not removed yet."""
+        """What is known of an item version's vectors in a partition, of whatever user version, not removed yet."""
         statuses = self._control.coverage.statuses.values()
         return [s for s in statuses if (s.item_version, s.partition) == (version, partition) and s.stage != "removed"]
 
     async def _serve(self) -> None:
         """Let readers follow another pair once it covers all users, or somebody insists."""
-        target, active = self._target(), self._control.catalogue.active
+        target, catalogue = self._target(), self._control.catalogue
         if target is None or target == self._served:
             return
-        forced = active is not None and active[1].force and active[0] == target.offset
+        said = [active for active in (catalogue.active, catalogue.active_encoder) if active is not None]
+        forced = any(record.force and offset == target.offset for offset, record in said)
         pair = target.user_version, target.item_version
         if not forced and not self._control.coverage.covered(*pair, self.partitions):
             return
@@ -285,7 +314,7 @@ class Rollout:
             nonlocal outlived
             current = meta.current
             outlived = current is not None and current.offset >= end
-            if current is not None and current.offset > target.offset and not (outlived and active is not None):
+            if current is not None and current.offset > target.offset and not (outlived and said):
                 return meta
             return replace(meta, current=target)
 
@@ -302,19 +331,19 @@ class Rollout:
         self._served = target
 
     async def _forget(self) -> None:
-        """Take the fallbacks of versions that nobody has a vector in any more out of the shared record."""
-        coverage, encoder = self._control.coverage, self._encoder.version
-        for version in self._control.catalogue.retired:
-            stages = {status.stage for status in coverage.statuses.values() if status.item_version == version}
-            if version in self._forgotten or stages != {"removed"}:
+        """Take the fallbacks of pairs that nobody has a vector of any more out of the shared record."""
+        coverage, catalogue = self._control.coverage, self._control.catalogue
+        gone = [
+            (f":{version}", [status for status in coverage.statuses.values() if status.item_version == version])
+            for version in catalogue.retired
+        ]
+        gone += [(f"{name}:", some) for name, some in coverage.user_versions(but=self._encoders.encoders).items()]
+        self._forgotten &= {name for name, _ in gone}  # what came back may go again
+        for name, statuses in gone:
+            if name in self._forgotten or {status.stage for status in statuses} != {"removed"}:
                 continue
-            await self._kv.update_meta(partial(_without, {fallback_key(version, encoder)}))
-            self._forgotten.add(version)
-        for version, statuses in coverage.other_user_versions(encoder).items():
-            stages, name = {status.stage for status in statuses}, f"{version}:"
-            if name in self._forgotten or stages != {"removed"}:
-                continue
-            await self._kv.update_meta(partial(_without, {fallback_key(s.item_version, version) for s in statuses}))
+            keys = {fallback_key(status.item_version, status.user_version) for status in statuses}
+            await self._kv.update_meta(partial(_without, keys))
             self._forgotten.add(name)
 
     # -- work on all users ----------------------------------------------------------------------------------------
@@ -329,23 +358,32 @@ class Rollout:
             await self._on_error(exc)
         self._work = None
 
-    async def _work_on(self, here: _Here, version: str) -> None:
-        status = here.statuses[version]
+    async def _work_on(self, here: _Here, versions: Versions) -> None:
+        status = here.statuses[versions]
+        user_version, item_version = versions
         if status.stage == "removing":
             meta = await self._kv.update_meta(lambda meta: meta)
-            mine, current = status.user_version == self._encoder.version, meta.current
-            served = current is not None and current.item_version == status.item_version
-            if served and (mine or (current is not None and current.user_version == status.user_version)):
-                log.warning("item version %s is retired while it is served; activate another one first", version)
+            current = meta.current
+            served = current is not None and item_version == current.item_version
+            if served and current is not None and user_version in ("", current.user_version):
+                what = f"encoder {user_version}" if user_version else f"item version {item_version}"
+                log.warning("%s is retired while it is served; activate another one first", what)
                 return
-            versions = [key.rsplit(":", 1)[1] for key in meta.encoders] if mine else [status.user_version]
-            status = await self._backfill.remove(here.owned, status, versions, self._tell)
-            for spoken in self._spoken_of(version, status.partition) if mine else ():
-                await self._tell(status.at(status.stage, user_version=spoken.user_version))
-        elif version in self._live.spaces:
-            status = await self._backfill.cover(here.owned, status, self._tell)
-        here.statuses[version] = status
-        await self._tell(status)
+            spoken = [] if user_version else self._spoken_of(item_version, status.partition)
+            known = {key.rsplit(":", 1)[1] for key in meta.encoders} | {one.user_version for one in spoken}
+            users = [user_version] if user_version else sorted(known)
+            status = await self._backfill.remove(here.owned, status, users, self._report)
+            for one in spoken:
+                await self._tell(status.at(status.stage, user_version=one.user_version))
+        elif versions in here.owned.engine.versions:
+            status = await self._backfill.cover(here.owned, status, self._report)
+        here.statuses[versions] = status
+        await self._report(status)
+
+    async def _report(self, status: Status) -> None:
+        """Say how far it is; of all pairs of an item version together, under the name of one."""
+        user_version = status.user_version or self._encoders.base.version
+        await self._tell(status.at(status.stage, user_version=user_version))
 
 
 def _without(fallbacks: Collection[str], meta: Meta) -> Meta:

@@ -187,10 +187,10 @@ class EmbeddingApp(faust.App):
             msg = f"UEMB_STATE_DIR {settings.state_dir} can't be used ({exc.strerror})"
             raise ConfigError(msg) from exc
         log.info(
-            "app %s: %s partitions, user version %s, item versions %s",
+            "app %s: %s partitions, user versions %s, item versions %s",
             settings.app_id,
             topics.partitions,
-            settings.versioned_encoder.version,
+            ", ".join(dict.fromkeys(pair.encoder.version for pair in rollout.pairs)),
             ", ".join(f"{s.version} ({len(s)} items, {s.dim} dims)" for s in rollout.spaces),
         )
 

@@ -66,8 +66,7 @@ class Partitions:
         self._rebuilds: dict[int, asyncio.Task[None]] = {}
         self._expiry: asyncio.Task[None] | None = None
         self._decoder = EventDecoder(parts.settings.rules)
-        encoder = parts.settings.versioned_encoder.encoder
-        self._rows = SharedRows(HistoryCodec(parts.settings.event_types), encoder.type_weights)
+        self._rows = SharedRows(HistoryCodec(parts.settings.event_types))
         self._input_topics = (*parts.settings.event_topics, parts.settings.deletion_topic)
 
     async def take(self, partitions: Sequence[int], standbys: Sequence[int]) -> None:
@@ -135,8 +134,7 @@ class Partitions:
             max_age_s=parts.topics.removed_kept_s,
         )
         engine = Engine(
-            parts.rollout.spaces,
-            settings.versioned_encoder,
+            parts.rollout.pairs,
             settings.rules,
             partition=partition,
             partitions=parts.topics.partitions,

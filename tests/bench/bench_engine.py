@@ -24,6 +24,7 @@ from stream.cli.bench.load import IDS, START_MS, Load
 from stream.config import load_settings
 from stream.core.engine import Engine
 from stream.core.formulas import user_embed_mix
+from stream.core.space_engine import Pair
 from stream.items.space import ItemSpace
 
 ROUNDS = 5
@@ -47,9 +48,8 @@ class Steps:
 
     def __init__(self, load: Load, spaces: Sequence[ItemSpace], hot_users: int) -> None:
         settings = load_settings()
-        self.engine = Engine(
-            spaces, settings.versioned_encoder, settings.rules, partition=0, partitions=1, hot_users=hot_users
-        )
+        pairs = [Pair(settings.versioned_encoder, space) for space in spaces]
+        self.engine = Engine(pairs, settings.rules, partition=0, partitions=1, hot_users=hot_users)
         self.states: dict[bytes, bytes | None] = dict(load.states(settings))
         self._load = load
         self._runs = count()

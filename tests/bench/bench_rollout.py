@@ -24,7 +24,7 @@ from stream.cli.bench.throughput import Setup
 from stream.config import load_settings
 from stream.items.space import ItemSpace
 from stream.kafka.connection import librdkafka_config
-from stream.rollout.client import ItemControl
+from stream.rollout.client import RolloutClient
 
 
 def save(setup: Setup, version: str, dim: int) -> Path:
@@ -35,12 +35,12 @@ def save(setup: Setup, version: str, dim: int) -> Path:
     return folder
 
 
-def covered(control: ItemControl, user_version: str, version: str, partitions: int) -> bool:
+def covered(control: RolloutClient, user_version: str, version: str, partitions: int) -> bool:
     control.look()
     return control.coverage.covered(user_version, version, partitions)
 
 
-def done(control: ItemControl, version: str) -> int:
+def done(control: RolloutClient, version: str) -> int:
     return sum(status.done for status in control.coverage.statuses.values() if status.item_version == version)
 
 
@@ -62,7 +62,7 @@ def measure(setup: Setup, rate: float, dim: int, hot_users: int) -> dict[str, An
             item_versions_topic=f"{setup.prefix}.{name}.item-versions",
         )
         user_version = settings.versioned_encoder.version
-        control = ItemControl(settings)
+        control = RolloutClient(settings)
         events(5)  # warm
         before = events(20)
         control.say(control.record_of(save(setup, "second", dim), "prepare"))

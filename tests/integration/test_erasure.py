@@ -294,7 +294,7 @@ def test_uemb_delete_leaves_no_trace_but_the_marker(
         assert [reader.get(user).reason for user in (ERASED, DOWN)] == ["erased", "erased"]
     report = pipeline.verify()
     assert report["differ"] == 0
-    assert set(pipeline.verified) == set(versions)
+    assert pipeline.verified_items == set(versions)
     assert pipeline.stop() == 0
 
 

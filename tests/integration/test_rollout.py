@@ -82,7 +82,7 @@ def test_a_version_from_its_publication_to_the_removal_of_the_one_before(
     assert compared["compared"] + round(20 * compared["other"]["fallback_share"]) == 20
     assert 0.2 < compared["overlap"] < 1  # learned from nearly the same events, but not the same
     pipeline.check(len(users))
-    assert set(pipeline.verified) == {"films_v1", "films_v2"}
+    assert pipeline.verified_items == {"films_v1", "films_v2"}
 
     with (
         EmbeddingReader.open(pipeline.kv_url, timeout_s=1.0) as following,
@@ -110,7 +110,7 @@ def test_a_version_from_its_publication_to_the_removal_of_the_one_before(
 
     send(pipeline, films, FIRST + 2_000, FIRST + 3_000)
     pipeline.check(len(users_of(films, FIRST + 3_000)))
-    assert set(pipeline.verified) == {"films_v2"}
+    assert pipeline.verified_items == {"films_v2"}
     output = pipeline.last_output()
     gone = {key: value for key, value in output.items() if ":films_v1:" in key}
     assert set(gone.values()) == {None}
@@ -161,7 +161,7 @@ def test_a_version_that_breaks_after_it_was_checked_is_refused_and_serving_goes_
     assert "was refused" in pipeline.uemb("items", "activate", "films_v2", "--force", code=2)
     send(pipeline, films, 1_000, 2_000)
     pipeline.check(len(users_of(films, 2_000)))
-    assert set(pipeline.verified) == {"films_v1"}
+    assert pipeline.verified_items == {"films_v1"}
     shutil.rmtree(folder)
     shutil.copytree(second_folder, folder)
     pipeline.process.send_signal(signal.SIGSTOP)  # the refusal is of the record before: it says nothing of this one
@@ -170,7 +170,7 @@ def test_a_version_that_breaks_after_it_was_checked_is_refused_and_serving_goes_
     pipeline.process.send_signal(signal.SIGCONT)
     pipeline.uemb("items", "status", "films_v2", "--wait")
     pipeline.check(len(users_of(films, 2_000)))
-    assert set(pipeline.verified) == {"films_v1", "films_v2"}
+    assert pipeline.verified_items == {"films_v1", "films_v2"}
     assert pipeline.stop() == 0
 
 
@@ -230,9 +230,10 @@ def check_retired_user_version(pipeline: Pipeline) -> None:
     def last(user_version: str) -> dict[str, bytes | None]:
         return {k: v for k, v in pipeline.last_output().items() if k.split(":")[1] == user_version}
 
-    (left,) = json.loads(pipeline.uemb("items", "status", "--json"))["other_user_versions"]
+    served, left = json.loads(pipeline.uemb("encoder", "status", "--json"))["encoders"]
     name = left["user_version"]
-    assert (name[:4], left["state"], left["removed"]) == ("avg-", "kept", 0)
+    assert (served["user_version"], served["state"]) == ("mix-edd8f311", "served")
+    assert (name[:4], left["state"], left["removed"]) == ("avg-", "left", 0)
     assert all(last(name).values())
     erased = next(iter(last(name))).split(":", 3)[3]
     pipeline.uemb("delete", erased, "--wait")  # reaches what nobody keeps current, too
@@ -242,16 +243,16 @@ def check_retired_user_version(pipeline: Pipeline) -> None:
         assert reader.get(erased).reason == "missing"
         assert reader.get(next(key for key, value in last(name).items() if value).split(":", 3)[3]).reason != "missing"
     ours = {key for key, value in last("mix-edd8f311").items() if value}
-    assert "is that of these settings" in pipeline.uemb("items", "retire", "--user-version", "mix-edd8f311", code=2)
-    assert "is not known" in pipeline.uemb("items", "retire", "--user-version", "mix-0", code=2)
-    pipeline.uemb("items", "retire", "--user-version", name, "--wait")
+    assert "is served; activate another" in pipeline.uemb("encoder", "retire", "mix-edd8f311", code=2)
+    assert "is not known" in pipeline.uemb("encoder", "retire", "mix-0", code=2)
+    pipeline.uemb("encoder", "retire", name, "--wait")
     gone = last(name)
     assert set(gone.values()) == {None}
     assert set(pipeline.entries({key.split(":", 3)[3]: key for key in gone}).values()) == {None}
     assert all(last("mix-edd8f311")[key] for key in ours)
     with EmbeddingReader.open(pipeline.kv_url, user_version=name, item_version="films_v1", timeout_s=1.0) as reader:
         pipeline.until(lambda: reader.get(1).reason == "version_missing", "its fallback is gone")
-    assert f"user version {name}: retired, removed in 4 of 4" in pipeline.uemb("items", "status")
+    assert f"{name}: retired, removed in 4 of 4" in pipeline.uemb("encoder", "status")
 
 
 def test_an_activation_counts_after_the_control_topic_was_made_anew(

@@ -212,17 +212,15 @@ def test_a_space_that_joins_and_one_that_leaves_midway(data, stream, limit, weig
     joins, leaves = sorted(data.draw(st.tuples(*2 * [st.integers(0, len(batches))])))
     driver = Driver([old], encoder, hot_users=data.draw(st.integers(1, 3)))
     driver.run(batches[:joins])
-    driver.spaces = [old, new]
-    driver.engine.serve(driver.spaces)
+    driver.serve([old, new])
     passed = data.draw(st.integers(joins, leaves))  # the pass over all users comes some batches later
     driver.run(batches[joins:passed])
-    result, _ = driver.engine.embed(driver.states, "items_v2", driver.epoch)
+    result, _ = driver.engine.embed(driver.states, (encoder.version, "items_v2"), driver.epoch)
     assert not result.states
     driver.kv |= result.entries
     driver.topic |= dict(result.output)
     driver.run(batches[passed:leaves])
-    driver.spaces = [new]
-    driver.engine.serve(driver.spaces)
+    driver.serve([new])
     driver.run(batches[leaves:])
     oracle = Oracle(limit, [new], type_weights=weights)
     for operation in stream:

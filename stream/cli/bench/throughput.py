@@ -19,7 +19,7 @@ from confluent_kafka import Consumer, TopicPartition
 
 from stream.cli.bench.load import ITEM_VERSION, Load, Writer, make_topics
 from stream.cli.bench.peer import PEER
-from stream.cli.bench.process import BenchError, Ends, Mark, System
+from stream.cli.bench.process import START_PATIENCE_S, BenchError, Ends, Mark, System
 from stream.config import ENV_PREFIX, Settings
 from stream.core.records import decode
 from stream.kafka.connection import librdkafka_config
@@ -28,6 +28,7 @@ from stream.rollout.records import Status
 CHECKED_EVENTS: Final = 1_000
 TOLERANCE: Final = 1e-5  # the peer computes in float32
 MAX_LOST: Final = 100
+_PROBE_S: Final = 0.5
 _COMPACT: Final = {"cleanup.policy": "compact"}
 Note = Callable[[str], None]
 
@@ -102,6 +103,21 @@ class Setup:
         """Write `count` events of the workload from number `start` on."""
         events = self.load.events(count, start)
         Writer(self.client, self.partitions).write((self.events, user, user, value) for user, value in events)
+
+    def awaken(self, system: System, ends: "Ends", output: str) -> int:
+        """Write one event after another until a system publishes something; return how many that took."""
+        probes, due_at = 0, 0.0
+        end_at = time.perf_counter() + START_PATIENCE_S
+        while not ends.count(output):
+            system.check()
+            if time.perf_counter() >= end_at:
+                msg = f"it published nothing in {START_PATIENCE_S:g} s:\n{system.tail()}"
+                raise BenchError(msg)
+            if time.perf_counter() >= due_at:
+                self.feed(1, probes)
+                probes, due_at = probes + 1, time.perf_counter() + _PROBE_S
+            time.sleep(0.05)
+        return probes
 
     def worker(self, name: str, **more: str) -> tuple[System, str]:
         """Start a worker with full histories; return it and its output topic."""
@@ -197,29 +213,36 @@ def measure(system: System, ends: Ends, output: str, first: Mark, target: int) -
     return Rate(count / (last.at_s - first.at_s), 1e6 * (last.cpu_s - first.cpu_s) / count)
 
 
-def check_equal(setup: Setup, ends: Ends, note: Note) -> int:
-    """Run both systems over the same few events and compare every user's last vector; return how many were compared.
+def check_equal(setup: Setup, ends: Ends, note: Note) -> tuple[int, int]:
+    """Run both systems over the same few events and compare every user's last vector.
 
-    Plain Faust loses some records around its start (at most `MAX_LOST` are let pass, and told); their users can't be
-    compared.
+    Plain Faust loses records around its start: so it is awake before those come that are compared. The worker reads
+    all of them. Users of whom one of the two saw less can't be compared.
+
+    Returns:
+        how many users were compared, and how many events are on the topic now.
 
     Raises:
         BenchError: they differ, or one of them did not do its job.
     """
-    system, output = setup.worker("equal-worker")
-    with system:
-        system.until_count(ends, output, CHECKED_EVENTS)
-    ours = {key.rsplit(":", 1)[1]: found for key, found in read_all(setup, output).items()}
     system, output = setup.peer("equal-peer", {})
     with system:
-        published = system.until_quiet(ends, output, CHECKED_EVENTS)
+        probes = setup.awaken(system, ends, output)
+        awake = ends.count(output)
+        setup.feed(CHECKED_EVENTS, probes)
+        published = system.until_quiet(ends, output, awake + CHECKED_EVENTS) - awake
     theirs = read_all(setup, output)
     if published < CHECKED_EVENTS:
         note(f"plain Faust published {published} of {CHECKED_EVENTS} events")
-    if sum(found.records for found in ours.values()) != CHECKED_EVENTS or published < CHECKED_EVENTS - MAX_LOST:
+    fed = probes + CHECKED_EVENTS
+    system, output = setup.worker("equal-worker")
+    with system:
+        system.until_count(ends, output, fed)
+    ours = {key.rsplit(":", 1)[1]: found for key, found in read_all(setup, output).items()}
+    if sum(found.records for found in ours.values()) != fed or published < CHECKED_EVENTS - MAX_LOST:
         msg = f"of {CHECKED_EVENTS} events plain Faust published {published}"
         raise BenchError(msg)
-    return compare_users(ours, theirs)
+    return compare_users(ours, theirs), fed
 
 
 def compare_users(ours: "Mapping[str, LastRecord]", theirs: "Mapping[str, LastRecord]") -> int:
@@ -267,10 +290,9 @@ def compare(setup: Setup, sizes: Sizes, note: Note) -> dict[str, Any]:
     """Check, sweep and measure; return what `uemb bench --json` prints of it."""
     setup.prepare()
     ends = Ends(setup.client, setup.partitions)
-    setup.feed(CHECKED_EVENTS, 0)
-    compared = check_equal(setup, ends, note)
+    compared, fed = check_equal(setup, ends, note)
     note(f"vectors of {compared} users are equal to {TOLERANCE:g}")
-    setup.feed(sizes.worker_events, CHECKED_EVENTS)
+    setup.feed(sizes.worker_events, fed)
     sweep: dict[str, Rate] = {}
     for number, (name, settings) in enumerate(SWEEP.items()):
         sweep[name] = _peer_rate(setup, ends, f"sweep{number}", settings, sizes.sweep_events)

@@ -12,7 +12,6 @@ from stream.core.events import DeletionDecoder, EventDecoder, Reason, Reject
 from stream.core.history import History
 from stream.core.history_codec import TS_BYTES, HistoryCodec, stored_order
 from stream.core.records import kv_prefix
-from stream.items.space import ItemSpace
 from stream.kafka.dead_letters import Letter
 from stream.kafka.log_reader import unreadable
 from stream.keys import partition_of, user_cache_key
@@ -35,7 +34,7 @@ class PartitionFold:
 
     Args:
         settings: topics, rules and history length.
-        space: item space of the keys that are looked at.
+        versions: user and item version of the keys that are looked at.
         partition: number of the partition.
         partitions: how many there are.
         scratch: an empty table.
@@ -45,7 +44,9 @@ class PartitionFold:
         other_versions: output records of other versions' keys.
     """
 
-    def __init__(self, settings: Settings, space: ItemSpace, partition: int, partitions: int, scratch: Scratch) -> None:
+    def __init__(
+        self, settings: Settings, versions: tuple[str, str], partition: int, partitions: int, scratch: Scratch
+    ) -> None:
         self._settings = settings
         self._partition = partition
         self._partitions = partitions
@@ -56,7 +57,7 @@ class PartitionFold:
         self._events = EventDecoder(settings.rules)
         self._deletions = DeletionDecoder()
         self._codec = HistoryCodec(settings.event_types)
-        self._key_prefix = user_cache_key("", space.version, settings.versioned_encoder.version).encode()
+        self._key_prefix = user_cache_key("", versions[1], versions[0]).encode()
         self._any_unread = False
         self.claim: bytes | None = None
         self.other_versions = 0

@@ -11,7 +11,7 @@ from stream.core.encoders import REASONS, VersionedEncoder
 from stream.core.history import History
 from stream.core.history_codec import NEVER, key_ts_ms
 from stream.core.records import CorruptRecord, EmbeddingRecord, decode, kv_entry, to_json
-from stream.items.space import ItemSpace
+from stream.core.space import Space
 
 TOLERANCE: Final = 1e-6
 #: Fields of a record in the JSON shape that follow from the history, beside the vector and its norm.
@@ -79,7 +79,7 @@ class Rules:
     """
 
     def __init__(
-        self, space: ItemSpace, encoder: VersionedEncoder, *, json_output: bool, ended_ms: int | None = None
+        self, space: Space, encoder: VersionedEncoder, *, json_output: bool, ended_ms: int | None = None
     ) -> None:
         self._space = space
         self._encoder = encoder
@@ -149,7 +149,10 @@ class Rules:
     def _expected(self, user: str, history: History) -> EmbeddingRecord:
         interactions = history.interactions()
         vector, found, unknown = self._encoder.embed(
-            self._space, [i.item_id for i in interactions], [i.type for i in interactions]
+            self._space,
+            [i.item_id for i in interactions],
+            [i.type for i in interactions],
+            [i.ts_ms for i in interactions],
         )
         status, reason = REASONS[found]
         norm = float(np.linalg.norm(vector.astype(np.float64)))

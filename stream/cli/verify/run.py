@@ -16,8 +16,8 @@ from confluent_kafka import Consumer, ConsumerGroupTopicPartitions, KafkaExcepti
 from stream.cli.verify.fold import PartitionFold
 from stream.cli.verify.rules import Rules
 from stream.config import Settings
+from stream.core.space_engine import Pair
 from stream.errors import ConfigError, NotAllowed
-from stream.items.space import ItemSpace
 from stream.kafka.brokers import admin_client
 from stream.kafka.grants import GROUP_REFUSED
 from stream.kafka.log_reader import TIMEOUT_S, Span, open_consumer, read, unreadable, whole
@@ -82,7 +82,7 @@ class Verifier:
 
     Args:
         settings: the worker's own.
-        space: the item space that is served.
+        pair: the encoder and the item space whose vectors are looked at.
         store: reads the key-value store, None to leave it out.
         patience_s: how long to look again, for each partition, at users that are not in order.
         keep: how many differences to report in full.
@@ -94,7 +94,7 @@ class Verifier:
     def __init__(
         self,
         settings: Settings,
-        space: ItemSpace,
+        pair: Pair,
         store: KVReader | None,
         *,
         patience_s: float = PATIENCE_S,
@@ -105,11 +105,11 @@ class Verifier:
         self._store = store
         self._patience_s = patience_s
         self._keep = keep
-        self._space = space
+        self._pair = pair
         kept_ms = settings.erasure_marker_retention_ms
         self._rules = Rules(
-            space,
-            settings.versioned_encoder,
+            pair.space,
+            pair.encoder,
             json_output=settings.output_format == "json",
             ended_ms=None if kept_ms is None else time.time_ns() // 1_000_000 - kept_ms,
         )
@@ -145,7 +145,7 @@ class Verifier:
         return self.report
 
     def _partition(self, partition: int, scratch: Scratch, consumer: Consumer, on_progress: OnProgress) -> None:
-        fold = PartitionFold(self._settings, self._space, partition, self.partitions, scratch)
+        fold = PartitionFold(self._settings, self._pair.versions, partition, self.partitions, scratch)
         at: dict[tuple[str, int], int] = {}
         deadline = time.monotonic() + self._patience_s
         users: Iterable[bytes] = fold.users()

@@ -32,6 +32,7 @@ from stream.core.events import EventRules, Reason
 from stream.core.history import History
 from stream.core.history_codec import HistoryCodec, sort_key, stored_order
 from stream.core.records import decode, kv_entry, to_json
+from stream.core.space_engine import Pair
 from stream.errors import StateError
 from stream.keys import partition_of
 
@@ -310,9 +311,8 @@ def test_a_user_can_be_sent_again_on_request():
 
 @pytest.mark.parametrize("topic", [TOPIC, DELETIONS])
 def test_what_causes_nothing_must_be_where_its_key_belongs_too(topic):
-    engine = Engine(
-        [SPACE], VersionedEncoder(MixEncoder(), 5), EventRules(TYPES, frozenset({"seen"})), partition=1, partitions=3
-    )
+    pairs = [Pair(VersionedEncoder(MixEncoder(), 5), SPACE)]
+    engine = Engine(pairs, EventRules(TYPES, frozenset({"seen"})), partition=1, partitions=3)
     value = None if topic == DELETIONS else b'{"user_id": %d, "item_id": 1, "type": "seen", "ts": %d}'
     records = [SimpleNamespace(key=b"%d" % n, value=value and value % (n, T0), timestamp=T0) for n in range(30)]
     here = [partition_of(record.key, 3) == 1 for record in records]
@@ -552,9 +552,8 @@ def test_every_publication_is_under_the_present_epoch():
 
 
 def test_memory_is_bounded_by_the_hot_cache_whatever_passes_through():
-    engine = Engine(
-        [SPACE], VersionedEncoder(MixEncoder(), 100), EventRules(TYPES), partition=0, partitions=1, hot_users=10_000
-    )
+    pairs = [Pair(VersionedEncoder(MixEncoder(), 100), SPACE)]
+    engine = Engine(pairs, EventRules(TYPES), partition=0, partitions=1, hot_users=10_000)
     key = sort_key(T0, b"3", b"view")
     for start in range(0, 200_000, 2_000):
         batch = Batch([Op(str(user).encode(), key) for user in range(start, start + 2_000)])

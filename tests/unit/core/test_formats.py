@@ -25,7 +25,7 @@ from stream.kv.protocol import Meta, Serving
 from stream.kv.redis.losses import Known, Server
 from stream.kv.redis.writer import shown_keys
 from stream.pipeline.watermark import Progress
-from stream.rollout.records import ControlRecord, RetiredUserVersion, Status
+from stream.rollout.records import ControlRecord, EncoderRecord, Status
 from stream.worker.claims import Claim
 
 HISTORY_1 = bytes.fromhex(
@@ -65,6 +65,16 @@ FORCED_1 = (
     b'"sha256": "abababababababababababababababababababababababababababababababab", "state": "active", "force": true}'
 )
 RETIRED_USER_VERSION_1 = b'{"user_version": "avg-1", "state": "retired", "epochs": {"0": 5, "1": 7}}'
+FORMULA_1 = (
+    b'{"user_version": "avg-1", "state": "prepare", "hash": '
+    b'"abababababababababababababababababababababababababababababababab", "encoder": "avg", '
+    b'"params": {"decay": 0.3}, "type_weights": {"like": 2.0}}'
+)
+LEARNED_1 = (
+    b'{"user_version": "avg-1", "state": "active", "hash": '
+    b'"abababababababababababababababababababababababababababababababab", "encoder": "learned", '
+    b'"uri": "/srv/encoders/1", "item_version": "v1", "force": true}'
+)
 COVERING_1 = (
     b'{"user_version": "u", "item_version": "v1", "partition": 3, "epoch": 7, "stage": "covering", "users": 0, '
     b'"done": 0, "fallbacks": 0, "items": 0, "unknown_items": 0, "per_second": 0.0, "error": "", "asked": -1}'
@@ -226,9 +236,16 @@ def test_control_records() -> None:
     ):
         assert record.encode() == (b"v1", data)
         assert ControlRecord.decode(b"v1", data) == record
-    retired = RetiredUserVersion("avg-1", {0: 5, 1: 7})
-    assert retired.encode() == (b"user-version:avg-1", RETIRED_USER_VERSION_1)
-    assert RetiredUserVersion.decode(b"user-version:avg-1", RETIRED_USER_VERSION_1) == retired
+    for encoder, data in (
+        (EncoderRecord("avg-1", "retired", epochs={0: 5, 1: 7}), RETIRED_USER_VERSION_1),
+        (EncoderRecord("avg-1", "prepare", HASH, "avg", {"decay": 0.3}, {"like": 2.0}), FORMULA_1),
+        (
+            EncoderRecord("avg-1", "active", HASH, "learned", uri="/srv/encoders/1", item_version="v1", force=True),
+            LEARNED_1,
+        ),
+    ):
+        assert encoder.encode() == (b"user-version:avg-1", data)
+        assert EncoderRecord.decode(b"user-version:avg-1", data) == encoder
 
 
 def test_status_records() -> None:

@@ -28,25 +28,28 @@ def test_each_interaction_has_the_row_and_the_weight_of_its_item_and_type(
     monkeypatch.setattr(stored_rows, "_MEMO_LIMIT", limit)
     space, codec = random_space("v1", 4), HistoryCodec(TYPES)
     bodies = bodies_of(codec)
-    rows = SharedRows(codec, {"like": 2.5}).of(space)
+    shared = SharedRows(codec)
+    rows, weights = shared.rows_of(space), shared.weights_of({"like": 2.5})
     for _ in range(2):
         assert rows.rows(bodies) == [space.row(item.encode(), -1) for item in ITEMS]
-        assert rows.weights(bodies) == [2.5 if n % 2 else 1.0 for n in range(len(ITEMS))]
-    assert rows.rows([]) == rows.weights([]) == []
+        assert weights.weights(bodies) == [2.5 if n % 2 else 1.0 for n in range(len(ITEMS))]
+    assert rows.rows([]) == weights.weights([]) == []
 
 
 def test_partitions_share_what_is_remembered_until_their_version_is_retired() -> None:
-    shared = SharedRows(HistoryCodec(TYPES), {})
+    shared = SharedRows(HistoryCodec(TYPES))
     first, second = random_space("v1", 4), random_space("v2", 4)
-    rows = shared.of(first)
-    assert shared.of(first) is rows
-    assert shared.of(second) is not rows
-    gone = weakref.ref(rows)
-    del rows
+    rows, weights = shared.rows_of(first), shared.weights_of({"like": 2.0, "view": 0.5})
+    assert shared.rows_of(first) is rows
+    assert shared.rows_of(second) is not rows
+    assert shared.weights_of({"view": 0.5, "like": 2.0}) is weights
+    assert shared.weights_of({"view": 0.5}) is not weights
+    gone = weakref.ref(rows), weakref.ref(weights)
+    del rows, weights
     gc.collect()
-    assert gone() is None
+    assert [ref() for ref in gone] == [None, None]
 
 
 def test_what_no_worker_writes_is_refused() -> None:
     with pytest.raises(StateError):
-        SharedRows(HistoryCodec(TYPES), {}).of(random_space("v1", 4)).rows([b"\x63\x00\x01"])
+        SharedRows(HistoryCodec(TYPES)).rows_of(random_space("v1", 4)).rows([b"\x63\x00\x01"])

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stream.core.sums import MAX_WINDOW, DecayedSums, Newer
+from stream.core.sums import MAX_WINDOW, DecayedSums, FadingSums, Moved, Newer
 
 DECAYS = (0.01, 0.15, 0.0)
 
@@ -33,6 +33,12 @@ def check(got, want):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-9)
 
 
+def moved(some):
+    """What arrives or leaves: ``(row, weight)``, or ``(row, weight, time)``, for each slot."""
+    columns = [np.array(column) for column in zip(*some, strict=True)]
+    return Moved(columns[0].astype(np.int64), columns[1].astype(np.float64), *columns[2:])
+
+
 entries = st.tuples(st.integers(-1, 11), st.sampled_from([1.0, 2.0, 0.5]))
 
 
@@ -48,7 +54,7 @@ def test_appending_equals_summing_one_by_one(rounds, limit):
         for history, entry in zip(histories, entering, strict=True):
             history.append(entry)
         new, old = np.array(entering), np.array(leaving)
-        sums.insert(slots, new[:, 0].astype(np.int64), new[:, 1], old[:, 0].astype(np.int64), old[:, 1])
+        sums.insert(slots, moved(new), moved(old))
         got = sums.read(slots)
         for i, history in enumerate(histories):
             check((got[0][i], got[1][i], got[2][i]), naive(matrix, history))
@@ -58,9 +64,9 @@ def test_appending_equals_summing_one_by_one(rounds, limit):
 
 def test_a_sum_of_nothing_is_exactly_nothing():
     sums = DecayedSums(vectors(), DECAYS, 2, 1)
-    slot, one = np.array([0]), np.ones(1)
+    slot = np.array([0])
     for row, gone in [(3, -1), (5, -1), (-1, 3), (-1, 5)]:
-        sums.insert(slot, np.array([row]), one, np.array([gone]), one)
+        sums.insert(slot, moved([(row, 1.0)]), moved([(gone, 1.0)]))
     assert not any(part.any() for part in sums.read(slot))
 
 
@@ -128,7 +134,7 @@ def test_a_window_without_known_items_is_zero(rows):
 
 def test_growing_keeps_what_is_there():
     sums = DecayedSums(vectors(), DECAYS, 5, 2)
-    sums.insert(np.array([1]), np.array([4]), np.ones(1), np.array([-1]), np.ones(1))
+    sums.insert(np.array([1]), moved([(4, 1.0)]), moved([(-1, 1.0)]))
     before = [part.copy() for part in sums.read(np.array([0, 1]))]
     sums.grow(1)
     sums.grow(3)
@@ -140,7 +146,7 @@ def test_growing_keeps_what_is_there():
 def test_what_is_put_is_read_and_reading_copies():
     sums = DecayedSums(vectors(), DECAYS, 5, 2)
     want = naive(vectors(), [(3, 1.0), (4, 2.0)])
-    sums.put(1, *want)
+    sums.put(1, *want, 0)
     got = sums.read(np.array([1]))
     check((got[0][0], got[1][0], got[2][0]), want)
     got[0][:] = 9
@@ -156,7 +162,7 @@ def test_long_histories_do_not_drift():
     slot, one = np.array([0]), np.ones(1)
     for i, row in enumerate(rows):
         old = rows[i - limit : i - limit + 1] if i >= limit else np.array([-1])
-        sums.insert(slot, np.array([row]), one, old, one)
+        sums.insert(slot, Moved(np.array([row]), one), Moved(old, one))
     got = sums.read(slot)
     want = naive(matrix, [(int(row), 1.0) for row in rows[-limit:]])
     np.testing.assert_allclose(got[0][0], want[0], rtol=0, atol=1e-11)
@@ -193,8 +199,102 @@ def test_inserting_anywhere_equals_summing_one_by_one(data):
             rows = [[row for row, _ in newer] for _, newer in late]
             weights = [[weight for _, weight in newer] for _, newer in late]
             aside = Newer(np.array([i for i, _ in late]), rows, weights if weighted else None)
-        n, o = np.array(new), np.array(old)
-        sums.insert(slots, n[:, 0].astype(np.int64), n[:, 1], o[:, 0].astype(np.int64), o[:, 1], aside)
+        sums.insert(slots, moved(new), moved(old), aside)
         got = sums.read(slots)
         for i, history in enumerate(histories):
             check((got[0][i], got[1][i], got[2][i]), naive(matrix, history))
+
+
+# -- by time ------------------------------------------------------------------------------------------------------
+
+HOUR_MS = 3_600_000
+#: Per millisecond: half gone after a minute, a day, never.
+BY_TIME = (np.log(2) / 60_000, np.log(2) / (24 * HOUR_MS), 0.0)
+times = st.sampled_from([0, 1, 59_999, 60_000, HOUR_MS, 24 * HOUR_MS, 365 * 24 * HOUR_MS, (1 << 48) - 1]) | st.integers(
+    0, 100 * HOUR_MS
+)
+timed = st.tuples(st.integers(-1, 11), st.sampled_from([1.0, 2.0, 0.5]), times)
+
+
+def naive_by_time(matrix, history):
+    """Sums, totals and count of ``(row, weight, time)``, in any order, row -1 unknown."""
+    known = [entry for entry in history if entry[0] >= 0]
+    sums, totals = np.zeros((len(BY_TIME), matrix.shape[1])), np.zeros(len(BY_TIME))
+    newest = max((at for _, _, at in known), default=0)
+    for k, decay in enumerate(BY_TIME):
+        for row, weight, at in known:
+            w = weight * np.exp(-decay * (newest - at))
+            sums[k] += w * matrix[row].astype(np.float64)
+            totals[k] += w
+    return sums, totals, len(known)
+
+
+@given(st.data())
+def test_sums_by_time_equal_summing_one_by_one_whatever_order_they_arrive_in(data):
+    limit = data.draw(st.integers(1, 6))
+    weighted = data.draw(st.booleans())
+    some = timed if weighted else st.tuples(st.integers(-1, 11), st.just(1.0), times)
+    matrix = vectors()
+    sums = FadingSums(matrix, BY_TIME, 8)
+    slots = np.array([5, 2, 7])
+    histories = [sorted(data.draw(st.lists(some, max_size=limit)), key=lambda e: e[2]) for _ in slots]
+    known = [[entry for entry in reversed(history) if entry[0] >= 0] for history in histories]
+    sums.load(
+        slots,
+        [[r for r, _, _ in k] for k in known],
+        [[w for _, w, _ in k] for k in known] if weighted else None,
+        [np.array([t for _, _, t in k], dtype=np.int64) for k in known],
+    )
+    for _ in range(data.draw(st.integers(0, 10))):
+        new, old = [], []
+        for history in histories:
+            entry, gone = data.draw(some), (-1, 1.0, 0)
+            if len(history) == limit:
+                if entry[2] < history[0][2]:  # too old for it: nothing arrives
+                    new.append((-1, 1.0, entry[2]))
+                    old.append(gone)
+                    continue
+                gone = history.pop(0)
+            history.append(entry)
+            history.sort(key=lambda e: e[2])
+            new.append(entry)
+            old.append(gone)
+        sums.insert(slots, moved(new), moved(old))
+        got = sums.read(slots)
+        for i, history in enumerate(histories):
+            check((got[0][i], got[1][i], got[2][i]), naive_by_time(matrix, history))
+
+
+@pytest.mark.parametrize("n_steps", [1, 50, MAX_WINDOW + 1])
+def test_a_window_by_time_equals_summing_each_state(n_steps):
+    matrix, rng = vectors(), random.Random(n_steps)
+    sums = FadingSums(matrix, BY_TIME, 1)
+    (rows, weights, arrived, left), _ = random_states(n_steps, n_steps)
+    at = np.sort([rng.randrange(100 * HOUR_MS) for _ in rows]).astype(np.int64)
+    got = sums.window(rows, weights, arrived, left, np.arange(n_steps), at)
+    for step in range(n_steps):
+        state = [
+            (row, weight, when)
+            for row, weight, when, a, b in zip(rows, weights, at, arrived, left, strict=True)
+            if a <= step < b
+        ]
+        check((got[0][step], got[1][step], got[2][step]), naive_by_time(matrix, state))
+
+
+def test_sums_by_time_without_known_items_are_nothing_and_grow():
+    sums = FadingSums(vectors(), BY_TIME, 1)
+    got = sums.window(np.array([-1]), None, np.array([-1]), np.array([9]), np.array([0, 1]), np.array([5]))
+    assert [part.shape for part in got] == [(2, 3, 3), (2, 3), (2,)]
+    assert not any(part.any() for part in got)
+    sums.insert(np.array([0]), moved([(3, 1.0, 9)]), moved([(-1, 1.0, 0)]))
+    sums.grow(3)
+    sums.insert(np.array([0]), moved([(-1, 1.0, 50)]), moved([(3, 1.0, 9)]))
+    assert not any(part.any() for part in sums.read(np.array([0, 1, 2])))
+    sums.insert(np.array([0]), moved([(4, 2.0, 1)]), moved([(-1, 1.0, 0)]))  # older than what was there once
+    check([part[0] for part in sums.read(np.array([0]))], naive_by_time(vectors(), [(4, 2.0, 1)]))
+
+
+def test_sums_by_time_can_not_do_without_times():
+    sums = FadingSums(vectors(), BY_TIME, 1)
+    with pytest.raises(ValueError, match="need the times"):
+        sums.sum_of([1, 2], None)

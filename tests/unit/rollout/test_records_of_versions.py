@@ -14,7 +14,7 @@ from stream.rollout.records import (
     Catalogue,
     ControlRecord,
     Coverage,
-    RetiredUserVersion,
+    EncoderRecord,
     Status,
 )
 
@@ -150,24 +150,24 @@ def test_what_an_earlier_owner_says_late_counts_for_nothing() -> None:
 
 def test_refusals_are_known_by_version() -> None:
     refused = Status("u", "v2", 0, 1, "refused", error="no vectors.npy", asked=7)
-    assert coverage(refused, Status("u", "v1", 0, 1, "covered")).refusals("v2", 7) == [refused]
-    assert coverage(refused).refusals("v2", 8) == []  # published again: nobody has looked at that yet
-    assert coverage(refused, Status("u", "v2", 0, 1, "covering")).refusals("v2", 7) == []
+    assert coverage(refused, Status("u", "v1", 0, 1, "covered")).refusals(7) == [refused]
+    assert coverage(refused).refusals(8) == []  # published again: nobody has looked at that yet
+    assert coverage(refused, Status("u", "v2", 0, 1, "covering")).refusals(7) == []
 
 
-class TestRetiredUserVersion:
+class TestRetiredEncoder:
     """A user version that workers have left, and whose vectors are to be removed."""
 
-    RETIRED = RetiredUserVersion("avg-1", {0: 5, 1: 7})
+    RETIRED = EncoderRecord("avg-1", "retired", epochs={0: 5, 1: 7})
 
     def test_it_is_in_the_catalogue_until_it_is_withdrawn(self) -> None:
         before = folded(("v1", "active"))
         key, value = self.RETIRED.encode()
         after = before.after(1, key, value)
-        assert after.retired_user_versions == {"avg-1": self.RETIRED}
-        assert (after.records, after.after(2, b"v1", control("v1", "retired")).retired_user_versions) == (
+        assert after.retired_encoders == {"avg-1": self.RETIRED}
+        assert (after.records, after.after(2, b"v1", control("v1", "retired")).retired_encoders) == (
             before.records,
-            after.retired_user_versions,
+            after.retired_encoders,
         )
         assert after.after(2, key, None) == before
 
@@ -200,4 +200,46 @@ class TestRetiredUserVersion:
         ],
     )
     def test_what_was_made_after_it_stays(self, status: Status, is_covered: bool) -> None:
-        assert self.RETIRED.covers(status) is is_covered
+        assert self.RETIRED.removes(status) is is_covered
+
+    def test_one_that_was_published_can_only_come_back_by_being_published(self) -> None:
+        retired = EncoderRecord("avg-1", "retired", "ab" * 32, "avg")
+        assert retired.removes(Status("avg-1", "v1", 0, 99, "covered"))
+        assert not retired.removes(Status("avg-1", "v1", 0, 99, "removed"))
+        assert not EncoderRecord("avg-1", "prepare", "ab" * 32, "avg").removes(Status("avg-1", "v1", 0, 9, "covered"))
+
+
+class TestPublishedEncoders:
+    """Encoders beside that of the settings."""
+
+    def encoder(self, version: str, state: str, **fields: object) -> tuple[bytes, bytes]:
+        return EncoderRecord(version, state, "ab" * 32, "avg", **fields).encode()
+
+    def test_the_one_activated_last_is_served(self) -> None:
+        catalogue = NOTHING_SAID
+        assert catalogue.active_encoder is None
+        for offset, (version, state) in enumerate(
+            [("avg-1", "active"), ("avg-2", "prepare"), ("avg-2", "active"), ("avg-1", "active"), ("avg-3", "retired")]
+        ):
+            catalogue = catalogue.after(offset, *self.encoder(version, state))
+        assert catalogue.active_encoder == (3, EncoderRecord("avg-1", "active", "ab" * 32, "avg"))
+        assert set(catalogue.live_encoders) == {"avg-1", "avg-2"}
+        assert set(catalogue.retired_encoders) == {"avg-3"}
+        assert catalogue.records == {}
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"hash": ""},
+            {"encoder": ""},
+            {"hash": "xyz"},
+            {"params": {"decay": "x"}},
+            {"type_weights": 3},
+            {"uri": "relative"},
+            {"state": "x"},
+        ],
+    )
+    def test_a_record_that_says_nothing_is_none(self, fields: dict[str, object]) -> None:
+        key, value = self.encoder("avg-1", "active")
+        with pytest.raises(BadRecord):
+            NOTHING_SAID.after(0, key, json.dumps({**json.loads(value), **fields}).encode())

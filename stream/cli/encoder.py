@@ -1,0 +1,290 @@
+"""The command group ``uemb encoder``: another encoder without downtime, and encoders that are learned."""
+
+from dataclasses import asdict
+from functools import partial
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import click
+from msgspec.structs import replace
+
+from stream.cli.rollouts import (
+    check_covered,
+    compared,
+    print_comparison,
+    progress_of,
+    progress_text,
+    rollout_client,
+    wait_until,
+)
+from stream.cli.terminal import out, print_json
+from stream.config import Settings, numbers_of
+from stream.core.encoders import VersionedEncoder, make_encoder
+from stream.encoders.folder import load_encoder, read_manifest
+from stream.errors import ConfigError
+from stream.rollout.client import RolloutClient, encoder_record
+from stream.rollout.records import EncoderRecord
+
+
+@click.group()
+def encoder() -> None:
+    """Publish with another encoder beside the served one, and learn encoders."""
+
+
+@encoder.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="print the result as one JSON document")
+def check(folder: Path, as_json: bool) -> None:
+    """Check a learned encoder's FOLDER: hash, features, and what its model says of histories."""
+    found, manifest = load_encoder(folder), read_manifest(folder)
+    made_for = found.made_for
+    if as_json:
+        print_json({"folder": str(folder), **found.params, "about": manifest.about})
+        return
+    out.print(f"{folder}: sound; {', '.join(found.features)} of item version {made_for.version}, {made_for.dim} dims")
+
+
+@encoder.command()
+@click.argument("what")
+@click.option("--params", default="", help="of a formula, as alpha_short=0.5,decay_long=0.02; others are the default")
+@click.option("--type-weights", default="", help="of a formula, factor per type, as like=2.0")
+@click.option("--as", "alias", help="name of the user version  [default: kind and hash]")
+@click.option("--wait", is_flag=True, help="return when every user has a vector of it")
+def publish(what: str, params: str, type_weights: str, alias: str | None, wait: bool) -> None:
+    """Publish vectors of another encoder beside the served one: avg, mix, mix_time, or the FOLDER of a learned one.
+
+    All workers must be able to read the folder under this path. They publish live updates of it, and write a vector of
+    it for every user; nobody is served from it before `uemb encoder activate`, but readers may be pinned to it.
+    """
+    with rollout_client() as (settings, control):
+        record = _record_of(settings, what, params, type_weights, alias)
+        name = record.user_version
+        if record.item_version and record.item_version not in _live_items(control):
+            msg = (
+                f"encoder {what} was made for item version {record.item_version}, which is not published; publish that "
+                "first (`uemb items publish`)"
+            )
+            raise ConfigError(msg)
+        known = control.live_encoders.get(name)
+        earlier = known or control.catalogue.retired_encoders.get(name)
+        if earlier is not None and earlier.hash not in ("", record.hash):
+            msg = f"user version {name} names another encoder; choose another name (--as)"
+            raise ConfigError(msg)
+        state = "is published already"
+        if known is None or (known.state == "prepare" and control.encoder_refusal(name)):
+            control.say(record)
+            state = "is published again" if known else "is published"
+        out.print(f"encoder {name} {state}; see `uemb encoder status`")
+        if wait:
+            _wait(settings, control, name)
+
+
+def _record_of(settings: Settings, what: str, params: str, type_weights: str, alias: str | None) -> EncoderRecord:
+    folder = Path(what)
+    try:
+        if folder.is_dir():
+            if params or type_weights:
+                msg = "a learned encoder has its parameters in its folder; leave --params and --type-weights out"
+                raise ConfigError(msg)
+            learned = VersionedEncoder(load_encoder(folder), settings.history_limit, alias)
+            return encoder_record(learned, folder, "prepare")
+        formula = make_encoder(what, numbers_of(params), numbers_of(type_weights))
+        if unknown := set(formula.type_weights) - set(settings.event_types):
+            msg = f"--type-weights names {sorted(unknown)[0]!r}, which is not among UEMB_EVENT_TYPES"
+            raise ConfigError(msg)
+        return encoder_record(VersionedEncoder(formula, settings.history_limit, alias), None, "prepare")
+    except ValueError as exc:
+        msg = f"{exc}" if not what.count("/") else f"there is no folder {what}"
+        raise ConfigError(msg) from exc
+
+
+def _live_items(control: RolloutClient) -> set[str]:
+    base = control.base
+    mine = {base.version} if base is not None and base.version not in control.catalogue.retired else set()
+    return mine | control.catalogue.live.keys()
+
+
+@encoder.command()
+@click.argument("version")
+@click.option("--force", is_flag=True, help="serve it although not every user has a vector of it yet")
+@click.option("--wait", is_flag=True, help="first wait until every user has one")
+def activate(version: str, force: bool, wait: bool) -> None:
+    """Serve encoder VERSION: readers that follow the serving pair change over at once, each call whole.
+
+    A learned one is served with the item version that it was made for; if that is not served yet, it is from here on.
+    """
+    with rollout_client() as (settings, control):
+        _activate(settings, control, control.known_encoder(version), force=force, wait=wait)
+
+
+@encoder.command()
+@click.option("--force", is_flag=True, help="serve it although not every user has a vector of it")
+@click.option("--wait", is_flag=True, help="first wait until every user has one")
+def rollback(force: bool, wait: bool) -> None:
+    """Serve the encoder again that was served before, while it is kept."""
+    with rollout_client() as (settings, control):
+        active = sorted(
+            (entry for entry in control.catalogue.encoders.values() if entry[1].state == "active"), key=itemgetter(0)
+        )
+        earlier = [record for _, record in active[:-1]]
+        base = control.base_encoder
+        if active and base.user_version not in control.catalogue.encoders:
+            earlier.insert(0, base)
+        if not earlier:
+            msg = "no earlier encoder is kept; activate one by name"
+            raise ConfigError(msg)
+        _activate(settings, control, earlier[-1], force=force, wait=wait)
+
+
+def _activate(settings: Settings, control: RolloutClient, record: EncoderRecord, *, force: bool, wait: bool) -> None:
+    version, served = record.user_version, control.served
+    item_version = record.item_version or (served.version if served is not None else "")
+    if control.served_encoder.user_version == version and served is not None and served.version == item_version:
+        out.print(f"encoder {version} is served already")
+        return
+    if refused := control.encoder_refusal(version):
+        msg = f"encoder {version} was refused: {refused}"
+        raise ConfigError(msg)
+    items = control.known(item_version)
+    if wait and not force:
+        _wait(settings, control, version)
+    if not force:
+        check_covered(settings, control, version, item_version, f"encoder {version}")
+    if served is None or served.version != item_version:
+        # workers change nothing before the encoder follows: the pair of the one before and these items is none
+        control.say(replace(items, state="active", force=force))
+    control.say(replace(record, state="active", force=force, epochs=None))
+    out.print(f"encoder {version} is served from here on, with item version {item_version}")
+
+
+@encoder.command()
+@click.argument("version")
+@click.option("--wait", is_flag=True, help="return when its vectors are removed")
+def retire(version: str, wait: bool) -> None:
+    """Stop publishing of encoder VERSION and remove its vectors from topic and store; readers pinned to it lose them.
+
+    Encoders that the workers had in their settings before are retired in the same way.
+    """
+    with rollout_client() as (settings, control):
+        if version not in control.catalogue.retired_encoders or version in control.live_encoders:
+            control.say(_retirement(settings, control, version))
+        out.print(f"encoder {version} is retired; its vectors are being removed")
+        if wait:
+            _wait(settings, control, version)
+
+
+def _retirement(settings: Settings, control: RolloutClient, version: str) -> EncoderRecord:
+    live = control.live_encoders.get(version)
+    served, items = control.served_encoder, control.served
+    if served.user_version == version:
+        msg = f"encoder {version} is served; activate another one first"
+        raise ConfigError(msg)
+    if live is not None:
+        return replace(live, state="retired", force=False, epochs=None)
+    if version not in control.coverage.user_versions():
+        msg = f"encoder {version!r} is not known; see `uemb encoder status`"
+        raise ConfigError(msg)
+    # until the served pair covers all, readers may still be served from what the workers have left
+    if items is None:
+        msg = "no item version is served yet; see `uemb items status`"
+        raise ConfigError(msg)
+    check_covered(settings, control, served.user_version, items.version, f"encoder {served.user_version}")
+    return EncoderRecord(version, "retired", epochs=dict(control.coverage.epochs))
+
+
+@encoder.command()
+@click.argument("version", required=False)
+@click.option("--wait", is_flag=True, help="return when VERSION covers all users, or is removed")
+@click.option("--compare", type=click.IntRange(1), metavar="USERS", help="compare VERSION with the served one on some")
+@click.option("--json", "as_json", is_flag=True, help="print the result as one JSON document")
+def status(version: str | None, wait: bool, compare: int | None, as_json: bool) -> None:
+    """Show the encoders, and how far the workers are with each; those that they have left, too.
+
+    With --compare, whether VERSION makes sense: a sample of active users with it and with the served pair, side by
+    side, how alike their vectors are, and how many of their ten nearest items are the same.
+    """
+    if (wait or compare) and version is None:
+        msg = "name the version for --wait and --compare"
+        raise click.UsageError(msg)
+    report = None
+    with rollout_client() as (settings, control):
+        if version is not None:
+            record = control.known_encoder(version) if compare else None
+            if wait:
+                _wait(settings, control, version)
+            if record is not None and compare is not None:
+                report = compared(settings, control, record, _items_of(control, record), compare)
+        rows = [row for row in _rows(settings, control) if version in (None, row["user_version"])]
+        if version is not None and not rows:
+            control.known_encoder(version)
+    if as_json:
+        print_json({"encoders": rows, **({"comparison": asdict(report)} if report else {})})
+        return
+    for row in rows:
+        out.print(_line(row))
+    if report:
+        print_comparison(report)
+
+
+def _items_of(control: RolloutClient, record: EncoderRecord) -> str:
+    """The item version that an encoder is, or would be, served with."""
+    served = control.served
+    return record.item_version or (served.version if served is not None else "")
+
+
+def _rows(settings: Settings, control: RolloutClient) -> list[dict[str, Any]]:
+    """One row an encoder: those whose vectors are published, then those whose vectors are, or were, kept as left."""
+    served, rows = control.served_encoder.user_version, []
+    for name, record in control.live_encoders.items():
+        item_version = _items_of(control, record)
+        rows.append(
+            {
+                "user_version": name,
+                "encoder": record.encoder,
+                "params": record.params,
+                "state": "served" if name == served else record.state,
+                "item_version": item_version,
+                **progress_of(settings, control, name, item_version),
+                "refused": control.encoder_refusal(name),
+            }
+        )
+    for name, statuses in sorted(control.coverage.user_versions(but=control.live_encoders).items()):
+        kept = [status for status in statuses if status.stage != "removed"]
+        rows.append(
+            {
+                "user_version": name,
+                "state": "retired" if name in control.catalogue.retired_encoders else "left",
+                "item_versions": sorted({status.item_version for status in statuses}),
+                "partitions": len(statuses),
+                "removed": len(statuses) - len(kept),
+                "users": sum(status.users for status in kept),
+                "done": sum(status.done for status in kept if status.stage == "removing"),
+                "refused": None,
+            }
+        )
+    return rows
+
+
+def _line(row: dict[str, Any]) -> str:
+    head = f"{row['user_version']}: {row['state']}"
+    if row["refused"]:
+        return f"{head}, refused: {row['refused']}"
+    if row["state"] == "retired":
+        return f"{head}, removed in {row['removed']} of {row['partitions']} partitions of its item versions"
+    if row["state"] == "left":
+        return f"{head} as it was, in {', '.join(row['item_versions'])}; uemb encoder retire removes it"
+    params = ", ".join(f"{name} {value:g}" for name, value in row["params"].items())
+    kind = f"{row['encoder']} ({params})" if params else row["encoder"]
+    return f"{head}, {kind} with {row['item_version']}, {progress_text(row)}"
+
+
+def _wait(settings: Settings, control: RolloutClient, version: str) -> None:
+    """Show a progress bar until the encoder covers all partitions, or is removed from them."""
+    row = partial(_row, settings, control, version)
+    wait_until(control, f"encoder {version}", row, "covered" if version in control.live_encoders else "removed")
+
+
+def _row(settings: Settings, control: RolloutClient, version: str) -> dict[str, Any]:
+    (row,) = [row for row in _rows(settings, control) if row["user_version"] == version]
+    return row
