@@ -7,6 +7,7 @@ import numpy as np
 
 from stream.config import Settings
 from stream.core.encoders import REASONS
+from stream.core.events import Rejected, to_ms
 from stream.core.records import EmbeddingRecord, to_json
 from stream.errors import ConfigError
 from stream.items.space import ItemSpace
@@ -16,7 +17,8 @@ from stream.keys import canonical_id
 def embed_document(data: bytes, settings: Settings) -> dict[str, Any]:
     """Embed the history of an input document.
 
-    ``history_ts`` only gives an order (a stable sort); it may be left out when the items are oldest first. Nothing is
+    ``history_ts`` only gives an order (a stable sort), and may be left out when the items are oldest first. To an
+    encoder that goes by time it says more, in the unit of ``UEMB_EVENT_TS_UNIT``, and can't be left out. Nothing is
     deduplicated and no time is implausible here.
 
     Raises:
@@ -49,7 +51,17 @@ def embed_document(data: bytes, settings: Settings) -> dict[str, Any]:
         raise ConfigError(msg)
     encoder = settings.versioned_encoder
     history = [ids[i] for i in order][-encoder.history_limit :]
-    vector, found, unknown = encoder.embed(space, history)
+    times_ms = None
+    if encoder.encoder.by_time:
+        if ids and not document.get("history_ts"):
+            msg = f"encoder {encoder.version} goes by time; the input needs history_ts"
+            raise ConfigError(msg)
+        try:
+            times_ms = [to_ms(times[i], settings.event_ts_unit) for i in order][-encoder.history_limit :]
+        except Rejected as exc:
+            msg = f"history_ts: {exc.reject.detail}"
+            raise ConfigError(msg) from exc
+    vector, found, unknown = encoder.embed(space, history, None, times_ms)
     status, reason = REASONS[found]
     norm = float(np.linalg.norm(vector.astype(np.float64)))
     newest = max(times) if ids else None

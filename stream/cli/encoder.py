@@ -9,6 +9,7 @@ from typing import Any
 import click
 from msgspec.structs import replace
 
+from stream.cli.files import FileOptions, file_options, shape_of_files
 from stream.cli.rollouts import (
     check_covered,
     compared,
@@ -18,11 +19,12 @@ from stream.cli.rollouts import (
     rollout_client,
     wait_until,
 )
-from stream.cli.terminal import out, print_json
-from stream.config import Settings, numbers_of
+from stream.cli.terminal import err, out, print_json, progress_bar
+from stream.config import Settings, load_settings, numbers_of
 from stream.core.encoders import VersionedEncoder, make_encoder
 from stream.encoders.folder import load_encoder, read_manifest
 from stream.errors import ConfigError
+from stream.items.space import ItemSpace
 from stream.rollout.client import RolloutClient, encoder_record
 from stream.rollout.records import EncoderRecord
 
@@ -30,6 +32,79 @@ from stream.rollout.records import EncoderRecord
 @click.group()
 def encoder() -> None:
     """Publish with another encoder beside the served one, and learn encoders."""
+
+
+@encoder.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--items", type=click.Path(path_type=Path), help="folder of the item version  [default: UEMB_ITEMS]")
+@click.option(
+    "--events",
+    type=click.Path(path_type=Path),
+    help="file or folder, as for `uemb send`; default MovieLens-100K",
+)
+@click.option("--method", type=click.Choice(["ridge", "mlp"]), default="ridge", show_default=True)
+@click.option(
+    "--features",
+    default="decay:0.02,decay:0.1,decay:0.3,last",
+    show_default=True,
+    help="what the model is given: mean, mean:N, decay:RATE, last; the seed's are mean,mean:5,last",
+)
+@click.option("--share", type=float, default=0.8, show_default=True, help="part of the stream, by time, to learn from")
+@click.option("--seed", type=int, default=0, show_default=True, help="of all that is random; the same gives the same")
+@file_options
+@click.option("--json", "as_json", is_flag=True, help="print the result as one JSON document")
+def train(
+    folder: Path,
+    items: Path | None,
+    events: Path | None,
+    method: Any,
+    features: str,
+    share: float,
+    seed: int,
+    look: FileOptions,
+    as_json: bool,
+) -> None:
+    """Learn an encoder for an item version from interactions into FOLDER, as an ONNX model with its manifest.
+
+    It learns what follows from histories that are strictly older, in the earlier part of the stream only: that which
+    the item vectors were learned from. Publish it with `uemb encoder publish FOLDER`.
+    """
+    from stream.feed.sources import load
+    from stream.learning.heads import train_encoder
+
+    settings = load_settings()
+    where = items or settings.items
+    if where is None:
+        msg = "no item space; give --items FOLDER or set UEMB_ITEMS"
+        raise ConfigError(msg)
+    space, shape = ItemSpace.load(where), shape_of_files(settings, look)
+    with progress_bar("fetching data") as update:
+        data = load(settings.cache_dir, events, update, err.print, shape=shape)
+    rows = [row for row in data.events if row.type not in settings.ignored_types]
+    names = [name.strip() for name in features.split(",")]
+    try:
+        made, training = train_encoder(
+            rows,
+            space,
+            folder,
+            share=share,
+            seed=seed,
+            method=method,
+            features=names,
+            history_limit=settings.history_limit,
+        )
+    except ValueError as exc:
+        raise ConfigError(str(exc)) from exc
+    name = VersionedEncoder(made, settings.history_limit).version
+    if as_json:
+        print_json({"folder": str(folder), "user_version": name, **made.params, **asdict(training)})
+        return
+    chosen = "" if training.ridge is None else f", ridge {training.ridge:g}"
+    out.print(
+        f"{folder}: encoder {name} for item version {space.version}, {method} on {training.cases:,} events{chosen}; "
+        f"recall@10 {training.recall_10:.3f} on the latest {training.validated:,} of them, when left out "
+        f"(mix with its defaults {training.mix_recall_10:.3f})"
+    )
 
 
 @encoder.command()

@@ -22,7 +22,7 @@ from stream.cli.terminal import out, print_json
 from stream.config import Settings
 from stream.errors import ConfigError
 from stream.rollout.client import RolloutClient
-from stream.rollout.records import ControlRecord
+from stream.rollout.records import ControlRecord, EncoderRecord
 
 
 @click.command()
@@ -137,7 +137,7 @@ def status(version: str | None, wait: bool, compare: int | None, as_json: bool) 
             if wait:
                 _wait(settings, control, version)
             if record is not None and compare is not None:
-                report = compared(settings, control, control.served_encoder, record.version, compare)
+                report = compared(settings, control, _encoder_for(control, version), version, compare)
         rows = [row for row in _rows(settings, control) if version in (None, row["version"])]
         if version is not None and not rows:
             control.known(version)
@@ -151,22 +151,25 @@ def status(version: str | None, wait: bool, compare: int | None, as_json: bool) 
 
 
 def _rows(settings: Settings, control: RolloutClient) -> list[dict[str, Any]]:
-    """One row a version, with the served encoder."""
-    user_version, served = control.served_encoder.user_version, control.served
+    """One row a version, with the served encoder where that is of use in it."""
+    served = control.served
     states: dict[str, str] = {version: record.state for version, (_, record) in control.catalogue.records.items()}
     base = control.base
     if base is not None:
         states.setdefault(base.version, "active")
-    return [
-        {
-            "version": version,
-            "user_version": user_version,
-            "state": "served" if served is not None and served.version == version else state,
-            **progress_of(settings, control, user_version, version),
-            "refused": control.refusal(version),
-        }
-        for version, state in sorted(states.items())
-    ]
+    rows = []
+    for version, state in sorted(states.items()):
+        user_version = (control.encoder_for(version) or control.served_encoder).user_version
+        rows.append(
+            {
+                "version": version,
+                "user_version": user_version,
+                "state": "served" if served is not None and served.version == version else state,
+                **progress_of(settings, control, user_version, version),
+                "refused": control.refusal(version),
+            }
+        )
+    return rows
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -181,8 +184,17 @@ def _line(row: dict[str, Any]) -> str:
 def _wait(settings: Settings, control: RolloutClient, version: str) -> None:
     """Show a progress bar until the version covers all partitions, or is removed from them."""
     retired = version in control.catalogue.retired
+    if not retired:
+        _encoder_for(control, version)
     row = partial(_row, settings, control, version)
     wait_until(control, f"item version {version}", row, "removed" if retired else "covered")
+
+
+def _encoder_for(control: RolloutClient, version: str) -> EncoderRecord:
+    if (record := control.encoder_for(version)) is None:
+        msg = f"no encoder is of use in item version {version}; publish one (`uemb encoder publish mix`)"
+        raise ConfigError(msg)
+    return record
 
 
 def _row(settings: Settings, control: RolloutClient, version: str) -> dict[str, Any]:

@@ -418,15 +418,22 @@ def finish(
     Returns:
         float32 [N, d] unit vectors, and [N] statuses.
     """
-    # In units of the longest row, so that the unit of a dot space decides nothing; 1 in a cosine space.
-    means = sums / ((totals + WEIGHT_EPS) * space.max_row_norm)[:, :, None]
-    u, status = encoder.combine(Inputs(means, _rows_at(newest, space), known))
+    u, status = encoder.combine(inputs_of(sums, totals, known, newest, space=space))
     status[(status == VectorStatus.OK) & ~np.isfinite(u).all(axis=1)] = VectorStatus.DEGENERATE
     status[known == 1] = VectorStatus.TOO_SHORT_HISTORY
     status[known == 0] = VectorStatus.NO_KNOWN_ITEMS
     vectors = u.astype(np.float32)
     vectors[status != VectorStatus.OK] = space.fallback
     return vectors, status
+
+
+def inputs_of(
+    sums: Float64, totals: Float64, known: NDArray[np.int64], newest: NDArray[np.int64], *, space: Space
+) -> Inputs:
+    """What an encoder sees of N states; arguments as those of `finish`."""
+    # In units of the longest row, so that the unit of a dot space decides nothing; 1 in a cosine space.
+    means = sums / ((totals + WEIGHT_EPS) * space.max_row_norm)[:, :, None]
+    return Inputs(means, _rows_at(newest, space), known)
 
 
 def _rows_at(newest: NDArray[np.int64], space: Space) -> Float64:

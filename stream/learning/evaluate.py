@@ -13,17 +13,19 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from stream.core.encoders import AvgEncoder, Encoder, MixEncoder, reference
+from stream.core.encoders import AvgEncoder, Encoder, LearnedEncoder, MadeFor, MixEncoder, TimeMixEncoder, reference
 from stream.core.events import EventRow, event_order
-from stream.core.formulas import Float32, Float64, decayed_mean
-from stream.errors import ItemSpaceError
+from stream.core.formulas import Float64, decayed_mean, l2_normalize
+from stream.errors import EncoderError, ItemSpaceError
 from stream.items.space import ItemSpace
+from stream.learning.cases import MIN_HISTORY, Cases, find_cases
+from stream.learning.heads import FEATURES, train_head
 from stream.learning.histories import SHARE, Histories, Int64, by_user
 from stream.learning.item_vectors import DIM, ItemVectors
 from stream.learning.ppmi import ppmi_of
@@ -36,6 +38,7 @@ READINGS: Final[tuple[Reading, ...]] = ("ordered", "shuffled", "older")
 BASE: Final = "mix (.01, .15), one table"
 #: Two tables, and a mixture for them.
 BEST: Final = "mix (.02, .3), two tables"
+LEARNED: Final = "learned (ridge), two tables"
 CASES: Final = 6_000
 HISTORY: Final = 100
 #: Age at which a cached vector is made anew, s; 0 makes one per event.
@@ -44,27 +47,15 @@ TTLS_S: Final = (0, 60, 600, 3_600, 21_600, 86_400)
 _TOP: Final = 10
 _TOP_WIDE: Final = 50
 _RESAMPLES: Final = 1_000
-_MIN_HISTORY: Final = 2
 _HEAD_SHARE: Final = 0.1
 _NEIGHBOURS: Final = 200
 _EASE_DECAY: Final = 0.1
+_INTERESTS: Final = 3
+_INTEREST_DECAY: Final = 0.1
+_ROUNDS: Final = 5
 _BLOCK_SCORES: Final = 4_000_000
 
 Score = Callable[[Sequence[Int64], Sequence[Int64]], Float64]
-
-
-class Cases(NamedTuple):
-    """What is to be found.
-
-    Attributes:
-        place: number of each case's event in the histories [c].
-        start: number of its user's first event [c].
-        end: number after the last event of its history [c].
-    """
-
-    place: Int64
-    start: Int64
-    end: Int64
 
 
 @dataclass(frozen=True)
@@ -199,38 +190,6 @@ def evaluate(
     return Report(len(rows), users, items, counts, found, stale, left_out)
 
 
-def find_cases(
-    histories: Histories, cut_ms: int, known: NDArray[np.bool_], most: int, seed: int, *, older: bool
-) -> Cases:
-    """Events from `cut_ms` on whose item is known and new to its user, after a history of two or more.
-
-    Args:
-        histories: all events.
-        cut_ms: where the later part begins.
-        known: whether the training part has each item [n].
-        most: of more, a random part is taken.
-        seed: of that.
-        older: histories hold only what is strictly older than the case.
-    """
-    item, user, ts_ms = histories.item, histories.user, histories.ts_ms
-    starts = np.flatnonzero(np.append(True, user[1:] != user[:-1]))[user] if len(user) else user
-    pairs = user * len(histories.ids) + item
-    first = np.zeros(len(item), dtype=np.bool_)
-    first[np.unique(pairs, return_index=True)[1]] = True  # users lie together, oldest first
-    ends = np.arange(len(item))
-    later = (ts_ms >= cut_ms) & first & known[item] & (ends - starts >= _MIN_HISTORY)
-    places = np.flatnonzero(later)
-    if len(places) > most:
-        places = np.sort(np.random.default_rng(seed).choice(places, most, replace=False))
-    ends = places.copy()
-    if older:
-        while (same := (ends > starts[places]) & (ts_ms[ends - 1] == ts_ms[places])).any():
-            ends = ends - same
-        enough = ends - starts[places] >= _MIN_HISTORY
-        places, ends = places[enough], ends[enough]
-    return Cases(places, starts[places], ends)
-
-
 def refreshed(histories: Histories, cases: Cases, ttl_s: int) -> Cases:
     """The same cases with the histories that a cached vector was made of.
 
@@ -244,8 +203,8 @@ def refreshed(histories: Histories, cases: Cases, ttl_s: int) -> Cases:
     for n, start in enumerate(cases.start.tolist()):
         wanted.setdefault(start, []).append(n)
     for start, numbers in wanted.items():
-        built_ms, built_of = -(1 << 62), start + _MIN_HISTORY
-        at = start + _MIN_HISTORY
+        built_ms, built_of = -(1 << 62), start + MIN_HISTORY
+        at = start + MIN_HISTORY
         for n in sorted(numbers, key=lambda n: int(cases.place[n])):
             place = int(cases.place[n])
             for ts_ms in histories.ts_ms[at : place + 1].tolist():
@@ -282,14 +241,23 @@ class _Prepared:
             "avg (.05), one table": self._vector(one, AvgEncoder()),
             "avg (.3), one table": self._vector(one, AvgEncoder(decay=0.3)),
             BASE: self._vector(one, MixEncoder()),
-            "time decay (half-life 1 h), two tables": self._by_time(two, 3_600.0),
+            "mix_time (1 h, 3 min), two tables": self._vector(two, TimeMixEncoder(0.5, 1.0, 0.05)),
+            "mix_time (720 h, 24 h), two tables": self._vector(two, TimeMixEncoder()),
             "mix (.01, .15), two tables": self._vector(two, MixEncoder()),
             BEST: self._vector(two, tuned),
+            "long and short apart, two tables": self._interests(two, _long_and_short),
+            "3 interests (k-means), two tables": self._interests(two, _clusters),
             f"{BEST}, popularity as it is": self._vector(plain, tuned),
         }
+        try:
+            head, _ = train_head(self.train, two, history_limit=HISTORY, seed=seed)
+            encoder = LearnedEncoder(head, "", MadeFor(two.version, two.sha256, two.dim), FEATURES)
+            self.methods[LEARNED] = self._vector(two, encoder)
+        except EncoderError:
+            self.left_out[LEARNED] = "needs more events"
         if (n := int(self.known.sum())) > head_items:
             why = f"needs a matrix of {n:,} by {n:,} items"
-            self.left_out = dict.fromkeys(("ItemKNN, full matrix", "EASE, full matrix"), why)
+            self.left_out |= dict.fromkeys(("ItemKNN, full matrix", "EASE, full matrix"), why)
             return
         weights = Ease(self.train, np.arange(len(self.all.ids)), np.arange(0)).weights
         self.methods |= {
@@ -319,22 +287,6 @@ class _Prepared:
         return rows, index
 
     def _vector(self, space: ItemSpace, encoder: Encoder) -> Score:
-        def vector(rows: Int64, _: Int64) -> Float32:
-            known = space.history_vectors[rows]
-            return reference(encoder, known, max_row_norm=space.max_row_norm, fallback=space.fallback)[0]
-
-        return self._searched(space, vector)
-
-    def _by_time(self, space: ItemSpace, half_life_s: float) -> Score:
-        def vector(rows: Int64, ts_ms: Int64) -> Float32 | Float64:
-            if not len(rows):
-                return space.fallback
-            weights = np.exp2((ts_ms - ts_ms[-1]) / (1_000.0 * half_life_s))
-            return decayed_mean(space.history_vectors[rows], 0.0, weights)
-
-        return self._searched(space, vector)
-
-    def _searched(self, space: ItemSpace, vector: Callable[[Int64, Int64], Float32 | Float64]) -> Score:
         rows_of, index = self._rows_of(space)
         absent = rows_of < 0
 
@@ -342,10 +294,36 @@ class _Prepared:
             users = np.zeros((len(items), space.dim))
             for n, (of_one, ts_ms) in enumerate(zip(items, times, strict=True)):
                 rows = rows_of[of_one]
-                users[n] = vector(rows[rows >= 0], ts_ms[rows >= 0])
+                known = rows >= 0
+                ages = (ts_ms[known].max(initial=0) - ts_ms[known]).astype(np.float64)
+                users[n], _ = reference(
+                    encoder,
+                    space.history_vectors[rows[known]],
+                    None,
+                    ages,
+                    max_row_norm=space.max_row_norm,
+                    fallback=space.fallback,
+                )
             scores = users @ index.T
             scores[:, absent] = -np.inf
             return np.asarray(scores)
+
+        return score
+
+    def _interests(self, space: ItemSpace, split: Callable[[Float64], Float64]) -> Score:
+        """Several vectors of a user, each a query; an item counts by the best of its scores: the same first ten."""
+        rows_of, index = self._rows_of(space)
+        absent = rows_of < 0
+
+        def score(items: Sequence[Int64], _: Sequence[Int64]) -> Float64:
+            scores = np.empty((len(items), len(index)))
+            for n, of_one in enumerate(items):
+                rows = rows_of[of_one]
+                known = space.history_vectors[rows[rows >= 0]].astype(np.float64)
+                users = split(known) if len(known) > 1 else space.fallback[None].astype(np.float64)
+                scores[n] = (index @ l2_normalize(users).T).max(axis=1)
+            scores[:, absent] = -np.inf
+            return scores
 
         return score
 
@@ -441,6 +419,28 @@ class _Ranker:
         means = (self._weights @ sums) / (self._weights @ counts)
         low, high = np.quantile(means, [0.025, 0.975])
         return float(low), float(high)
+
+
+def _long_and_short(rows: Float64) -> Float64:
+    """The two averages of the tuned mixture, unmixed [2, d]."""
+    return np.stack([decayed_mean(rows, decay) for decay in (0.02, 0.3)])
+
+
+def _clusters(rows: Float64) -> Float64:
+    """Recency-weighted mean of each of up to three clusters of a history's items [k, d]."""
+    directions = l2_normalize(rows)
+    centres = directions[[-1]]  # the newest first, then whatever is furthest from those that there are
+    while len(centres) < min(_INTERESTS, len(rows)):
+        centres = np.concatenate([centres, directions[[int(np.argmin((directions @ centres.T).max(axis=1)))]]])
+    for _ in range(_ROUNDS):
+        nearest = (directions @ centres.T).argmax(axis=1)
+        there = np.unique(nearest)
+        centres = np.stack([l2_normalize(directions[nearest == k].mean(axis=0)) for k in there])
+        if len(there) < 2:
+            break
+    nearest = (directions @ centres.T).argmax(axis=1)
+    weights = np.exp(-_INTEREST_DECAY * np.arange(len(rows) - 1, -1, -1.0))
+    return np.stack([np.average(rows[nearest == k], axis=0, weights=weights[nearest == k]) for k in np.unique(nearest)])
 
 
 def _part(histories: Histories, mask: NDArray[np.bool_]) -> Histories:

@@ -113,9 +113,11 @@ async def get_or_build_user_embedding_async(
     items: ItemSpace | None = None,
     encoder: VersionedEncoder | None = None,
     history_types: Sequence[str] | None = None,
+    history_ts: Sequence[int] | None = None,
 ) -> UserEmbedding:
     """`stream.retrieval.get_or_build_user_embedding` for an event loop; see there for the arguments."""
     state = reader._state
     view = state.view((user_emb_version, item_emb_version))
     stored = (await reader._lookup([user_id], view))[0]
-    return state.counted.add([Request(history, items, encoder, history_types).answer(stored, view)])[0]
+    request = Request(history, items, encoder, history_types, history_ts)
+    return state.counted.add([request.answer(stored, view)])[0]

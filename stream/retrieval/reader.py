@@ -123,6 +123,7 @@ def get_or_build_user_embedding(
     items: ItemSpace | None = None,
     encoder: VersionedEncoder | None = None,
     history_types: Sequence[str] | None = None,
+    history_ts: Sequence[int] | None = None,
 ) -> UserEmbedding:
     """The stored vector of exactly this pair if it is ``ok``, else one built from `history`; never raises (seed §6).
 
@@ -138,8 +139,10 @@ def get_or_build_user_embedding(
         items: the item space of `item_emb_version`.
         encoder: the encoder of `user_emb_version`.
         history_types: the type of each interaction, for an encoder that weighs types; None weighs all alike.
+        history_ts: the event time of each (ms), which an encoder that goes by time can't do without.
     """
     state = reader._state
     view = state.view((user_emb_version, item_emb_version))
     stored = reader._lookup([user_id], view)[0]
-    return state.counted.add([Request(history, items, encoder, history_types).answer(stored, view)])[0]
+    request = Request(history, items, encoder, history_types, history_ts)
+    return state.counted.add([request.answer(stored, view)])[0]

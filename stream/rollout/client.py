@@ -159,6 +159,14 @@ class RolloutClient:
         active = self.catalogue.active_encoder
         return self.base_encoder if active is None else active[1]
 
+    def encoder_for(self, item_version: str) -> EncoderRecord | None:
+        """The encoder whose vectors of an item version are looked at: the served one, or another where that is no use.
+
+        None where no encoder is of use in it.
+        """
+        some = (self.served_encoder, *self.live_encoders.values())
+        return next((record for record in some if record.item_version in ("", item_version)), None)
+
     def known_encoder(self, version: str) -> EncoderRecord:
         """The record of an encoder whose vectors are published, of that of the settings too.
 

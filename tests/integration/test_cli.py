@@ -23,6 +23,7 @@ from pipeline import UEMB, Event, Pipeline, expected
 
 from stream.cli.root import cli, main
 from stream.config import load_settings
+from stream.core.encoders import TimeMixEncoder, VersionedEncoder
 from stream.core.formulas import user_embed_mix
 from stream.items.space import ItemSpace
 from stream.kafka.embedded_broker import DevBroker
@@ -360,6 +361,47 @@ def test_embed_orders_by_time_and_reads_from_stdin(folder: Path, run_here: Calla
     )
     plain = parsed(run_here("embed", folder / "seed.json", "--items", folder / "items").out)
     assert parsed(got.stdout.decode()) == {**plain, "user_embedding_version": "user_v7"}
+
+
+def test_embed_with_an_encoder_that_goes_by_time(
+    folder: Path, tmp_path: Path, run_here: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UEMB_ENCODER", "mix_time")
+    monkeypatch.setenv("UEMB_EVENT_TS_UNIT", "s")
+    space = ItemSpace.load(folder / "items")
+    got = parsed(run_here("embed", folder / "seed.json", "--items", folder / "items").out)
+    want, _, _ = VersionedEncoder(TimeMixEncoder()).embed(
+        space, SEED_INPUT["history_item_ids"], None, [1_000 * ts for ts in SEED_INPUT["history_ts"]]
+    )
+    np.testing.assert_allclose(got["user_embedding"]["vector"], want, rtol=0, atol=1e-6)
+    (tmp_path / "timeless.json").write_text(json.dumps({k: v for k, v in SEED_INPUT.items() if k != "history_ts"}))
+    ran = run_here("embed", tmp_path / "timeless.json", "--items", folder / "items")
+    assert (ran.code, "goes by time; the input needs history_ts" in ran.err) == (2, True)
+    (tmp_path / "texts.json").write_text(json.dumps({**SEED_INPUT, "history_ts": [True] * 6}))
+    ran = run_here("embed", tmp_path / "texts.json", "--items", folder / "items")
+    assert (ran.code, "history_ts: ts must be a number" in ran.err) == (2, True)
+
+
+def test_an_encoder_is_trained_and_checked(folder: Path, tmp_path: Path, run_here: Callable[..., Ran]) -> None:
+    made, items, events = tmp_path / "encoder", tmp_path / "items", ("--events", folder / "small.csv")
+    assert run_here("items", "build", items, "--version", "films_v2", "--dim", "6", *events).code == 0
+    options = ("--items", items, *events, "--features", "mean,mean:5,last")
+    trained = parsed(run_here("encoder", "train", made, *options, "--json").out)
+    checked = parsed(run_here("encoder", "check", made, "--json").out)
+    assert {name: trained[name] for name in ("features", "model_sha256", "item_version", "dim")} == {
+        "features": ["mean", "mean:5", "last"],
+        "model_sha256": checked["model_sha256"],
+        "item_version": "films_v2",
+        "dim": 6,
+    }
+    assert checked["about"]["cases"] == trained["cases"] >= 50
+    again = run_here("encoder", "train", made, *options)
+    assert (again.code, "exists already" in again.err) == (2, True)
+    wrong = run_here("encoder", "train", tmp_path / "other", *options[:-1], "median")
+    assert (wrong.code, "a feature is mean" in wrong.err) == (2, True)
+    assert "sound; mean, mean:5, last of item version films_v2" in run_here("encoder", "check", made).out
+    nowhere = run_here("encoder", "check", tmp_path / "nowhere")
+    assert (nowhere.code, "can't be read" in nowhere.err) == (2, True)
 
 
 @pytest.mark.parametrize(("method", "metric"), [("two-tables", "dot"), ("ppmi", "cosine")])

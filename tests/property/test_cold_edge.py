@@ -3,12 +3,13 @@
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reader_store import FakeStore
 from strategies import TYPES, Driver, Event, arrivals, make_space, small_spaces, streams
 
-from stream.core.encoders import AvgEncoder, MixEncoder, VersionedEncoder
+from stream.core.encoders import AvgEncoder, MixEncoder, TimeMixEncoder, VersionedEncoder
 from stream.core.history import History, HistoryCodec
 from stream.core.records import EmbeddingRecord, encode
 from stream.items.space import ItemSpace
@@ -23,7 +24,7 @@ WEIGHTS: dict[str, float] = {"like": 2.5}
 
 encoders = st.builds(
     VersionedEncoder,
-    st.sampled_from([MixEncoder(), AvgEncoder(decay=0.2), MixEncoder(type_weights=WEIGHTS)]),
+    st.sampled_from([MixEncoder(), AvgEncoder(decay=0.2), MixEncoder(type_weights=WEIGHTS), TimeMixEncoder()]),
     st.sampled_from([2, 5, 100]),
     st.sampled_from([None, "user_v7"]),
 )
@@ -82,6 +83,7 @@ def test_a_history_gives_what_the_worker_publishes(
             (space.version, encoder.version),
             history=[item for _, item, _ in interactions],
             history_types=[kind for _, _, kind in interactions],
+            history_ts=[at for at, _, _ in interactions],
             items=space,
             encoder=encoder,
         )
@@ -125,6 +127,14 @@ def test_types_of_another_length_are_a_mistake_and_no_vector() -> None:
     for types in (["like"] * 2, ["like"] * 4, []):
         answer = build(fake, 7, pair, history=history, history_types=types, items=space, encoder=driver.encoder)
         assert answer.reason == "missing"
+
+
+@pytest.mark.parametrize("times", [None, [], [1, 2], [1, 2, 3, 4]])
+def test_an_encoder_that_goes_by_time_makes_no_vector_without_the_times(times: list[int] | None) -> None:
+    encoder, space = VersionedEncoder(TimeMixEncoder()), _space()
+    fake, parts = store_of(encoder, space), {"history": ["a", "b", 3], "items": space, "encoder": encoder}
+    assert build(fake, 7, (space.version, encoder.version), history_ts=times, **parts).reason == "missing"
+    assert build(fake, 7, (space.version, encoder.version), history_ts=[1, 2, 3], **parts).status == "ok"
 
 
 def test_a_stored_vector_wins_over_any_history() -> None:

@@ -287,10 +287,34 @@ def test_whatever_decides_a_vector_changes_the_versions_name(load: Loader) -> No
         {"encoder_params": "alpha_short=0.5"},
         {"type_weights": "like=2"},
         {"encoder": "avg", "encoder_params": "decay=0.05"},
+        {"encoder": "mix_time", "encoder_params": ""},
+        {"encoder": "mix_time", "encoder_params": "half_life_short_h=1"},
     ):
         names.add(load(**variables).versioned_encoder.version)
-    assert len(names) == 5
+    assert len(names) == 7
     assert load(user_version="user_v7").versioned_encoder.version == "user_v7"
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"encoder": "learned"}, "UEMB_ENCODER_FOLDER is for UEMB_ENCODER=learned"),
+        ({"encoder_folder": "/nowhere"}, "UEMB_ENCODER_FOLDER is for UEMB_ENCODER=learned"),
+        ({"encoder": "learned", "encoder_folder": "/nowhere"}, "UEMB_ENCODER_FOLDER: encoder /nowhere: encoder.json"),
+        (
+            {"encoder": "learned", "encoder_folder": "/nowhere", "type_weights": "like=2"},
+            "UEMB_TYPE_WEIGHTS: a learned encoder has its own",
+        ),
+        (
+            {"encoder": "learned", "encoder_folder": "/nowhere", "encoder_params": "decay=2"},
+            "UEMB_ENCODER_PARAMS: a learned encoder has its own",
+        ),
+        ({"encoder": "mix_time", "encoder_params": "half_life_long_h=0"}, "UEMB_ENCODER_PARAMS: a half-life"),
+    ],
+)
+def test_an_encoder_that_can_not_be_is_refused(load: Loader, variables: Mapping[str, str], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        load(**variables)
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def connection_arguments(address: RedisAddress, timeout_s: float) -> dict[str, A
         "username": address.username,
         "password": address.password,
         "socket_timeout": timeout_s,
-        "socket_connect_timeout": CONNECT_TIMEOUT_S,
+        "socket_connect_timeout": max(CONNECT_TIMEOUT_S, timeout_s),  # who waits for answers can wait for that as well
         "protocol": 2,  # all that is needed, and no more handshake than every server and proxy answers
         "driver_info": None,
         "decode_responses": False,

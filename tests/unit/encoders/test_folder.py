@@ -1,4 +1,4 @@
-"""Folders of learned encoders: what was saved is what is loaded, and what can't be an encoder is refused in one line."""
+"""Folders of learned encoders: what was saved is what is loaded, and what is no encoder is refused in one line."""
 
 import json
 import os
