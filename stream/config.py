@@ -14,6 +14,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from stream.core.encoders import VersionedEncoder, make_encoder
 from stream.core.events import FIELDS, EventRules, TsUnit
+from stream.core.exposure import Exposure
 from stream.encoders.folder import open_encoder
 from stream.errors import ConfigError, EncoderError
 from stream.kv.urls import masked_kv_url, parse_kv_url
@@ -79,6 +80,10 @@ class Settings(BaseSettings):
     event_type_by_topic: Mapped = Field({}, description="topic=type,… for topics whose events have no type field")
     event_types: Codes = Field({"view": 1, "like": 2}, description="admitted types with permanent codes, view:1,like:2")
     ignored_types: Topics = Field((), description="types that are valid but never admitted to a history")
+    event_source: str | None = Field(
+        None, description="path of the field that says what led to an event, to be counted"
+    )
+    own_sources: Topics = Field((), description="values of it for what was found with user vectors")
 
     erasure_marker_retention: float | None = Field(
         None,
@@ -113,7 +118,7 @@ class Settings(BaseSettings):
     cache_dir: Path = Field(Path("~/.cache/user-embedding-stream"), description="downloads of the demo")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log line")
 
-    @field_validator("event_topics", "ignored_types", mode="before")
+    @field_validator("event_topics", "ignored_types", "own_sources", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(filter(None, (p.strip() for p in value.split(",")))) if isinstance(value, str) else value
@@ -128,7 +133,7 @@ class Settings(BaseSettings):
     def _colons(cls, value: object) -> object:
         return _pairs(value, ":")
 
-    @field_validator("items", "encoder_folder", mode="before")
+    @field_validator("items", "encoder_folder", "event_source", mode="before")
     @classmethod
     def _empty_is_unset(cls, value: object) -> object:
         return None if value == "" else value
@@ -210,6 +215,15 @@ class Settings(BaseSettings):
         except ValueError as exc:
             msg = f"UEMB_EVENT_FIELDS: {exc}"
             raise ValueError(msg) from exc
+        if self.own_sources and self.event_source is None:
+            msg = "UEMB_OWN_SOURCES are values of UEMB_EVENT_SOURCE; set that, too"
+            raise ValueError(msg)
+        try:
+            if self.event_source is not None:
+                Exposure(self.event_source, frozenset(self.own_sources))
+        except ValueError as exc:
+            msg = f"UEMB_EVENT_SOURCE: {exc}"
+            raise ValueError(msg) from exc
         if unknown := set(self.event_type_by_topic) - set(self.event_topics):
             msg = f"UEMB_EVENT_TYPE_BY_TOPIC names {sorted(unknown)[0]!r}, which is not among UEMB_EVENT_TOPICS"
             raise ValueError(msg)
@@ -276,6 +290,8 @@ class Settings(BaseSettings):
             fields=self.event_fields,
             ts_unit=self.event_ts_unit,
             type_by_topic=self.event_type_by_topic,
+            source=self.event_source,
+            own_sources=frozenset(self.own_sources),
         )
 
     @property

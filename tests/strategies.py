@@ -13,6 +13,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from stream.core.batch import Record, StepResult
+from stream.core.counters import Counter
 from stream.core.encoders import VersionedEncoder
 from stream.core.engine import Engine
 from stream.core.events import EventRules
@@ -326,3 +327,9 @@ def records_by_user(output: Iterable[tuple[bytes, bytes | None]]) -> Mapping[byt
 def acts(text: str) -> bool:
     """Whether something in it, line ends apart, does more than be seen."""
     return any(unicodedata.category(c) in {"Cc", "Cf", "Zl", "Zp"} for c in text if c != "\n")
+
+
+def of_events(counts: Mapping[str, int]) -> dict[str, int]:
+    """What was counted of events, without what was counted of the vectors that they led to."""
+    of_vectors = {Counter.VECTORS, Counter.NEAR_CENTROID, Counter.FALLBACKS, Counter.ENCODER_ERRORS}
+    return {name: n for name, n in counts.items() if name not in of_vectors}

@@ -37,6 +37,17 @@ items.add_command(items_popular)
     help="two-tables: one vector for an item in a history, another in the index (metric dot); ppmi: one for both",
 )
 @click.option("--dim", type=click.IntRange(1), default=48, show_default=True, help="dimensions")
+@click.option(
+    "--popularity-exponent",
+    type=click.FloatRange(0),
+    help="two-tables: divide rows of the index by (1 + count)^this, so that less popular items are found too "
+    "[default: 0.35]",
+)
+@click.option(
+    "--history-exponent",
+    type=click.FloatRange(0),
+    help="two-tables: the same for items in histories, so that popular ones say less of their user  [default: 0]",
+)
 @click.option("--share", type=float, default=0.8, show_default=True, help="part of the stream, by time, to learn from")
 @click.option("--seed", type=int, default=0, show_default=True, help="of all that is random; the same gives the same")
 @file_options
@@ -47,6 +58,8 @@ def items_build(
     events: Path | None,
     method: Any,
     dim: int,
+    popularity_exponent: float | None,
+    history_exponent: float | None,
     share: float,
     seed: int,
     look: FileOptions,
@@ -60,6 +73,11 @@ def items_build(
     from stream.feed.sources import load
     from stream.learning.build import build_space
 
+    exponents = {"popularity_exponent": popularity_exponent, "history_exponent": history_exponent}
+    chosen = {name: value for name, value in exponents.items() if value is not None}
+    if chosen and method != "two-tables":
+        msg = f"--method {method} has no exponents of popularity; leave them out"
+        raise ConfigError(msg)
     settings = load_settings()
     with progress_bar("fetching data") as update:
         data = load(settings.cache_dir, events, update, err.print, shape=shape_of_files(settings, look))
@@ -75,6 +93,7 @@ def items_build(
                 seed=seed,
                 on_progress=update,
                 on_note=err.print,
+                **chosen,
             )
     except ValueError as exc:
         raise ConfigError(str(exc)) from exc

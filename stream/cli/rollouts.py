@@ -120,8 +120,8 @@ def print_comparison(report: VersionReport) -> None:
         out.print(
             f"{side.version}, {side.user_version}: {side.items:,} items, {side.dim} dims; of {side.found:,} users "
             f"{side.fallback_share:.1%} fallbacks, {side.unknown_item_share:.1%} of their items unknown, "
-            f"norms from {side.least_norm:.6f} to "
-            f"{side.greatest_norm:.6f}",
+            f"norms from {side.least_norm:.6f} to {side.greatest_norm:.6f}, "
+            f"cosine to the items' centroid {' · '.join(f'{q:.2f}' for q in side.centroid_cosine) or 'of none'}",
         )
     shared = "no user has a vector in both" if report.overlap is None else f"{report.overlap:.1%}"
     alike = "" if report.cosine is None else f"; mean cosine of the two vectors {report.cosine:.3f}"

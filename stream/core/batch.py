@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol
 
 from stream.core.counters import Counter
 from stream.core.events import DeletionDecoder, EventDecoder, Reason, Reject
+from stream.core.exposure import Exposure
 from stream.keys import partition_of
 
 
@@ -80,6 +81,8 @@ class BatchDecoder:
 
     def __init__(self, events: EventDecoder, partition: int, partitions: int, placed: Container[bytes]) -> None:
         self._decode_event = events.decode
+        source = events.rules.source
+        self._exposure = None if source is None else Exposure(source, events.rules.own_sources)
         self._decode_deletion = DeletionDecoder().decode
         self._partition = partition
         self._partitions = partitions
@@ -88,7 +91,8 @@ class BatchDecoder:
     def events(self, topic: str, records: Iterable[Record]) -> Batch:
         """Operations and rejects of a fetched batch of one event topic."""
         decode = self._decode_event
-        return self._decode(records, lambda r: decode(topic, r.key, r.value, r.timestamp), Counter.IGNORED)
+        read = lambda r: decode(topic, r.key, r.value, r.timestamp)  # noqa: E731
+        return self._decode(records, read, Counter.IGNORED, self._exposure)
 
     def deletions(self, records: Iterable[Record]) -> Batch:
         """Operations and rejects of a fetched batch of the deletion topic."""
@@ -100,6 +104,7 @@ class BatchDecoder:
         records: Iterable[Record],
         decode: Callable[[Record], bytes | tuple[bytes, ...] | int | Reject | None],
         none_means: Counter,
+        exposure: Exposure | None = None,
     ) -> Batch:
         batch = Batch()
         known, ops = self._placed, batch.ops
@@ -120,6 +125,9 @@ class BatchDecoder:
                     batch.count(none_means)
                 else:
                     ops.append(Op(key, what))  # type: ignore[arg-type]
+                    if exposure is not None and record.value is not None:
+                        for counter in exposure.of(record.value):
+                            batch.count(counter)
         batch.placed = len(ops) + batch.counts.get(none_means, 0)
         batch.count(Counter.REJECTED, len(batch.rejects))
         return batch

@@ -102,6 +102,8 @@ class EventRules:
         fields: where each of our fields is found in the producer's JSON; see `stream.core.field_paths`.
         ts_unit: unit of the producer's time field.
         type_by_topic: type of all events of a topic, for producers that send none.
+        source: where an event says what led to it, None where none does; it decides nothing, but is counted.
+        own_sources: values of that for what was found with user vectors.
     """
 
     types: Mapping[str, int]
@@ -109,6 +111,8 @@ class EventRules:
     fields: Mapping[str, str] = field(default_factory=dict)
     ts_unit: TsUnit = "ms"
     type_by_topic: Mapping[str, str] = field(default_factory=dict)
+    source: str | None = None
+    own_sources: frozenset[str] = frozenset()
 
     @property
     def native(self) -> bool:

@@ -26,6 +26,8 @@ from stream.keys import user_cache_key
 #: Up to so many events of one user in a batch are added one round at a time, together with other users'; from there on
 #: one matrix product for the user alone is cheaper.
 MAX_ROUNDS: Final = 8
+#: Cosine to the space's centroid from which on a vector is nearly the same for everybody: popularity has collapsed it.
+NEAR_CENTROID: Final = 0.95
 _STAYS: Final = 1 << 40
 
 Int64 = NDArray[np.int64]
@@ -302,13 +304,26 @@ class Publisher:
         self.sums.put(user.slot, computed.sums[-1], computed.totals[-1], int(computed.known[-1]), newest_ms)
         return computed
 
+    def _count(self, vectors: Float32, status: NDArray[np.int8], shown: Sequence[bool], result: StepResult) -> None:
+        """Count what is published: vectors, how many of them say little, and fallbacks; nothing of an empty history."""
+        own = status == VectorStatus.OK
+        near = own & (vectors @ self.space.fallback > NEAR_CENTROID)
+        some = {
+            Counter.VECTORS: own,
+            Counter.NEAR_CENTROID: near,
+            Counter.FALLBACKS: ~own & np.array(shown, dtype=np.bool_),
+            Counter.ENCODER_ERRORS: status == VectorStatus.ENCODER_ERROR,
+        }
+        for counter, which in some.items():
+            if n := int(np.count_nonzero(which)):
+                result.counts[counter] = result.counts.get(counter, 0) + n
+
     def _emit(
         self, shown: Sequence[tuple[bytes, Step]], computed: _Sums, epoch: int, result: StepResult
     ) -> NDArray[np.int8]:
         """Add records of users after a step each, in order; return the `VectorStatus` of each."""
         vectors, status = finish(self._encoder.encoder, *computed, space=self.space)
-        if failed := int((status == VectorStatus.ENCODER_ERROR).sum()):
-            result.counts[Counter.ENCODER_ERRORS] = result.counts.get(Counter.ENCODER_ERRORS, 0) + failed
+        self._count(vectors, status, [bool(step[0]) for _, step in shown], result)
         norms = np.sqrt(np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64)).tolist()
         block = vectors.astype("<f4", copy=False).tobytes()
         size = 4 * self.space.dim

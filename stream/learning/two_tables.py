@@ -74,6 +74,7 @@ def two_table_vectors(
     share: float = SHARE,
     head_items: int = HEAD_ITEMS,
     popularity_exponent: float = POPULARITY_EXPONENT,
+    history_exponent: float = 0.0,
     seed: int = 0,
     on_progress: OnProgress | None = None,
     on_note: Note | None = None,
@@ -88,7 +89,8 @@ def two_table_vectors(
         dim: dimension d.
         share: part of the events, by time, that the vectors are made from.
         head_items: how many items are learned together; the others are learned beside them, one by one.
-        popularity_exponent: rows of the index are divided by ``(1 + count) ** popularity_exponent``.
+        popularity_exponent: rows of the index are divided by ``(1 + count) ** popularity_exponent``: what is found.
+        history_exponent: the same for rows of the history side: what a popular item says of its user.
         seed: of the order of interactions of one time, and of the SVD's start vector.
         on_progress: called with steps done and their total.
         on_note: called with one line about items that were learned beside the head, and about those left out.
@@ -97,10 +99,10 @@ def two_table_vectors(
         ItemSpaceError: these events can't fill `dim` dimensions.
         ValueError: an argument is out of its range.
     """
-    if dim < 1 or head_items < 1 or popularity_exponent < 0:
+    if dim < 1 or head_items < 1 or min(popularity_exponent, history_exponent) < 0:
         msg = (
-            "dim and head_items must be at least 1 and popularity_exponent at least 0, not "
-            f"{dim}, {head_items} and {popularity_exponent}"
+            "dim and head_items must be at least 1 and exponents of popularity at least 0, not "
+            f"{dim}, {head_items}, {popularity_exponent} and {history_exponent}"
         )
         raise ValueError(msg)
     train, _ = split_by_time(events, share)
@@ -109,6 +111,7 @@ def two_table_vectors(
         dim=dim,
         head_items=head_items,
         popularity_exponent=popularity_exponent,
+        history_exponent=history_exponent,
         seed=seed,
         on_progress=on_progress,
         on_note=on_note,
@@ -121,6 +124,7 @@ def two_tables_of(
     dim: int = DIM,
     head_items: int = HEAD_ITEMS,
     popularity_exponent: float = POPULARITY_EXPONENT,
+    history_exponent: float = 0.0,
     seed: int = 0,
     on_progress: OnProgress | None = None,
     on_note: Note | None = None,
@@ -159,6 +163,7 @@ def two_tables_of(
         index[tail[some]] = (_blend(models, to_tail).T @ factors.left) * shrink
     report(4, _STEPS)
     index /= ((1.0 + popularity) ** popularity_exponent)[:, None]
+    history /= ((1.0 + popularity) ** history_exponent)[:, None]
     kept = np.flatnonzero(_has_direction(index) & _has_direction(history))
     report(_STEPS, _STEPS)
     if len(kept) < dim:

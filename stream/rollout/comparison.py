@@ -20,6 +20,7 @@ NEIGHBOURS: Final = 10
 _ROWS: Final = 65_536  # item rows scored at once
 _NEWEST: Final = 2_000  # records of each partition that the sample is drawn from
 _SEED: Final = 7
+_QUANTILES: Final = (0.1, 0.5, 0.9)
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Side:
         unknown_item_share: of the interactions in their histories, with an item that the version lacks.
         least_norm: of their vectors.
         greatest_norm: of their vectors.
+        centroid_cosine: of vectors of a user's own to the centroid of the version's items, the 10 %, 50 % and 90 %
+            quantile; empty without any. Near 1, popularity has collapsed them: they find the same for everybody.
     """
 
     user_version: str
@@ -47,6 +50,7 @@ class Side:
     unknown_item_share: float
     least_norm: float
     greatest_norm: float
+    centroid_cosine: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,8 @@ def _side(shown: Shown, records: Sequence[EmbeddingRecord | None]) -> Side:
     found = [record for record in records if record is not None]
     norms = [record.norm for record in found]
     items = sum(record.history_len for record in found)
+    own = [record.vector for record in found if record.status == "ok"]
+    cosines = np.stack(own).astype(np.float64) @ space.fallback if own else np.zeros(0)
     return Side(
         shown.user_version,
         space.version,
@@ -153,6 +159,7 @@ def _side(shown: Shown, records: Sequence[EmbeddingRecord | None]) -> Side:
         sum(record.unknown_items for record in found) / max(1, items),
         min(norms, default=0.0),
         max(norms, default=0.0),
+        tuple(float(q) for q in np.quantile(cosines, _QUANTILES)) if own else (),
     )
 
 

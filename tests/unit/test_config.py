@@ -310,9 +310,11 @@ def test_whatever_decides_a_vector_changes_the_versions_name(load: Loader) -> No
             "UEMB_ENCODER_PARAMS: a learned encoder has its own",
         ),
         ({"encoder": "mix_time", "encoder_params": "half_life_long_h=0"}, "UEMB_ENCODER_PARAMS: a half-life"),
+        ({"own_sources": "ann"}, "UEMB_OWN_SOURCES are values of UEMB_EVENT_SOURCE"),
+        ({"event_source": "a..b"}, "UEMB_EVENT_SOURCE: 'a..b' is no path"),
     ],
 )
-def test_an_encoder_that_can_not_be_is_refused(load: Loader, variables: Mapping[str, str], says: str) -> None:
+def test_settings_that_can_not_be_together_are_refused(load: Loader, variables: Mapping[str, str], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         load(**variables)
 

@@ -20,15 +20,19 @@ from strategies import (
     Event,
     Message,
     arrivals,
+    make_space,
     message,
+    of_events,
     random_space,
     streams,
 )
 
 from stream.core.batch import Batch, Op
+from stream.core.counters import Counter
 from stream.core.encoders import AvgEncoder, MixEncoder, VersionedEncoder
 from stream.core.engine import Engine
 from stream.core.events import EventRules, Reason
+from stream.core.exposure import Exposure
 from stream.core.history import History
 from stream.core.history_codec import HistoryCodec, sort_key, stored_order
 from stream.core.records import decode, kv_entry, to_json
@@ -58,7 +62,7 @@ def nothing(result):
 
 
 def counted(result):
-    return {name: n for name, n in result.counts.items() if n}
+    return {name: n for name, n in of_events(result.counts).items() if n}
 
 
 # -- one event in, one vector out ---------------------------------------------------------------------------------
@@ -561,3 +565,65 @@ def test_memory_is_bounded_by_the_hot_cache_whatever_passes_through():
         assert len(engine._users) <= 10_000
     assert engine._publishers[0].sums.sums.shape[0] <= 4 * 10_000
     assert len(engine._users) == 10_000
+
+
+# -- what says how good vectors are -------------------------------------------------------------------------------
+
+
+def test_vectors_that_are_nearly_the_same_for_everybody_are_counted() -> None:
+    """Popularity has collapsed a space where all that is liked lies in one direction."""
+    rng = np.random.default_rng(0)
+    spread = rng.normal(size=(30, 8))
+    one_way = spread * 0.05 + np.eye(8)[0]
+    for rows, collapsed in ((spread, False), (one_way, True)):
+        d = Driver([make_space("items_v1", range(30), rows)])
+        d.run([(TOPIC, [Event(user, item, "view", T0 + item) for user in range(5) for item in range(user, user + 4)])])
+        assert d.counts[Counter.VECTORS] == 15
+        assert d.counts[Counter.FALLBACKS] == 5  # a history of one
+        assert d.counts.get(Counter.NEAR_CENTROID, 0) == (15 if collapsed else 0)
+
+
+def test_an_erased_user_s_tombstone_is_neither_a_vector_nor_a_fallback() -> None:
+    d = driver()
+    d.apply(Event("u", 1, "view", T0), Event("u", 2, "view", T0 + 1))
+    before = dict(d.counts)
+    d.apply(Erase("u", T0 + 5))
+    assert {name: d.counts[name] for name in (Counter.VECTORS, Counter.FALLBACKS)} == {
+        name: before[name] for name in (Counter.VECTORS, Counter.FALLBACKS)
+    }
+
+
+def event_from(source: object, n: int) -> SimpleNamespace:
+    document = {"user_id": "u", "item_id": n, "type": "view", "ts": T0 + n, **({} if source is None else source)}
+    return SimpleNamespace(key=b"u", value=json.dumps(document).encode(), timestamp=LATE_ENOUGH)
+
+
+def test_what_our_own_vectors_led_to_is_counted_and_changes_nothing() -> None:
+    sources = [
+        {"source": "recommended"},
+        {"source": "recommended"},
+        {"source": "search"},
+        {"source": 7},
+        {"source": None},
+        None,
+    ]
+    records = [event_from(source, n) for n, source in enumerate(sources)]
+    rules = EventRules(TYPES, source="source", own_sources=frozenset({"recommended"}))
+    counted, plain = Driver([SPACE], rules=rules), Driver([SPACE])
+    for d in (counted, plain):
+        d.feed(TOPIC, records)
+    assert (counted.counts[Counter.SOURCED], counted.counts[Counter.SELF_CAUSED]) == (3, 2)
+    assert Counter.SOURCED not in plain.counts
+    assert counted.kv == plain.kv
+    assert counted.topic == plain.topic
+
+
+def test_a_source_may_lie_deep_and_what_is_rejected_or_ignored_has_none() -> None:
+    rules = EventRules(TYPES, frozenset({"seen"}), source="page.slot", own_sources=frozenset({"ann"}))
+    d = Driver([SPACE], rules=rules)
+    good = [event_from({"page": {"slot": "ann"}}, 1), event_from({"page": "ann"}, 2)]
+    bad = [event_from({"page": {"slot": "ann"}, "type": kind}, 3) for kind in ("seen", "unheard of")]
+    d.feed(TOPIC, [*good, *bad])
+    assert (d.counts[Counter.SOURCED], d.counts[Counter.SELF_CAUSED]) == (1, 1)
+    with pytest.raises(ValueError, match="one source"):
+        Exposure("items[].source", frozenset())

@@ -104,6 +104,33 @@ def test_popular_rows_of_the_index_are_shorter() -> None:
     assert weighed.popularity.tolist() == counts.tolist()
 
 
+def test_popular_rows_of_the_history_side_are_shorter() -> None:
+    plain, weighed = (two_tables_of(HISTORIES, dim=6, history_exponent=power) for power in (0.0, 0.5))
+    counts = np.bincount(HISTORIES.item, minlength=N)
+    np.testing.assert_allclose(weighed.history_vectors * ((1.0 + counts) ** 0.5)[:, None], plain.history_vectors)
+    np.testing.assert_array_equal(weighed.vectors, plain.vectors)
+
+
+@pytest.mark.parametrize("side", ["popularity_exponent", "history_exponent"])
+def test_without_weighing_popularity_down_fewer_items_are_ever_found(side: str) -> None:
+    """Coverage, and the share of the most popular tenth, of what everybody's ten nearest items are."""
+
+    def found(exponent: float) -> tuple[float, float]:
+        made = two_tables_of(HISTORIES, dim=6, **{"popularity_exponent": 0.0, side: exponent})
+        assert made.history_vectors is not None
+        row_of = {item: row for row, item in enumerate(made.ids)}
+        users = [
+            np.mean([made.history_vectors[row_of[HISTORIES.ids[i]]] for i in of], axis=0) for of in lists().values()
+        ]
+        shown = np.argsort(-(np.array(users) @ made.vectors.T), axis=1)[:, :10]
+        head = np.argsort(-made.popularity)[: len(made.ids) // 10]
+        return len(np.unique(shown)) / len(made.ids), float(np.isin(shown, head).mean())
+
+    (coverage, head_share), (wider, less_of_it) = found(0.0), found(0.7)
+    assert wider > coverage
+    assert less_of_it < head_share
+
+
 def test_scores_within_the_head_do_not_depend_on_what_lies_beside_it() -> None:
     """With as many dimensions as the head has items nothing is cut off."""
     whole = two_tables_of(HISTORIES, dim=30, head_items=30, popularity_exponent=0.0)
@@ -183,7 +210,9 @@ def test_an_impossible_dimension_is_one_line(rows: list[EventRow], are: int) -> 
         two_table_vectors(rows, dim=4, share=1.0)
 
 
-@pytest.mark.parametrize("wrong", [{"dim": 0}, {"head_items": 0}, {"popularity_exponent": -1.0}, {"share": 0.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"dim": 0}, {"head_items": 0}, {"popularity_exponent": -1.0}, {"history_exponent": -1.0}, {"share": 0.0}]
+)
 def test_arguments_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must be"):
         two_table_vectors(SMALL, **{"dim": 4, **wrong})
