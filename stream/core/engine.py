@@ -62,11 +62,10 @@ class Engine:
         self._first_revision = 0
         self._decoder = BatchDecoder(decoder or EventDecoder(rules), partition, partitions, self._users)
         # slots, interactions and their times of users whose sums are to be made before the batch is applied to them
-        self._loaded: list[tuple[int, list[bytes], list[int]]] = []
+        self._loaded: list[tuple[int, list[bytes], list[bytes]]] = []
         self._capacity = min(hot_users, _FIRST_SLOTS)
         self._free = list(range(self._capacity))
         self._publishers: list[Publisher] = []
-        self._by_time = False
         self.serve(pairs)
 
     def serve(self, pairs: Sequence[Pair]) -> None:
@@ -83,7 +82,6 @@ class Engine:
             or Publisher(pair, self._rows, capacity=self._capacity, json_output=self.json_output)
             for pair in pairs
         ]
-        self._by_time = any(publisher.by_time for publisher in self._publishers)
 
     @property
     def versions(self) -> tuple[tuple[str, str], ...]:
@@ -222,12 +220,13 @@ class Engine:
         if user is None:
             data = stored[key]
             bodies: list[bytes] = []
+            stamps: list[bytes] = []
             if data is None:
                 history = History(self.codec, self.history_limit, revision=self._first_revision)
             else:
-                history, bodies = History.read(data, self.codec, self.history_limit)
+                history, bodies, stamps = History.read(data, self.codec, self.history_limit)
             user = User(history, self._slot())
-            self._loaded.append((user.slot, bodies, history.times() if self._by_time else []))
+            self._loaded.append((user.slot, bodies, stamps))
         self._users[key] = user
         return user
 

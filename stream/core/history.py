@@ -20,7 +20,6 @@ from stream.core.history_codec import (
     TS_BYTES,
     HistoryCodec,
     check_layout,
-    entry_times,
     key_ts_ms,
     split_key,
 )
@@ -178,12 +177,6 @@ class History:
         """Event time of the newest interaction, or None without one."""
         return key_ts_ms(self.newest) if self.count else None
 
-    def times(self) -> list[int]:
-        """Event time of each interaction (ms), oldest first."""
-        if self._keys is None and self._body is not None:
-            return entry_times(self._body)
-        return [*map(key_ts_ms, self.keys)]
-
     def interactions(self) -> list[Interaction]:
         """What is retained, oldest first."""
         parts = (split_key(key) for key in self.keys)
@@ -207,24 +200,24 @@ class History:
         Raises:
             StateError: unknown layout, or bytes that can't be such a state.
         """
-        history, _ = cls.read(data, codec, limit)
+        history, _, _ = cls.read(data, codec, limit)
         history._keys = codec.keys(history._entries)
         return history
 
     @classmethod
-    def read(cls, data: bytes, codec: HistoryCodec, limit: int) -> "tuple[History, list[bytes]]":
+    def read(cls, data: bytes, codec: HistoryCodec, limit: int) -> "tuple[History, list[bytes], list[bytes]]":
         """Read stored bytes without making sense of each interaction.
 
         Returns:
-            The history, and the stored type and item of each interaction, oldest first: `HistoryCodec.item_and_type`
-            tells of each whether a worker writes such bytes.
+            The history, the stored type and item of each interaction, oldest first (`HistoryCodec.item_and_type` tells
+            of each whether a worker writes such bytes), and the time of each (6 bytes).
 
         Raises:
             StateError: unknown layout, or bytes that can't be such a state.
         """
         check_layout(data)
         body = data[HEADER_BYTES:]
-        bodies, newest = codec.bodies(body)
+        bodies, stamps, newest = codec.bodies(body)
         if len(bodies) != int.from_bytes(data[COUNT_AT:HEADER_BYTES], "big") or len(bodies) > limit:
             raise StateError(DAMAGED)
         history = cls(
@@ -234,4 +227,4 @@ class History:
             erased_at=int.from_bytes(data[17:25], "big", signed=True),
         )
         history._body, history.count, history.newest = body, len(bodies), newest
-        return history, bodies
+        return history, bodies, stamps

@@ -50,17 +50,13 @@ class Stored(NamedTuple):
         revision: how often the state changed.
         as_of_ms: event time of the newest interaction, None without one.
         bodies: type and item of each interaction as `HistoryCodec.item_and_type` reads them, oldest first.
-        data: all of it.
+        stamps: event time of each, 6 bytes.
     """
 
     revision: int
     as_of_ms: int | None
     bodies: list[bytes]
-    data: bytes
-
-    def times(self) -> list[int]:
-        """Event time of each interaction (ms), oldest first."""
-        return entry_times(self.data, HEADER_BYTES)
+    stamps: list[bytes]
 
 
 class HistoryCodec:
@@ -134,10 +130,12 @@ class HistoryCodec:
         """
         check_layout(data)
         bodies: list[bytes] = []
-        pos, end, newest = HEADER_BYTES, len(data), 0
+        stamps: list[bytes] = []
+        pos, end = HEADER_BYTES, len(data)
         try:
             while pos < end:
-                newest, pos = pos, pos + TS_BYTES + 1
+                stamps.append(data[pos : pos + TS_BYTES])
+                pos += TS_BYTES + 1
                 size = data[pos - 1]
                 if size > 0x7F:
                     size, pos = read_varint(data, pos - 1)
@@ -147,8 +145,8 @@ class HistoryCodec:
                 raise ValueError
         except (IndexError, ValueError) as exc:
             raise StateError(DAMAGED) from exc
-        as_of_ms = int.from_bytes(data[newest : newest + TS_BYTES], "big") if bodies else None
-        return Stored(int.from_bytes(data[9:17], "big"), as_of_ms, bodies, data)
+        as_of_ms = int.from_bytes(stamps[-1], "big") if bodies else None
+        return Stored(int.from_bytes(data[9:17], "big"), as_of_ms, bodies, stamps)
 
     def item_and_type(self, body: bytes) -> bytes:
         """Item and type of one interaction, with a zero byte in between.
@@ -161,13 +159,14 @@ class HistoryCodec:
         except (IndexError, KeyError, ValueError) as exc:
             raise StateError(DAMAGED) from exc
 
-    def bodies(self, entries: bytes) -> tuple[list[bytes], bytes]:
-        """Type and item (see `item_and_type`) of each entry, oldest first, and the newest one's sort key.
+    def bodies(self, entries: bytes) -> tuple[list[bytes], list[bytes], bytes]:
+        """Type and item (see `item_and_type`) and time (6 bytes) of each entry, oldest first; the newest's sort key.
 
         Raises:
             StateError: these are no entries in their order.
         """
         bodies: list[bytes] = []
+        stamps: list[bytes] = []
         pos, end, stamp = 0, len(entries), b""
         try:
             while pos < end:
@@ -181,9 +180,10 @@ class HistoryCodec:
                 if stamp <= before and (stamp < before or self._suffix(body) <= self._suffix(bodies[-1])):
                     raise ValueError
                 bodies.append(body)
+                stamps.append(stamp)
             if pos != end:
                 raise ValueError
-            return bodies, stamp + self._suffix(bodies[-1]) if bodies else b""
+            return bodies, stamps, stamp + self._suffix(bodies[-1]) if bodies else b""
         except (IndexError, KeyError, ValueError) as exc:
             raise StateError(DAMAGED) from exc
 
@@ -221,19 +221,6 @@ class HistoryCodec:
             size, start = read_varint(entries, start - 1)
         body = entries[start : start + size]
         return entries[pos : pos + TS_BYTES] + self._suffix(body), start + size
-
-
-def entry_times(entries: bytes, start: int = 0) -> list[int]:
-    """Event time of each stored entry from byte `start` on (ms); they are sound entries."""
-    times, pos, end = [], start, len(entries)
-    while pos < end:
-        times.append(int.from_bytes(entries[pos : pos + TS_BYTES], "big"))
-        pos += TS_BYTES + 1
-        size = entries[pos - 1]
-        if size > 0x7F:
-            size, pos = read_varint(entries, pos - 1)
-        pos += size
-    return times
 
 
 def check_layout(data: bytes) -> None:

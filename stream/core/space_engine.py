@@ -132,21 +132,18 @@ class Publisher:
         """Key of a user's vector of this pair."""
         return self._key_prefix + user
 
-    def load(self, users: Sequence[tuple[int, Sequence[bytes], Sequence[int]]]) -> None:
-        """Set the sums of users that were read from the store: their slots, stored interactions and times of these.
-
-        Times may be left out where no pair goes by time.
-        """
+    def load(self, users: Sequence[tuple[int, Sequence[bytes], Sequence[bytes]]]) -> None:
+        """Set the sums of users that were read from the store: their slots, stored interactions and times of these."""
         known: list[Int64] = []
         known_weights: list[Float64] = []
         known_times: list[Int64] = []
-        for slot, bodies, times in users:
+        for slot, bodies, stamps in users:
             rows = self._rows[slot] = self._stored_rows.rows(bodies)
             if self._weights:
                 weights = self._row_weights[slot] = self._stored_weights.weights(bodies)
                 known_weights.append(_newest_known(weights, rows, np.float64))
             if self.by_time:
-                known_times.append(_newest_known(times, rows, np.int64))
+                known_times.append(_newest_known(_times_of(stamps), rows, np.int64))
             known.append(_newest_known(rows, rows, np.int64))
         self.sums.load(
             np.array([slot for slot, _, _ in users]),
@@ -204,7 +201,7 @@ class Publisher:
             bodies = stored.bodies
             rows = self._stored_rows.rows(bodies)
             weights = _newest_known(self._stored_weights.weights(bodies), rows, np.float64) if self._weights else None
-            times = _newest_known(stored.times(), rows, np.int64) if self.by_time else None
+            times = _newest_known(_times_of(stored.stamps), rows, np.int64) if self.by_time else None
             newest_first = _newest_known(rows, rows, np.int64)
             computed.known[place] = len(newest_first)
             if len(newest_first):
@@ -360,7 +357,14 @@ class Publisher:
         return status
 
 
-def _newest_known(values: Sequence[float], rows: Sequence[int], dtype: type[np.number[Any]]) -> NDArray[Any]:
+def _times_of(stamps: Sequence[bytes]) -> Int64:
+    """Event times (ms) of as many bytes as sort keys begin with."""
+    padded = np.zeros((len(stamps), 8), dtype=np.uint8)
+    padded[:, 8 - TS_BYTES :] = np.frombuffer(b"".join(stamps), dtype=np.uint8).reshape(-1, TS_BYTES)
+    return padded.view(">i8")[:, 0].astype(np.int64)
+
+
+def _newest_known(values: Sequence[float] | Int64, rows: Sequence[int], dtype: type[np.number[Any]]) -> NDArray[Any]:
     """The values [n] of those of `rows` (oldest first) that the space has, newest first."""
     reverse = np.array(values, dtype=dtype)[::-1]
     return reverse if min(rows, default=0) >= 0 else reverse[np.array(rows)[::-1] >= 0]

@@ -10,7 +10,7 @@ same where histories hold only what is strictly older than the case.
 """
 
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -22,10 +22,10 @@ from scipy import sparse
 from stream.core.encoders import AvgEncoder, Encoder, LearnedEncoder, MadeFor, MixEncoder, TimeMixEncoder, reference
 from stream.core.events import EventRow, event_order
 from stream.core.formulas import Float64, decayed_mean, l2_normalize
-from stream.errors import EncoderError, ItemSpaceError
+from stream.errors import ConfigError, EncoderError, ItemSpaceError
 from stream.items.space import ItemSpace
 from stream.learning.cases import MIN_HISTORY, Cases, find_cases
-from stream.learning.heads import FEATURES, train_head
+from stream.learning.heads import FEATURES, Method, train_head
 from stream.learning.histories import SHARE, Histories, Int64, by_user
 from stream.learning.item_vectors import DIM, ItemVectors
 from stream.learning.ppmi import ppmi_of
@@ -38,7 +38,7 @@ READINGS: Final[tuple[Reading, ...]] = ("ordered", "shuffled", "older")
 BASE: Final = "mix (.01, .15), one table"
 #: Two tables, and a mixture for them.
 BEST: Final = "mix (.02, .3), two tables"
-LEARNED: Final = "learned (ridge), two tables"
+LEARNED: Final[Mapping[Method, str]] = {"ridge": "learned (ridge), two tables", "mlp": "learned (network), two tables"}
 CASES: Final = 6_000
 HISTORY: Final = 100
 #: Age at which a cached vector is made anew, s; 0 makes one per event.
@@ -249,12 +249,15 @@ class _Prepared:
             "3 interests (k-means), two tables": self._interests(two, _clusters),
             f"{BEST}, popularity as it is": self._vector(plain, tuned),
         }
-        try:
-            head, _ = train_head(self.train, two, history_limit=HISTORY, seed=seed)
-            encoder = LearnedEncoder(head, "", MadeFor(two.version, two.sha256, two.dim), FEATURES)
-            self.methods[LEARNED] = self._vector(two, encoder)
-        except EncoderError:
-            self.left_out[LEARNED] = "needs more events"
+        for method, name in LEARNED.items():
+            try:
+                head, _ = train_head(self.train, two, method=method, history_limit=HISTORY, seed=seed)
+                encoder = LearnedEncoder(head, "", MadeFor(two.version, two.sha256, two.dim), FEATURES)
+                self.methods[name] = self._vector(two, encoder)
+            except EncoderError:
+                self.left_out[name] = "needs more events"
+            except ConfigError:
+                self.left_out[name] = "needs scikit-learn"
         if (n := int(self.known.sum())) > head_items:
             why = f"needs a matrix of {n:,} by {n:,} items"
             self.left_out |= dict.fromkeys(("ItemKNN, full matrix", "EASE, full matrix"), why)

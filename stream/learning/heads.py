@@ -265,7 +265,7 @@ def _network(rows: _Rows, white: Float64, seed: int) -> Head:
     network = MLPRegressor(
         hidden_layer_sizes=(_HIDDEN,),
         alpha=0.1,
-        batch_size=min(512, len(x)),
+        batch_size=min(512, len(x) // 2),  # a tenth is held back to stop by
         learning_rate_init=2e-3,
         max_iter=60,
         early_stopping=True,

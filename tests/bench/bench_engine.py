@@ -4,7 +4,8 @@
 
 CPU microseconds per event, median of five rounds over users with 100 interactions each, by kind of ids, for one and for
 two live item versions. Beside them the seed's formula, one user at a time, with the rows of items known already: what
-the embedding alone would cost if it were computed from the history on each event.
+the embedding alone would cost if it were computed from the history on each event. With integer ids, each encoder alone,
+and all of them side by side.
 """
 
 import argparse
@@ -22,10 +23,13 @@ import numpy as np
 
 from stream.cli.bench.load import IDS, START_MS, Load
 from stream.config import load_settings
+from stream.core.encoders import AvgEncoder, Encoder, MadeFor, MixEncoder, TimeMixEncoder, VersionedEncoder
 from stream.core.engine import Engine
 from stream.core.formulas import user_embed_mix
 from stream.core.space_engine import Pair
+from stream.encoders.folder import save_encoder
 from stream.items.space import ItemSpace
+from stream.learning.heads import Head
 
 ROUNDS = 5
 TOPIC = "user-events.view"
@@ -46,9 +50,8 @@ def space(load: Load, folder: Path, version: str) -> ItemSpace:
 class Steps:
     """An engine, what it has stored, and events that go on."""
 
-    def __init__(self, load: Load, spaces: Sequence[ItemSpace], hot_users: int) -> None:
+    def __init__(self, load: Load, pairs: Sequence[Pair], hot_users: int) -> None:
         settings = load_settings()
-        pairs = [Pair(settings.versioned_encoder, space) for space in spaces]
         self.engine = Engine(pairs, settings.rules, partition=0, partitions=1, hot_users=hot_users)
         self.states: dict[bytes, bytes | None] = dict(load.states(settings))
         self._load = load
@@ -80,14 +83,45 @@ def measure(load: Load, folder: Path, batch: int) -> dict[str, Any]:
     spaces = [space(load, folder, "first"), space(load, folder, "second")]
     found: dict[str, Any] = {}
     for live in (1, 2):
-        for name, hot_users in (("hot", load.users), ("cold", 1)):
-            steps = Steps(load, spaces[:live], hot_users)
-            steps.over_all(batch)  # memos and, of hot users, sums are made
-            found[f"{name}_{live}"] = round(median(steps.over_all(batch) for _ in range(ROUNDS)), 1)
+        pairs = [Pair(VersionedEncoder(), one) for one in spaces[:live]]
+        found |= {f"{name}_{live}": cost for name, cost in hot_and_cold(load, pairs, batch).items()}
     vectors = np.asarray(spaces[0].vectors)
     items = [np.array([item for _, item, _ in history]) for _, history in load.histories()]
     formula = median(cpu_us(lambda: [user_embed_mix(i, vectors) for i in items], len(items)) for _ in range(ROUNDS))
     return {**found, "formula": round(formula, 1), "cold_to_formula": round(found["cold_1"] / formula, 2)}
+
+
+def hot_and_cold(load: Load, pairs: Sequence[Pair], batch: int) -> dict[str, float]:
+    found = {}
+    for name, hot_users in (("hot", load.users), ("cold", 1)):
+        steps = Steps(load, pairs, hot_users)
+        steps.over_all(batch)  # memos and, of hot users, sums are made
+        found[name] = round(median(steps.over_all(batch) for _ in range(ROUNDS)), 1)
+    return found
+
+
+def measure_encoders(load: Load, folder: Path, batch: int) -> dict[str, dict[str, float]]:
+    one = space(load, folder, "only")
+    made_for = MadeFor(one.version, one.sha256, one.dim)
+    rng = np.random.default_rng(0)
+    ridge = Head(((rng.normal(size=(3 * one.dim, one.dim)), np.zeros(one.dim)),))
+    hidden = 128
+    network = Head(
+        (
+            (rng.normal(size=(3 * one.dim, hidden)), np.zeros(hidden)),
+            (rng.normal(size=(hidden, one.dim)), np.zeros(one.dim)),
+        )
+    )
+    encoders: dict[str, Encoder] = {
+        "mix": MixEncoder(),
+        "avg": AvgEncoder(),
+        "mix_time": TimeMixEncoder(),
+        "learned, ridge": save_encoder(folder / "ridge", ridge.onnx(), made_for),
+        "learned, network": save_encoder(folder / "network", network.onnx(), made_for),
+    }
+    pairs = {name: Pair(VersionedEncoder(encoder), one) for name, encoder in encoders.items()}
+    found = {name: hot_and_cold(load, [pair], batch) for name, pair in pairs.items()}
+    return {**found, "all side by side": hot_and_cold(load, list(pairs.values()), batch)}
 
 
 def main() -> None:
@@ -100,7 +134,10 @@ def main() -> None:
     for kind, make in IDS.items():
         with tempfile.TemporaryDirectory() as folder:
             found[kind] = measure(Load(users=args.users, user_id=make, item_id=make), Path(folder), args.batch)
-    print(json.dumps({"users": args.users, "batch": args.batch, "cpu_us": found}, indent=None if args.json else 1))
+    with tempfile.TemporaryDirectory() as folder:
+        encoders = measure_encoders(Load(users=args.users), Path(folder), args.batch)
+    document = {"users": args.users, "batch": args.batch, "cpu_us": found, "cpu_us_by_encoder": encoders}
+    print(json.dumps(document, indent=None if args.json else 1))
 
 
 if __name__ == "__main__":

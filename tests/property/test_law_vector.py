@@ -239,6 +239,7 @@ def test_a_stored_state_read_in_part_says_what_it_says_decoded(data, stream):
         history, stored = History.decode(state, codec, 5), codec.stored(state)
         assert (stored.revision, stored.as_of_ms) == (history.revision, history.as_of_ms)
         assert [codec.item_and_type(body) for body in stored.bodies] == [key[TS_BYTES:] for key in history.keys]
+        assert stored.stamps == [key[:TS_BYTES] for key in history.keys]
         cut = data.draw(st.integers(0, len(state) - 1))
         with pytest.raises(StateError):
             codec.stored(state[:cut])
