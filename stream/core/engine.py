@@ -13,7 +13,7 @@ from stream.core.batch import Batch, BatchDecoder, Record, StepResult
 from stream.core.counters import Counter
 from stream.core.events import EventDecoder, EventRules
 from stream.core.history import History, Outcome
-from stream.core.history_codec import NEVER, HistoryCodec, key_ts_ms, stored_order
+from stream.core.history_codec import NEVER, HistoryCodec, Stored, key_ts_ms, stored_order, stored_times
 from stream.core.item_rows import SharedRows
 from stream.core.space_engine import MAX_ROUNDS, Coverage, Pair, Publisher, Touch, User
 
@@ -66,6 +66,7 @@ class Engine:
         self._capacity = min(hot_users, _FIRST_SLOTS)
         self._free = list(range(self._capacity))
         self._publishers: list[Publisher] = []
+        self._by_time = False
         self.serve(pairs)
 
     def serve(self, pairs: Sequence[Pair]) -> None:
@@ -82,6 +83,7 @@ class Engine:
             or Publisher(pair, self._rows, capacity=self._capacity, json_output=self.json_output)
             for pair in pairs
         ]
+        self._by_time = any(publisher.by_time for publisher in self._publishers)
 
     @property
     def versions(self) -> tuple[tuple[str, str], ...]:
@@ -145,11 +147,13 @@ class Engine:
         Raises:
             StateError: a stored state can't be read.
         """
-        users = {user: self.codec.stored(data) for user, data in stored.items()}
         result = StepResult()
         publisher = next(p for p in self._publishers if p.versions == versions)
-        # a user that only sent what can't be kept has no revision, and nothing to show
-        users = {user: state for user, state in users.items() if state.revision}
+        users: dict[bytes, tuple[Stored, list[bytes]]] = {}
+        for user, data in stored.items():
+            state = self.codec.stored(data)
+            if state.revision:  # else the user only sent what can't be kept, and there is nothing to show
+                users[user] = state, stored_times(data, state.bodies) if publisher.by_time else []
         return result, publisher.publish_cold(users, epoch, result)
 
     def end_markers(self, markers: Mapping[bytes, bytes], left_behind: Sequence[bytes] = ()) -> StepResult:
@@ -224,7 +228,9 @@ class Engine:
             if data is None:
                 history = History(self.codec, self.history_limit, revision=self._first_revision)
             else:
-                history, bodies, stamps = History.read(data, self.codec, self.history_limit)
+                history, bodies = History.read(data, self.codec, self.history_limit)
+                if self._by_time:
+                    stamps = stored_times(data, bodies)
             user = User(history, self._slot())
             self._loaded.append((user.slot, bodies, stamps))
         self._users[key] = user

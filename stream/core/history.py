@@ -200,24 +200,24 @@ class History:
         Raises:
             StateError: unknown layout, or bytes that can't be such a state.
         """
-        history, _, _ = cls.read(data, codec, limit)
+        history, _ = cls.read(data, codec, limit)
         history._keys = codec.keys(history._entries)
         return history
 
     @classmethod
-    def read(cls, data: bytes, codec: HistoryCodec, limit: int) -> "tuple[History, list[bytes], list[bytes]]":
+    def read(cls, data: bytes, codec: HistoryCodec, limit: int) -> "tuple[History, list[bytes]]":
         """Read stored bytes without making sense of each interaction.
 
         Returns:
-            The history, the stored type and item of each interaction, oldest first (`HistoryCodec.item_and_type` tells
-            of each whether a worker writes such bytes), and the time of each (6 bytes).
+            The history, and the stored type and item of each interaction, oldest first: `HistoryCodec.item_and_type`
+            tells of each whether a worker writes such bytes.
 
         Raises:
             StateError: unknown layout, or bytes that can't be such a state.
         """
         check_layout(data)
         body = data[HEADER_BYTES:]
-        bodies, stamps, newest = codec.bodies(body)
+        bodies, newest = codec.bodies(body)
         if len(bodies) != int.from_bytes(data[COUNT_AT:HEADER_BYTES], "big") or len(bodies) > limit:
             raise StateError(DAMAGED)
         history = cls(
@@ -227,4 +227,4 @@ class History:
             erased_at=int.from_bytes(data[17:25], "big", signed=True),
         )
         history._body, history.count, history.newest = body, len(bodies), newest
-        return history, bodies, stamps
+        return history, bodies

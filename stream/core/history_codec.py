@@ -1,7 +1,7 @@
 """How histories are stored: sort keys of interactions, and the binary layout with permanent type codes."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final, NamedTuple
 from uuid import UUID
 
@@ -50,13 +50,11 @@ class Stored(NamedTuple):
         revision: how often the state changed.
         as_of_ms: event time of the newest interaction, None without one.
         bodies: type and item of each interaction as `HistoryCodec.item_and_type` reads them, oldest first.
-        stamps: event time of each, 6 bytes.
     """
 
     revision: int
     as_of_ms: int | None
     bodies: list[bytes]
-    stamps: list[bytes]
 
 
 class HistoryCodec:
@@ -130,12 +128,10 @@ class HistoryCodec:
         """
         check_layout(data)
         bodies: list[bytes] = []
-        stamps: list[bytes] = []
-        pos, end = HEADER_BYTES, len(data)
+        pos, end, newest = HEADER_BYTES, len(data), 0
         try:
             while pos < end:
-                stamps.append(data[pos : pos + TS_BYTES])
-                pos += TS_BYTES + 1
+                newest, pos = pos, pos + TS_BYTES + 1
                 size = data[pos - 1]
                 if size > 0x7F:
                     size, pos = read_varint(data, pos - 1)
@@ -145,8 +141,8 @@ class HistoryCodec:
                 raise ValueError
         except (IndexError, ValueError) as exc:
             raise StateError(DAMAGED) from exc
-        as_of_ms = int.from_bytes(stamps[-1], "big") if bodies else None
-        return Stored(int.from_bytes(data[9:17], "big"), as_of_ms, bodies, stamps)
+        as_of_ms = int.from_bytes(data[newest : newest + TS_BYTES], "big") if bodies else None
+        return Stored(int.from_bytes(data[9:17], "big"), as_of_ms, bodies)
 
     def item_and_type(self, body: bytes) -> bytes:
         """Item and type of one interaction, with a zero byte in between.
@@ -159,14 +155,13 @@ class HistoryCodec:
         except (IndexError, KeyError, ValueError) as exc:
             raise StateError(DAMAGED) from exc
 
-    def bodies(self, entries: bytes) -> tuple[list[bytes], list[bytes], bytes]:
-        """Type and item (see `item_and_type`) and time (6 bytes) of each entry, oldest first; the newest's sort key.
+    def bodies(self, entries: bytes) -> tuple[list[bytes], bytes]:
+        """Type and item (see `item_and_type`) of each entry, oldest first, and the newest one's sort key.
 
         Raises:
             StateError: these are no entries in their order.
         """
         bodies: list[bytes] = []
-        stamps: list[bytes] = []
         pos, end, stamp = 0, len(entries), b""
         try:
             while pos < end:
@@ -180,10 +175,9 @@ class HistoryCodec:
                 if stamp <= before and (stamp < before or self._suffix(body) <= self._suffix(bodies[-1])):
                     raise ValueError
                 bodies.append(body)
-                stamps.append(stamp)
             if pos != end:
                 raise ValueError
-            return bodies, stamps, stamp + self._suffix(bodies[-1]) if bodies else b""
+            return bodies, stamp + self._suffix(bodies[-1]) if bodies else b""
         except (IndexError, KeyError, ValueError) as exc:
             raise StateError(DAMAGED) from exc
 
@@ -221,6 +215,16 @@ class HistoryCodec:
             size, start = read_varint(entries, start - 1)
         body = entries[start : start + size]
         return entries[pos : pos + TS_BYTES] + self._suffix(body), start + size
+
+
+def stored_times(data: bytes, bodies: Sequence[bytes]) -> list[bytes]:
+    """Event time (6 bytes) of each interaction of a sound stored state, given what `HistoryCodec.bodies` read of it."""
+    stamps, pos = [], HEADER_BYTES
+    for body in bodies:
+        stamps.append(data[pos : pos + TS_BYTES])
+        size = len(body)
+        pos += TS_BYTES + size + (1 if size <= 0x7F else len(varint(size)))
+    return stamps
 
 
 def check_layout(data: bytes) -> None:

@@ -133,7 +133,10 @@ class Publisher:
         return self._key_prefix + user
 
     def load(self, users: Sequence[tuple[int, Sequence[bytes], Sequence[bytes]]]) -> None:
-        """Set the sums of users that were read from the store: their slots, stored interactions and times of these."""
+        """Set the sums of users that were read from the store: their slots, stored interactions and times of these.
+
+        Times may be left out where no pair goes by time.
+        """
         known: list[Int64] = []
         known_weights: list[Float64] = []
         known_times: list[Int64] = []
@@ -193,15 +196,17 @@ class Publisher:
         shown = [(key, touch.steps[step]) for key, touch, step in states]
         self._emit(shown, computed, epoch, result)
 
-    def publish_cold(self, users: Mapping[bytes, Stored], epoch: int, result: StepResult) -> Coverage:
-        """Add the present state of users that need not be in memory; leaves the running sums alone."""
+    def publish_cold(
+        self, users: Mapping[bytes, tuple[Stored, Sequence[bytes]]], epoch: int, result: StepResult
+    ) -> Coverage:
+        """Add the present state of users that need not be in memory, with times if `by_time`; leaves the sums alone."""
         computed = self._room(len(users))
         shown: list[tuple[bytes, Step]] = []
-        for place, (user, stored) in enumerate(users.items()):
+        for place, (user, (stored, stamps)) in enumerate(users.items()):
             bodies = stored.bodies
             rows = self._stored_rows.rows(bodies)
             weights = _newest_known(self._stored_weights.weights(bodies), rows, np.float64) if self._weights else None
-            times = _newest_known(_times_of(stored.stamps), rows, np.int64) if self.by_time else None
+            times = _newest_known(_times_of(stamps), rows, np.int64) if self.by_time else None
             newest_first = _newest_known(rows, rows, np.int64)
             computed.known[place] = len(newest_first)
             if len(newest_first):

@@ -17,7 +17,7 @@ ITEMS = ["3", "unknown", "7", "3", "-12", "4"]
 
 def bodies_of(codec: HistoryCodec) -> list[bytes]:
     keys = [sort_key(n, item.encode(), b"like" if n % 2 else b"view") for n, item in enumerate(ITEMS)]
-    _, bodies, _ = History.read(History(codec, 100, keys).encode(1), codec, 100)
+    _, bodies = History.read(History(codec, 100, keys).encode(1), codec, 100)
     return bodies
 
 
