@@ -38,7 +38,7 @@ _HIDDEN: Final = 128
 _LEAST: Final = 50
 _TOP: Final = 10
 _BLOCK_SCORES: Final = 4_000_000
-_HINT: Final = "training encoders needs the extra `learned`; pip install 'user-embedding-stream[learned]'"
+_HINT: Final = "training encoders needs more packages; pip install 'user-embedding-stream[training]'"
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,6 @@ def test_too_little_to_learn_from_is_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("package", "method"), [("sklearn.neural_network", "mlp"), ("onnx", "ridge")])
 def test_what_to_install_is_said(tmp_path: Path, package: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ConfigError, match=r"pip install 'user-embedding-stream\[learned\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'user-embedding-stream\[training\]'"):
         train_encoder(walks(), space(), tmp_path / "e", method=method)
     assert list(tmp_path.iterdir()) == []
