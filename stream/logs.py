@@ -81,10 +81,19 @@ class NotAgain(logging.Filter):
         return True
 
 
-def setup_logging(level: str) -> None:
-    """One line a message on stderr; libraries speak up from warnings on, and about nothing that we report ourselves."""
+def setup_logging(level: str, process: int | None = None) -> None:
+    """One line a message on stderr; libraries speak up from warnings on, and about nothing that we report ourselves.
+
+    Args:
+        level: least severe line of ours.
+        process: number of this process among several that write to the same place.
+    """
+    of_one = "" if process is None else f" [{process}]"
     logging.basicConfig(
-        level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
+        level=logging.WARNING,
+        stream=sys.stderr,
+        format=f"%(asctime)s{of_one} %(levelname)s %(name)s: %(message)s",
+        force=True,
     )
     logging.getLogger("stream").setLevel(level.upper())
     if level != "debug":

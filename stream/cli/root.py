@@ -76,14 +76,27 @@ def demo(events: Path | None, rate: float | None, stay: bool, look: FileOptions,
 
 
 @cli.command()
-def worker() -> None:
-    """Run a worker until SIGTERM; exit 0 after a clean stop."""
+@click.option("--processes", type=click.IntRange(1), default=1, show_default=True, help="workers on this host")
+@click.option("--child", type=int, hidden=True, help="number of a process that another one looks after")
+def worker(processes: int, child: int | None) -> None:
+    """Run a worker until SIGTERM; exit 0 after a clean stop.
+
+    With --processes, so many of them, each started again when it dies.
+    """
     settings = load_settings()
     from stream.logs import setup_logging
+
+    setup_logging(settings.log_level, child)
+    if child is None and processes > 1:
+        from stream.worker.supervisor import supervise, worker_processes
+
+        sys.exit(supervise(worker_processes(settings, processes)))
     from stream.worker.app import EmbeddingApp
     from stream.worker.run import main as run
+    from stream.worker.supervisor import stop_when_orphaned
 
-    setup_logging(settings.log_level)
+    if child is not None:
+        stop_when_orphaned()
     run(EmbeddingApp(settings))
 
 

@@ -107,6 +107,7 @@ NEEDS: Final[dict[str, Callable[[Settings], list[Grant]]]] = {
     "delete": lambda settings: [*_topics(["Write"], settings.deletion_topic)],
     "tail": lambda settings: [*_topics(["Read"], settings.output_topic)],
     "items": _items,
+    "encoder": _items,
     "dlq": _dlq,
     "verify": _verify,
     "repartition": _repartition,

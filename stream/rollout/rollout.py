@@ -270,7 +270,7 @@ class Rollout:
     async def _refuse(self, owned: Owned, catalogue: Catalogue) -> None:
         """Say of each live version that this worker could not load why."""
         user_version = next(iter(self._encoders.encoders), self._encoders.base.version)
-        item_version = next(iter(self._live.spaces))
+        item_version = next(iter(self._live.spaces), "")
         refused = [
             (Status(user_version, version, owned.partition, owned.epoch, "refused", error=why, asked=asked))
             for version, (asked, why) in self._live.refused.items()
