@@ -351,20 +351,33 @@ def killing_worker(stage: str, users: Iterable[str], how: str = "SIGKILL") -> li
     return [sys.executable, str(_KILLING_WORKER), stage, ",".join(users), how]
 
 
+class Feed(threading.Thread):
+    """Sends events.
+
+    Attributes:
+        dry: set when all but the last events are sent: on a slow machine what was to happen meanwhile takes longer.
+    """
+
+    def __init__(self, feed: Callable[[], None]) -> None:
+        super().__init__(target=feed)
+        self.dry = threading.Event()
+
+
 @contextmanager
-def feeding(pipeline: Pipeline, events: Sequence[EventRow], rate: float) -> Iterator[threading.Thread]:
+def feeding(pipeline: Pipeline, events: Sequence[EventRow], rate: float) -> Iterator[Feed]:
     """Events flow at a rate while the block runs; the rest, the last of them at least, is sent when it is left."""
     hurry = threading.Event()
 
     def feed() -> None:
         for start in range(0, len(events), _SLICE):
             if start + _SLICE >= len(events):
+                thread.dry.set()
                 hurry.wait()
             feeder.send(events[start : start + _SLICE], rate=None if hurry.is_set() else rate)
 
     patience = {"message.timeout.ms": 120_000}  # longer than any fault that tests make
     with Feeder(pipeline.bootstrap, pipeline.topics, client_config=patience) as feeder:
-        thread = threading.Thread(target=feed)
+        thread = Feed(feed)
         thread.start()
         try:
             yield thread

@@ -226,10 +226,10 @@ def _activate(settings: Settings, control: RolloutClient, record: EncoderRecord,
         _wait(settings, control, version)
     if not force:
         check_covered(settings, control, version, item_version, f"encoder {version}")
-    if served is None or served.version != item_version:
-        # workers change nothing before the encoder follows: the pair of the one before and these items is none
-        control.say(replace(items, state="active", force=force))
     control.say(replace(record, state="active", force=force, epochs=None))
+    if served is None or served.version != item_version:
+        # after the encoder: it is no use in the items of before, so that workers change nothing until both are said
+        control.say(replace(items, state="active", force=force))
     out.print(f"encoder {version} is served from here on, with item version {item_version}")
 
 

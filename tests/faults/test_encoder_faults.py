@@ -48,7 +48,7 @@ def test_encoders_and_both_kinds_of_items_under_kills_and_a_rebuild(
     time_params = ("--params", f"alpha_short=0.5,half_life_long_h={HALF_LIVES[0]},half_life_short_h={HALF_LIVES[1]}")
     one.uemb("encoder", "publish", "mix_time", *time_params)
     one.uemb("encoder", "publish", "avg", "--as", "plain")
-    with feeding(one, rows, 2_000) as thread:
+    with feeding(one, rows, 2_000) as feed:
         one.until(lambda: len(one.read(one.output)) > 4_000, "events flow")
         two.kill()  # at whatever it has covered
         for folder in learned:
@@ -58,7 +58,7 @@ def test_encoders_and_both_kinds_of_items_under_kills_and_a_rebuild(
         for victim in (one, two):
             seen = len(one.read(one.changelog))
             one.until(
-                lambda seen=seen: len(one.read(one.changelog)) > seen + rng.randrange(200) or not thread.is_alive(),
+                lambda seen=seen: len(one.read(one.changelog)) > seen + rng.randrange(200) or feed.dry.is_set(),
                 "some more are processed",
             )
             victim.kill()

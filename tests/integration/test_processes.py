@@ -52,7 +52,8 @@ def test_two_processes_share_the_partitions_and_one_that_is_killed_comes_back(
 
 
 def test_a_setting_that_is_wrong_ends_all_processes(make_pipeline: Callable[..., Pipeline], tmp_path: Path) -> None:
-    pipeline = make_pipeline(items=tmp_path / "nowhere")
+    pipeline = make_pipeline()
+    pipeline.environment["UEMB_ITEMS"] = str(tmp_path / "nowhere")
     pipeline.start([*UEMB, "worker", "--processes", "2"])
     assert pipeline.wait() == 2
     assert "what it was told is wrong; the others are stopped" in pipeline.tail()

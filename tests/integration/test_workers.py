@@ -75,7 +75,7 @@ def test_three_workers_under_a_rolling_restart(
         worker.start()
     workers[0].until_ready()
     first = workers[0]
-    with feeding(first, films.events, 2_500) as thread:
+    with feeding(first, films.events, 2_500):
         first.until(lambda: len(first.read(first.output)) > 5_000, "events flow")
         for worker, other in zip(workers, [*workers[1:], workers[0]], strict=True):
             before = worker.epochs()
@@ -83,7 +83,6 @@ def test_three_workers_under_a_rolling_restart(
             between = other.until_epochs_rise(before)
             worker.start()
             worker.until_epochs_rise(between)
-        assert thread.is_alive(), "all events were sent before the last restart"
     first.until_committed()
     claims = check_all(first, films.events, space)
     assert min(map(len, claims.values())) >= 7
