@@ -2,7 +2,6 @@
 
 from dataclasses import asdict
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -199,17 +198,7 @@ def activate(version: str, force: bool, wait: bool) -> None:
 def rollback(force: bool, wait: bool) -> None:
     """Serve the encoder again that was served before, while it is kept."""
     with rollout_client() as (settings, control):
-        active = sorted(
-            (entry for entry in control.catalogue.encoders.values() if entry[1].state == "active"), key=itemgetter(0)
-        )
-        earlier = [record for _, record in active[:-1]]
-        base = control.base_encoder
-        if active and base.user_version not in control.catalogue.encoders:
-            earlier.insert(0, base)
-        if not earlier:
-            msg = "no earlier encoder is kept; activate one by name"
-            raise ConfigError(msg)
-        _activate(settings, control, earlier[-1], force=force, wait=wait)
+        _activate(settings, control, control.encoder_served_before(), force=force, wait=wait)
 
 
 def _activate(settings: Settings, control: RolloutClient, record: EncoderRecord, *, force: bool, wait: bool) -> None:

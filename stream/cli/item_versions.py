@@ -2,7 +2,6 @@
 
 from dataclasses import asdict
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -62,17 +61,7 @@ def activate(version: str, force: bool, wait: bool) -> None:
 def rollback(force: bool, wait: bool) -> None:
     """Serve the version again that was served before, while it is kept."""
     with rollout_client() as (settings, control):
-        active = sorted(
-            (entry for entry in control.catalogue.records.values() if entry[1].state == "active"), key=itemgetter(0)
-        )
-        earlier = [record for _, record in active[:-1]]
-        base = control.base
-        if active and base is not None and base.version not in control.catalogue.records:
-            earlier.insert(0, base)
-        if not earlier:
-            msg = "no earlier item version is kept; activate one by name"
-            raise ConfigError(msg)
-        _activate(settings, control, earlier[-1], force=force, wait=wait)
+        _activate(settings, control, control.served_before(), force=force, wait=wait)
 
 
 def _activate(settings: Settings, control: RolloutClient, record: ControlRecord, *, force: bool, wait: bool) -> None:

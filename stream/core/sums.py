@@ -121,6 +121,15 @@ class RunningSums(ABC):
         self.totals[slot] = totals
         self.known[slot] = known
 
+    def _keep(self, slots: Int64, sums: Float64, totals: Float64, known: Int64) -> None:
+        """Set slots after an insertion."""
+        if (empty := known == 0).any():  # nothing left: no rounding residue either
+            sums[empty] = 0.0
+            totals[empty] = 0.0
+        self.sums[slots] = sums
+        self.totals[slots] = totals
+        self.known[slots] = known
+
     @abstractmethod
     def sum_of(
         self, rows: Sequence[int] | Int64, weights: Sequence[float] | Float64 | None, times: Int64 | None = None
@@ -240,13 +249,7 @@ class DecayedSums(RunningSums):
             totals[newer.at] += totals_aside
         if is_old.any():
             sums -= loss[:, :, None] * self.vectors[np.maximum(old.rows, 0)][:, None, :]
-        known = known + is_new - is_old
-        if (empty := known == 0).any():  # nothing left: no rounding residue either
-            sums[empty] = 0.0
-            totals[empty] = 0.0
-        self.sums[slots] = sums
-        self.totals[slots] = totals
-        self.known[slots] = known
+        self._keep(slots, sums, totals, known + is_new - is_old)
 
     def _ragged(self, newer: Newer) -> tuple[Float64, Float64]:
         """Sums [l, K, d] and totals [l, K] of what is newer."""
@@ -308,13 +311,7 @@ class FadingSums(RunningSums):
         totals = self.totals[slots] * keep + gain - loss
         if is_old.any():
             sums -= loss[:, :, None] * self.vectors[np.maximum(old.rows, 0)][:, None, :]
-        known = known + is_new - is_old
-        if (empty := known == 0).any():  # nothing left: no rounding residue either
-            sums[empty] = 0.0
-            totals[empty] = 0.0
-        self.sums[slots] = sums
-        self.totals[slots] = totals
-        self.known[slots] = known
+        self._keep(slots, sums, totals, known + is_new - is_old)
         self.newest_ms[slots] = newest
 
     def _weights_of(self, ages_ms: Int64) -> Float64:

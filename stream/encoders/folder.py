@@ -15,8 +15,9 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 import numpy as np
 
-from stream.core.encoders import SEED_FEATURES, LearnedEncoder, MadeFor
+from stream.core.encoders import MadeFor
 from stream.core.formulas import Float64, l2_normalize
+from stream.core.learned_encoder import SEED_FEATURES, LearnedEncoder
 from stream.encoders.onnx_model import OnnxModel
 from stream.errors import EncoderError
 

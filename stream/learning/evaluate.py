@@ -19,9 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from stream.core.encoders import AvgEncoder, Encoder, LearnedEncoder, MadeFor, MixEncoder, TimeMixEncoder, reference
+from stream.core.encoders import AvgEncoder, Encoder, MadeFor, MixEncoder, TimeMixEncoder, reference
 from stream.core.events import EventRow, event_order
 from stream.core.formulas import Float64, decayed_mean, l2_normalize
+from stream.core.learned_encoder import LearnedEncoder
 from stream.errors import ConfigError, EncoderError, ItemSpaceError
 from stream.items.space import ItemSpace
 from stream.learning.cases import MIN_HISTORY, Cases, find_cases

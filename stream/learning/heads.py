@@ -14,9 +14,10 @@ from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 
-from stream.core.encoders import LearnedEncoder, MadeFor, MixEncoder, inputs_of, reference, running_sums
+from stream.core.encoders import MadeFor, MixEncoder, inputs_of, reference, running_sums
 from stream.core.events import EventRow
 from stream.core.formulas import Float64
+from stream.core.learned_encoder import LearnedEncoder
 from stream.core.space import Space
 from stream.encoders.folder import save_encoder
 from stream.errors import ConfigError, EncoderError

@@ -1,5 +1,7 @@
 """The command line's side of versions: what the control and status topics say, and saying something new."""
 
+from collections.abc import Mapping
+from operator import itemgetter
 from pathlib import Path
 from typing import Final
 
@@ -13,6 +15,7 @@ from stream.kafka.log_reader import open_consumer, read, whole
 from stream.rollout.live_encoders import encoder_of
 from stream.rollout.records import (
     NOTHING_SAID,
+    AnyRecord,
     BadRecord,
     Catalogue,
     ControlRecord,
@@ -93,6 +96,22 @@ class RolloutClient:
             return active[1]
         base = self.base
         return base if base is not None and base.version not in self.catalogue.retired else None
+
+    def served_before(self) -> ControlRecord:
+        """The item version that was served before the present one, and is kept.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        return _earlier(self.catalogue.records, self.base, "item version")
+
+    def encoder_served_before(self) -> EncoderRecord:
+        """The encoder that was served before the present one, and is kept.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        return _earlier(self.catalogue.encoders, self.base_encoder, "encoder")
 
     def known(self, version: str) -> ControlRecord:
         """The record of a version that vectors are published in, of that in ``UEMB_ITEMS`` too.
@@ -186,6 +205,18 @@ class RolloutClient:
         if version not in self.catalogue.encoders:
             return None
         return self._refusal(self.catalogue.encoders[version][0])
+
+
+def _earlier(records: Mapping[str, tuple[int, AnyRecord]], base: AnyRecord | None, what: str) -> AnyRecord:
+    """The record that was active before the one that is; that of the settings before all others."""
+    active = sorted((entry for entry in records.values() if entry[1].state == "active"), key=itemgetter(0))
+    earlier = [record for _, record in active[:-1]]
+    if active and base is not None and base.name not in records:
+        earlier.insert(0, base)
+    if not earlier:
+        msg = f"no earlier {what} is kept; activate one by name"
+        raise ConfigError(msg)
+    return earlier[-1]
 
 
 def encoder_record(encoder: VersionedEncoder, folder: Path | None, state: State) -> EncoderRecord:

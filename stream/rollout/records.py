@@ -50,6 +50,11 @@ class ControlRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     force: bool = False
 
     @property
+    def name(self) -> str:
+        """What the catalogue has it under."""
+        return self.version
+
+    @property
     def path(self) -> str:
         """The folder."""
         return self.uri.removeprefix("file://")
@@ -104,6 +109,11 @@ class EncoderRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     item_version: str = ""
     force: bool = False
     epochs: Annotated[dict[int, int] | None, msgspec.Meta(description="integers by partition")] = None
+
+    @property
+    def name(self) -> str:
+        """What the catalogue has it under."""
+        return self.user_version
 
     @property
     def path(self) -> str:
@@ -198,10 +208,11 @@ class Catalogue:
         return {version: record for version, (_, record) in self.records.items() if record.state == "retired"}
 
 
-_Record = TypeVar("_Record", ControlRecord, EncoderRecord)
+#: A record of either kind.
+AnyRecord = TypeVar("AnyRecord", ControlRecord, EncoderRecord)
 
 
-def _newest_active(records: Mapping[str, tuple[int, _Record]]) -> tuple[int, _Record] | None:
+def _newest_active(records: Mapping[str, tuple[int, AnyRecord]]) -> tuple[int, AnyRecord] | None:
     found = [(offset, record) for offset, record in records.values() if record.state == "active"]
     return max(found, key=lambda entry: entry[0]) if found else None
 

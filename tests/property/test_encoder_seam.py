@@ -11,7 +11,8 @@ from ledger import check_end, check_every_event
 from oracle import DEGENERATE, Oracle, normalize
 from strategies import TYPES, Driver, Event, arrivals, make_space, random_chunks, random_stream, streams
 
-from stream.core.encoders import Inputs, LearnedEncoder, MadeFor, MixEncoder, VectorStatus, VersionedEncoder
+from stream.core.encoders import Inputs, MadeFor, MixEncoder, VectorStatus, VersionedEncoder
+from stream.core.learned_encoder import LearnedEncoder
 from stream.core.space_engine import Pair
 from stream.errors import SpaceMismatch
 from stream.items import ItemSpace

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from strategies import Driver, Event, make_space
 
-from stream.core.encoders import SEED_FEATURES, LearnedEncoder, VersionedEncoder
+from stream.core.encoders import VersionedEncoder
 from stream.core.events import EventRow
 from stream.core.formulas import make_user_features
+from stream.core.learned_encoder import SEED_FEATURES, LearnedEncoder
 from stream.encoders.folder import load_encoder
 from stream.errors import ConfigError, EncoderError
 from stream.items.space import ItemSpace
