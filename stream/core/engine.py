@@ -15,7 +15,7 @@ from stream.core.events import EventDecoder, EventRules
 from stream.core.history import History, Outcome
 from stream.core.history_codec import NEVER, HistoryCodec, Stored, key_ts_ms, stored_order, stored_times
 from stream.core.item_rows import SharedRows
-from stream.core.space_engine import MAX_ROUNDS, Coverage, Pair, Publisher, Touch, User
+from stream.core.space_engine import MAX_ROUNDS, Coverage, Int64, Pair, Publisher, Touch, User
 
 #: An event that is older than so many others of its user is not added to running sums: summing afresh is cheaper.
 MAX_NEWER: Final = 64
@@ -62,7 +62,7 @@ class Engine:
         self._first_revision = 0
         self._decoder = BatchDecoder(decoder or EventDecoder(rules), partition, partitions, self._users)
         # slots, interactions and their times of users whose sums are to be made before the batch is applied to them
-        self._loaded: list[tuple[int, list[bytes], list[bytes]]] = []
+        self._loaded: list[tuple[int, list[bytes], Int64 | None]] = []
         self._capacity = min(hot_users, _FIRST_SLOTS)
         self._free = list(range(self._capacity))
         self._publishers: list[Publisher] = []
@@ -149,11 +149,11 @@ class Engine:
         """
         result = StepResult()
         publisher = next(p for p in self._publishers if p.versions == versions)
-        users: dict[bytes, tuple[Stored, list[bytes]]] = {}
+        users: dict[bytes, tuple[Stored, Int64 | None]] = {}
         for user, data in stored.items():
             state = self.codec.stored(data)
             if state.revision:  # else the user only sent what can't be kept, and there is nothing to show
-                users[user] = state, stored_times(data, state.bodies) if publisher.by_time else []
+                users[user] = state, stored_times(data, state.bodies) if publisher.by_time else None
         return result, publisher.publish_cold(users, epoch, result)
 
     def end_markers(self, markers: Mapping[bytes, bytes], left_behind: Sequence[bytes] = ()) -> StepResult:
@@ -224,15 +224,14 @@ class Engine:
         if user is None:
             data = stored[key]
             bodies: list[bytes] = []
-            stamps: list[bytes] = []
+            times: Int64 | None = None
             if data is None:
                 history = History(self.codec, self.history_limit, revision=self._first_revision)
             else:
                 history, bodies = History.read(data, self.codec, self.history_limit)
-                if self._by_time:
-                    stamps = stored_times(data, bodies)
+                times = stored_times(data, bodies) if self._by_time else None
             user = User(history, self._slot())
-            self._loaded.append((user.slot, bodies, stamps))
+            self._loaded.append((user.slot, bodies, times))
         self._users[key] = user
         return user
 

@@ -132,21 +132,21 @@ class Publisher:
         """Key of a user's vector of this pair."""
         return self._key_prefix + user
 
-    def load(self, users: Sequence[tuple[int, Sequence[bytes], Sequence[bytes]]]) -> None:
-        """Set the sums of users that were read from the store: their slots, stored interactions and times of these.
+    def load(self, users: Sequence[tuple[int, Sequence[bytes], Int64 | None]]) -> None:
+        """Set the sums of users that were read from the store: their slots, stored interactions, times (ms) of these.
 
-        Times may be left out where no pair goes by time.
+        Times may be None where no pair goes by time, and of those who have no interactions.
         """
         known: list[Int64] = []
         known_weights: list[Float64] = []
         known_times: list[Int64] = []
-        for slot, bodies, stamps in users:
+        for slot, bodies, times in users:
             rows = self._rows[slot] = self._stored_rows.rows(bodies)
             if self._weights:
                 weights = self._row_weights[slot] = self._stored_weights.weights(bodies)
                 known_weights.append(_newest_known(weights, rows, np.float64))
             if self.by_time:
-                known_times.append(_newest_known(_times_of(stamps), rows, np.int64))
+                known_times.append(_newest_known([] if times is None else times, rows, np.int64))
             known.append(_newest_known(rows, rows, np.int64))
         self.sums.load(
             np.array([slot for slot, _, _ in users]),
@@ -197,16 +197,16 @@ class Publisher:
         self._emit(shown, computed, epoch, result)
 
     def publish_cold(
-        self, users: Mapping[bytes, tuple[Stored, Sequence[bytes]]], epoch: int, result: StepResult
+        self, users: Mapping[bytes, tuple[Stored, Int64 | None]], epoch: int, result: StepResult
     ) -> Coverage:
         """Add the present state of users that need not be in memory, with times if `by_time`; leaves the sums alone."""
         computed = self._room(len(users))
         shown: list[tuple[bytes, Step]] = []
-        for place, (user, (stored, stamps)) in enumerate(users.items()):
+        for place, (user, (stored, at)) in enumerate(users.items()):
             bodies = stored.bodies
             rows = self._stored_rows.rows(bodies)
             weights = _newest_known(self._stored_weights.weights(bodies), rows, np.float64) if self._weights else None
-            times = _newest_known(_times_of(stamps), rows, np.int64) if self.by_time else None
+            times = None if at is None else _newest_known(at, rows, np.int64)
             newest_first = _newest_known(rows, rows, np.int64)
             computed.known[place] = len(newest_first)
             if len(newest_first):
@@ -360,13 +360,6 @@ class Publisher:
             else:
                 result.output.append((key, body))
         return status
-
-
-def _times_of(stamps: Sequence[bytes]) -> Int64:
-    """Event times (ms) of as many bytes as sort keys begin with."""
-    padded = np.zeros((len(stamps), 8), dtype=np.uint8)
-    padded[:, 8 - TS_BYTES :] = np.frombuffer(b"".join(stamps), dtype=np.uint8).reshape(-1, TS_BYTES)
-    return padded.view(">i8")[:, 0].astype(np.int64)
 
 
 def _newest_known(values: Sequence[float] | Int64, rows: Sequence[int], dtype: type[np.number[Any]]) -> NDArray[Any]:

@@ -213,7 +213,7 @@ def test_a_history_that_is_only_bytes_and_one_that_was_decoded_do_the_same(parts
         if what == "read":
             only_bytes, bodies = History.read(stored, codec, limit)
             assert [codec.item_and_type(body) for body in bodies] == [key[6:] for key in whole.keys]
-            assert stored_times(stored, bodies) == [key[:6] for key in whole.keys]
+            assert stored_times(stored, bodies).tolist() == [key_ts_ms(key) for key in whole.keys]
         assert (only_bytes.count, only_bytes.newest) == (len(whole.keys), whole.keys[-1] if whole.keys else b"")
         assert only_bytes.as_of_ms == whole.as_of_ms
     assert state(only_bytes) == state(whole)
