@@ -129,7 +129,6 @@ COMMANDS = {
     "delete": ["delete 1"],
     "tail": ["tail --from-beginning -n 1"],
     "items": ["items status", "items publish {items}"],
-    "encoder": ["encoder status", "encoder publish avg"],
     "dlq": ["dlq list", "dlq replay"],
     "verify": ["verify --patience 0"],
 }
