@@ -136,7 +136,9 @@ class _Supervisor:
         self._signal_all(signal.SIGTERM)
         for child in self.children:
             if child.process is not None:
-                self.worst = max(self.worst, _status(child.process.wait()))
+                code = child.process.wait()
+                if code != -signal.SIGTERM:  # else it had only begun, and has nothing to save: it did as it was told
+                    self.worst = max(self.worst, _status(code))
                 self._buried(child.process)
 
     def _buried(self, process: "subprocess.Popen[bytes]") -> None:

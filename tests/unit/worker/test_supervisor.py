@@ -121,6 +121,16 @@ def test_a_setting_that_is_wrong_is_not_tried_again(started: Started) -> None:
     assert "what it was told is wrong" in started.log.read_text()
 
 
+def test_one_that_is_stopped_before_it_listens_for_that_is_no_fault(started: Started) -> None:
+    seen = f"[time.sleep(0.05) for _ in iter(lambda: os.path.exists({str(started.folder / 'early')!r}), True)]"
+    started.start(
+        started.program("wrong", f"{seen}; sys.exit(2)"),
+        started.program("early", "TELL; [time.sleep(0.05) for _ in iter(int, 1)]"),
+    )
+    assert started.ended() == 2
+    assert all(gone(pid) for pid in started.told("early"))
+
+
 def test_children_stop_when_their_parent_is_killed(started: Started) -> None:
     orphan = started.program("child", ORPHAN + WAIT.format(code=0))
     started.start(orphan, orphan)
