@@ -39,6 +39,10 @@ class Owned:
         self.changelog_offset = max(self.changelog_offset, offset)
 
 
+class NotPublished(Exception):
+    """Vectors of a pair of versions were asked for that is not published, or no more."""
+
+
 class BatchProcessor:
     """Turns fetched batches into queued work.
 
@@ -116,8 +120,7 @@ class BatchProcessor:
             if batch.topic == self._deletion_topic:
                 _erase_left_behind(owned, decoded, result)
             self._on_stage("local", batch, result)
-            for counter, n in result.counts.items():
-                self._count(counter, n)
+            self._count_all(result)
             self._count(Counter.RECORDS, len(batch.records))
             await self._lanes[batch.partition].put(Work(batch, decoded.rejects, result))
 
@@ -135,8 +138,14 @@ class BatchProcessor:
     async def embed(
         self, owned: Owned, users: Sequence[bytes], versions: tuple[str, str]
     ) -> tuple[Coverage, asyncio.Future[None]]:
-        """Queue the present vectors of `users` in one pair of versions; the future is done when they are durable."""
+        """Queue the present vectors of `users` in one pair of versions; the future is done when they are durable.
+
+        Raises:
+            NotPublished: the pair is not among those that the partition publishes.
+        """
         async with owned.turn:
+            if versions not in owned.engine.versions:
+                raise NotPublished
             found = zip(users, owned.db.get(users), strict=True)
             stored = {user: state for user, state in found if state}
             result, coverage = owned.engine.embed(stored, versions, owned.epoch)
@@ -170,9 +179,14 @@ class BatchProcessor:
         return len(markers)
 
     async def _queue(self, owned: Owned, result: StepResult) -> asyncio.Future[None]:
+        self._count_all(result)
         durable: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         await self._lanes[owned.partition].put(Work(None, (), result, durable))
         return durable
+
+    def _count_all(self, result: StepResult) -> None:
+        for counter, n in result.counts.items():
+            self._count(counter, n)
 
     def _apply(self, owned: Owned, batch: Batch, missing: Sequence[bytes]) -> StepResult:
         stored = dict(zip(missing, owned.db.get(missing), strict=True))

@@ -44,6 +44,9 @@ class Backfill:
         """Write the present vector of every user in the status' pair; return the status when all is durable.
 
         Users that appear, or change, meanwhile are written by their own events.
+
+        Raises:
+            NotPublished: the pair is not published, or no more.
         """
         totals = dict.fromkeys(Coverage._fields, 0)
 

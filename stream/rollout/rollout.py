@@ -22,7 +22,7 @@ from stream.items.space import ItemSpace
 from stream.kafka.clients import Clients
 from stream.keys import encoder_key, fallback_key, user_cache_key
 from stream.kv.protocol import KVWriter, Meta, Serving
-from stream.pipeline.processor import BatchProcessor, Owned
+from stream.pipeline.processor import BatchProcessor, NotPublished, Owned
 from stream.rollout.backfill import Backfill
 from stream.rollout.control_topics import ControlTopics
 from stream.rollout.live_encoders import LiveEncoders
@@ -253,6 +253,9 @@ class Rollout:
         if set(owned.engine.versions) != live:
             async with owned.turn:
                 owned.engine.serve(pairs)
+        here.todo = [
+            versions for versions in here.todo if _is_wanted(here.statuses[versions], versions, live, catalogue)
+        ]
         here.todo += [versions for versions in new if versions not in here.todo]
         await self._refuse(owned, catalogue)
         for version in catalogue.retired:
@@ -353,37 +356,58 @@ class Rollout:
         try:
             while here := next((here for here in self._here.values() if here.todo), None):
                 await self._work_on(here, here.todo[0])
-                here.todo.pop(0)
         except Exception as exc:  # noqa: BLE001 - a version that covers some users only must not be left so
             await self._on_error(exc)
         self._work = None
 
     async def _work_on(self, here: _Here, versions: Versions) -> None:
-        status = here.statuses[versions]
+        begun = here.statuses[versions]
+        status = await (self._remove if begun.stage == "removing" else self._cover)(here, versions, begun)
+        if here.statuses[versions] is not begun or versions not in here.todo:
+            return  # something else was said meanwhile, which is on the list, or nothing is to be done
+        here.todo.remove(versions)
+        if status is not None:
+            here.statuses[versions] = status
+            await self._report(status)
+
+    async def _cover(self, here: _Here, _: Versions, status: Status) -> Status | None:
+        """Write a pair's vectors; None if it is not published any more."""
+        try:
+            return await self._backfill.cover(here.owned, status, self._report)
+        except NotPublished:
+            return None
+
+    async def _remove(self, here: _Here, versions: Versions, status: Status) -> Status | None:
+        """Remove a pair's vectors, or all of an item version; None while they are served."""
         user_version, item_version = versions
-        if status.stage == "removing":
-            meta = await self._kv.update_meta(lambda meta: meta)
-            current = meta.current
-            served = current is not None and item_version == current.item_version
-            if served and current is not None and user_version in ("", current.user_version):
-                what = f"encoder {user_version}" if user_version else f"item version {item_version}"
-                log.warning("%s is retired while it is served; activate another one first", what)
-                return
-            spoken = [] if user_version else self._spoken_of(item_version, status.partition)
-            known = {key.rsplit(":", 1)[1] for key in meta.encoders} | {one.user_version for one in spoken}
-            users = [user_version] if user_version else sorted(known)
-            status = await self._backfill.remove(here.owned, status, users, self._report)
+        meta = await self._kv.update_meta(lambda meta: meta)
+        current = meta.current
+        served = current is not None and item_version == current.item_version
+        if served and current is not None and user_version in ("", current.user_version):
+            what = f"encoder {user_version}" if user_version else f"item version {item_version}"
+            log.warning("%s is retired while it is served; activate another one first", what)
+            return None
+        spoken = [] if user_version else self._spoken_of(item_version, status.partition)
+        known = {key.rsplit(":", 1)[1] for key in meta.encoders} | {one.user_version for one in spoken}
+        users = [user_version] if user_version else sorted(known)
+        removed = await self._backfill.remove(here.owned, status, users, self._report)
+        if here.statuses[versions] is status and versions in here.todo:
             for one in spoken:
-                await self._tell(status.at(status.stage, user_version=one.user_version))
-        elif versions in here.owned.engine.versions:
-            status = await self._backfill.cover(here.owned, status, self._report)
-        here.statuses[versions] = status
-        await self._report(status)
+                await self._tell(removed.at(removed.stage, user_version=one.user_version))
+        return removed
 
     async def _report(self, status: Status) -> None:
         """Say how far it is; of all pairs of an item version together, under the name of one."""
         user_version = status.user_version or self._encoders.base.version
         await self._tell(status.at(status.stage, user_version=user_version))
+
+
+def _is_wanted(status: Status, versions: Versions, live: set[Versions], catalogue: Catalogue) -> bool:
+    """Whether work on a pair that was to be done is to be done still."""
+    user_version, item_version = versions
+    if status.stage == "covering":
+        return versions in live
+    return versions not in live if user_version else item_version in catalogue.retired
 
 
 def _without(fallbacks: Collection[str], meta: Meta) -> Meta:

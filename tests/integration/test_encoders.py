@@ -1,7 +1,9 @@
 """Encoders side by side on one stream: published, compared, served, rolled back, retired; on the real Kafka."""
 
 import json
+import random
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -9,16 +11,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from onnx_models import linear
-from pipeline import Pipeline
+from pipeline import Pipeline, seed
 
 from stream.core.encoders import AvgEncoder, MadeFor, TimeMixEncoder, VersionedEncoder
+from stream.core.events import EventRow
 from stream.encoders.folder import load_encoder, save_encoder
 from stream.feed.dataset import Dataset
 from stream.feed.sender import Feeder
 from stream.items.space import ItemSpace
 from stream.learning.build import build_space
 from stream.retrieval.reader import EmbeddingReader, get_or_build_user_embedding
+from stream.rollout.client import encoder_record
+from stream.rollout.records import ControlRecord, EncoderRecord
 
 pytestmark = pytest.mark.kafka
 MIX = "mix-edd8f311"
@@ -277,3 +283,40 @@ def test_a_worker_whose_own_encoder_is_learned(
     assert "was made for item version films_v1, not for films_v9" in pipeline.tail()
     pipeline.environment["UEMB_ENCODER_FOLDER"] = str(tmp_path / "nowhere")
     assert "UEMB_ENCODER_FOLDER: encoder" in pipeline.uemb("worker", code=2)
+
+
+@pytest.mark.parametrize("what", ["encoder", "items"])
+def test_what_is_said_while_the_work_on_all_users_goes_on_counts_in_the_end(
+    what: str, films: Dataset, space: ItemSpace, tmp_path: Path, make_pipeline: Callable[..., Pipeline]
+) -> None:
+    """Retired while it is being covered, published again while it is being removed: the worker follows, and lives."""
+    rng = random.Random(seed())
+    rows = [EventRow(str(user), films.events[user].item_id, "view", 1_700_000_000_000) for user in range(20_000)]
+    published: EncoderRecord | ControlRecord
+    if what == "items":
+        other = ItemSpace.save(
+            tmp_path / "v2", "flapping", [n.decode() for n in space.ids], space.vectors, metric="dot"
+        )
+        published = ControlRecord(other.version, str(tmp_path / "v2"), other.sha256, "prepare")
+    else:
+        published = encoder_record(VersionedEncoder(AvgEncoder(0.3), 100, "flapping"), None, "prepare")
+    pipeline = make_pipeline()
+    pipeline.start()
+    pipeline.until_ready()
+    with Feeder(pipeline.bootstrap, pipeline.topics) as feeder:
+        feeder.send(rows)
+    pipeline.until_committed()
+    for _ in range(8):
+        for state in ("prepare", "retired"):
+            key, value = replace(published, state=state).encode()
+            pipeline.say(pipeline.item_versions, key, value)
+            time.sleep(rng.uniform(0, 0.6))  # somewhere in the work on 20,000 users, or after it
+    pipeline.say(pipeline.item_versions, *published.encode())
+    group = "items" if what == "items" else "encoder"
+    pipeline.uemb(group, "status", "flapping", "--wait")
+    pipeline.check(len(rows))
+    assert any("flapping" in pair for pair in pipeline.verified)
+    pipeline.uemb(group, "retire", "flapping", "--wait")
+    left = [key for key, value in pipeline.last_output().items() if ":flapping:" in key and value is not None]
+    assert left == []
+    assert pipeline.stop() == 0
