@@ -15,7 +15,9 @@ from stream.cli.rollouts import (
     print_comparison,
     progress_of,
     progress_text,
+    publish_once,
     rollout_client,
+    serving_options,
     wait_until,
 )
 from stream.cli.terminal import err, out, print_json, progress_bar
@@ -145,10 +147,7 @@ def publish(what: str, params: str, type_weights: str, alias: str | None, wait: 
         if earlier is not None and earlier.hash not in ("", record.hash):
             msg = f"user version {name} names another encoder; choose another name (--as)"
             raise ConfigError(msg)
-        state = "is published already"
-        if known is None or (known.state == "prepare" and control.encoder_refusal(name)):
-            control.say(record)
-            state = "is published again" if known else "is published"
+        state = publish_once(control, record, known, control.encoder_refusal(name))
         out.print(f"encoder {name} {state}; see `uemb encoder status`")
         if wait:
             _wait(settings, control, name)
@@ -181,8 +180,7 @@ def _live_items(control: RolloutClient) -> set[str]:
 
 @encoder.command()
 @click.argument("version")
-@click.option("--force", is_flag=True, help="serve it although not every user has a vector of it yet")
-@click.option("--wait", is_flag=True, help="first wait until every user has one")
+@serving_options
 def activate(version: str, force: bool, wait: bool) -> None:
     """Serve encoder VERSION: readers that follow the serving pair change over at once, each call whole.
 
@@ -193,8 +191,7 @@ def activate(version: str, force: bool, wait: bool) -> None:
 
 
 @encoder.command()
-@click.option("--force", is_flag=True, help="serve it although not every user has a vector of it")
-@click.option("--wait", is_flag=True, help="first wait until every user has one")
+@serving_options
 def rollback(force: bool, wait: bool) -> None:
     """Serve the encoder again that was served before, while it is kept."""
     with rollout_client() as (settings, control):

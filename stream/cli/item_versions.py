@@ -14,7 +14,9 @@ from stream.cli.rollouts import (
     print_comparison,
     progress_of,
     progress_text,
+    publish_once,
     rollout_client,
+    serving_options,
     wait_until,
 )
 from stream.cli.terminal import out, print_json
@@ -36,10 +38,7 @@ def publish(folder: Path, wait: bool) -> None:
     with rollout_client() as (settings, control):
         record = control.record_of(folder, "prepare")
         known = control.catalogue.live.get(record.version)
-        state = "is published already"
-        if known is None or (known.state == "prepare" and control.refusal(record.version)):
-            control.say(record)
-            state = "is published again" if known else "is published"
+        state = publish_once(control, record, known, control.refusal(record.version))
         out.print(f"item version {record.version} {state}; see `uemb items status`")
         if wait:
             _wait(settings, control, record.version)
@@ -47,8 +46,7 @@ def publish(folder: Path, wait: bool) -> None:
 
 @click.command()
 @click.argument("version")
-@click.option("--force", is_flag=True, help="serve it although not every user has a vector in it yet")
-@click.option("--wait", is_flag=True, help="first wait until every user has one")
+@serving_options
 def activate(version: str, force: bool, wait: bool) -> None:
     """Serve VERSION: readers that follow the serving pair change over at once, each call whole."""
     with rollout_client() as (settings, control):
@@ -56,8 +54,7 @@ def activate(version: str, force: bool, wait: bool) -> None:
 
 
 @click.command()
-@click.option("--force", is_flag=True, help="serve it although not every user has a vector in it")
-@click.option("--wait", is_flag=True, help="first wait until every user has one")
+@serving_options
 def rollback(force: bool, wait: bool) -> None:
     """Serve the version again that was served before, while it is kept."""
     with rollout_client() as (settings, control):

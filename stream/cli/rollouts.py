@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+import click
+
 from stream.cli.terminal import out, progress_bar
 from stream.config import Settings, load_settings
 from stream.errors import ConfigError
@@ -14,7 +16,7 @@ from stream.kafka.topics import topic_partitions
 from stream.kv.stores import open_reader
 from stream.rollout.client import RolloutClient
 from stream.rollout.comparison import Shown, VersionReport, compare
-from stream.rollout.records import EncoderRecord
+from stream.rollout.records import AnyRecord, EncoderRecord
 
 _POLL_S: Final = 0.3
 
@@ -28,6 +30,21 @@ def rollout_client() -> Iterator[tuple[Settings, RolloutClient]]:
         yield settings, control
     finally:
         control.close()
+
+
+def serving_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of commands that change who is served."""
+    wait = click.option("--wait", is_flag=True, help="first wait until every user has a vector")
+    force = click.option("--force", is_flag=True, help="serve it although not every user has a vector yet")
+    return force(wait(command))
+
+
+def publish_once(control: RolloutClient, record: AnyRecord, known: AnyRecord | None, refused: str | None) -> str:
+    """Publish what is not, or what was refused as it was; return what to say of it."""
+    if known is not None and not (known.state == "prepare" and refused):
+        return "is published already"
+    control.say(record)
+    return "is published again" if known else "is published"
 
 
 def progress_of(settings: Settings, control: RolloutClient, user_version: str, item_version: str) -> dict[str, Any]:

@@ -91,8 +91,9 @@ class BatchDecoder:
     def events(self, topic: str, records: Iterable[Record]) -> Batch:
         """Operations and rejects of a fetched batch of one event topic."""
         decode = self._decode_event
-        read = lambda r: decode(topic, r.key, r.value, r.timestamp)  # noqa: E731
-        return self._decode(records, read, Counter.IGNORED, self._exposure)
+        return self._decode(
+            records, lambda r: decode(topic, r.key, r.value, r.timestamp), Counter.IGNORED, self._exposure
+        )
 
     def deletions(self, records: Iterable[Record]) -> Batch:
         """Operations and rejects of a fetched batch of the deletion topic."""

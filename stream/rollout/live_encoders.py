@@ -1,9 +1,9 @@
 """The encoders of a worker: every live one made or loaded, and checked, or refused with the reason."""
 
-import asyncio
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from stream.config import LEARNED, Settings
@@ -11,7 +11,7 @@ from stream.core.encoders import VersionedEncoder, make_encoder
 from stream.encoders.folder import load_encoder
 from stream.errors import ConfigError, EncoderError
 from stream.keys import encoder_key
-from stream.rollout.loading import load_beside
+from stream.rollout.loading import Refused, in_line, load_beside
 from stream.rollout.records import Catalogue, EncoderRecord
 
 log = logging.getLogger(__name__)
@@ -26,13 +26,13 @@ class LiveEncoders:
     Attributes:
         base: the encoder of the settings.
         encoders: by user version.
-        refused: for those that could not be made, the offset of the control record that asked for it, and why.
+        refused: those that could not be made.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.base = settings.versioned_encoder
         self.encoders: dict[str, VersionedEncoder] = {}
-        self.refused: dict[str, tuple[int, str]] = {}
+        self.refused: Refused = {}
         self._settings = settings
         self._base_tried = False
 
@@ -58,22 +58,15 @@ class LiveEncoders:
                 self._base_tried = True
             wanted[self.base.version] = self.base
         base = self.base
-        missing: dict[str, tuple[int, EncoderRecord]] = {}
-        for version, record in catalogue.live_encoders.items():
-            offset = catalogue.encoders[version][0]
-            if version == base.version and base.hash != record.hash:
-                msg = (
-                    f"the settings and {self._settings.item_versions_topic} have different encoders under {version!r}; "
-                    "choose another UEMB_USER_VERSION"
-                )
-                raise ConfigError(msg)
-            if (encoder := wanted.get(version) or self.encoders.get(version)) is not None:
-                wanted[version] = encoder
-            elif self.refused.get(version, (-1,))[0] != offset:  # what was mended is published again
-                missing[version] = offset, record
-        made = await asyncio.gather(*(self._make(*asked, hashes) for asked in missing.values()))
-        wanted |= {version: one for version, one in zip(missing, made, strict=True) if one is not None}
-        self.encoders = wanted
+        live = {version: catalogue.encoders[version] for version in catalogue.live_encoders}
+        if base.version in live and base.hash != live[base.version][1].hash:
+            msg = (
+                f"the settings and {self._settings.item_versions_topic} have different encoders under "
+                f"{base.version!r}; choose another UEMB_USER_VERSION"
+            )
+            raise ConfigError(msg)
+        make = partial(self._make, hashes=hashes)
+        self.encoders = await in_line(live, wanted, self.encoders, self.refused, make)
 
     async def _make(self, offset: int, record: EncoderRecord, hashes: Mapping[str, str]) -> VersionedEncoder | None:
         """An encoder, None if it is refused.

@@ -1,13 +1,12 @@
 """The item spaces of a worker: every live version loaded and checked, or refused with the reason."""
 
-import asyncio
 import logging
 from pathlib import Path
 
 from stream.config import Settings
 from stream.errors import ConfigError, ItemSpaceError
 from stream.items.space import ItemSpace
-from stream.rollout.loading import load_beside
+from stream.rollout.loading import Refused, in_line, load_beside
 from stream.rollout.records import Catalogue, ControlRecord
 
 log = logging.getLogger(__name__)
@@ -32,13 +31,13 @@ class LiveSpaces:
 
     Attributes:
         spaces: loaded spaces by version.
-        refused: for versions that could not be loaded, the offset of the control record that asked for it, and why.
+        refused: those that could not be loaded.
     """
 
     def __init__(self, settings: Settings, base: ItemSpace | None, largest_dim: int) -> None:
         self.base = base
         self.spaces: dict[str, ItemSpace] = {}
-        self.refused: dict[str, tuple[int, str]] = {}
+        self.refused: Refused = {}
         self._settings = settings
         self._largest_dim = largest_dim
 
@@ -53,24 +52,14 @@ class LiveSpaces:
         wanted: dict[str, ItemSpace] = {}
         if base is not None and base.version not in catalogue.retired:
             wanted[base.version] = base
-        missing: dict[str, tuple[int, ControlRecord]] = {}
-        for version, (offset, record) in catalogue.records.items():
-            if record.state == "retired":
-                continue
-            if base is not None and version == base.version and base.sha256 != record.sha256:
-                msg = (
-                    f"UEMB_ITEMS and {self._settings.item_versions_topic} have different items under {version!r}; "
-                    "new vectors need a new version"
-                )
-                raise ConfigError(msg)
-            if (space := wanted.get(version) or self.spaces.get(version)) is not None:
-                wanted[version] = space
-            elif self.refused.get(version, (-1,))[0] != offset:  # what was mended is published again
-                missing[version] = offset, record
-        # side by side: one that hangs holds up no other
-        opened = await asyncio.gather(*(self._open(*asked) for asked in missing.values()))
-        wanted |= {version: space for version, space in zip(missing, opened, strict=True) if space is not None}
-        self.spaces = wanted
+        live = {version: catalogue.records[version] for version in catalogue.live}
+        if base is not None and base.version in live and base.sha256 != live[base.version][1].sha256:
+            msg = (
+                f"UEMB_ITEMS and {self._settings.item_versions_topic} have different items under {base.version!r}; "
+                "new vectors need a new version"
+            )
+            raise ConfigError(msg)
+        self.spaces = await in_line(live, wanted, self.spaces, self.refused, self._open)
 
     async def _open(self, offset: int, record: ControlRecord) -> ItemSpace | None:
         """Load a version, None if it is refused.

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
@@ -10,6 +10,35 @@ from typing import TypeVar
 from stream.errors import UembError
 
 _Loaded = TypeVar("_Loaded")
+_Asked = TypeVar("_Asked")
+#: For versions that could not be loaded, the offset of the control record that asked for it, and why.
+Refused = dict[str, tuple[int, str]]
+
+
+async def in_line(
+    asked: Mapping[str, tuple[int, _Asked]],
+    wanted: Mapping[str, _Loaded],
+    held: Mapping[str, _Loaded],
+    refused: Refused,
+    load: Callable[[int, _Asked], Awaitable[_Loaded | None]],
+) -> dict[str, _Loaded]:
+    """Every version that is asked for, beside those that are `wanted` in any case.
+
+    Args:
+        asked: the control record of each, with its offset.
+        wanted: these, by version.
+        held: what is there already.
+        refused: what was refused is not looked at again before it is published anew.
+        load: loads a version, side by side with others, so that one that hangs holds up none; None refuses it.
+    """
+    found, missing = dict(wanted), dict[str, tuple[int, _Asked]]()
+    for version, (offset, record) in asked.items():
+        if (there := found.get(version) or held.get(version)) is not None:
+            found[version] = there
+        elif refused.get(version, (-1,))[0] != offset:
+            missing[version] = offset, record
+    loaded = await asyncio.gather(*(load(*each) for each in missing.values()))
+    return found | {version: one for version, one in zip(missing, loaded, strict=True) if one is not None}
 
 
 async def load_beside(
