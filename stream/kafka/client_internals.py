@@ -111,3 +111,9 @@ async def commit_empty_transaction(producer: aiokafka.AIOKafkaProducer, places: 
         manager.maybe_add_partition_to_txn(place)
     await producer.commit_transaction()
     manager.transactional_id = None
+
+
+def producer_id_and_epoch(producer: aiokafka.AIOKafkaProducer) -> tuple[int, int]:
+    """Under what the brokers know a producer that has begun."""
+    manager = producer._txn_manager
+    return int(manager.producer_id), int(manager.producer_epoch)

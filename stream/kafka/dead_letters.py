@@ -10,8 +10,8 @@ from stream.core.events import Reject, Unread
 if TYPE_CHECKING:  # who only reads letters needs neither client of the worker
     from confluent_kafka import Message
 
+    from stream.kafka.batch_sender import OutRecord
     from stream.kafka.delivery import RecordBatch
-    from stream.kafka.producer import OutRecord
 
 Headers = list[tuple[str, bytes | None]]
 

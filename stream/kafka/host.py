@@ -15,7 +15,6 @@ class Host(Protocol):
         settings: what it was told from outside.
         clients: makes the clients of its brokers.
         marks: what may be committed.
-        max_request_bytes: of one request to the brokers.
         conf: Faust's settings.
         assignor: Faust's.
         monitor: Faust's.
@@ -25,7 +24,6 @@ class Host(Protocol):
     settings: Settings
     clients: Clients
     marks: DurableMarks
-    max_request_bytes: int
     conf: Any
     assignor: Any
     monitor: Any

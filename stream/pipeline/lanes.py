@@ -10,14 +10,15 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 from stream.core.batch import StepResult
 from stream.core.events import Reject
 from stream.errors import RecordTooLarge, StoreLost
+from stream.kafka.batch_sender import OutRecord
 from stream.kafka.dead_letters import dead_letter
 from stream.kafka.delivery import DurableMarks, RecordBatch
-from stream.kafka.producer import OutRecord, acknowledged
+from stream.kafka.producer import acknowledged
 from stream.keys import watermark_key
 from stream.kv.protocol import KVWriter
 from stream.pipeline.watermark import Progress, Standing
@@ -34,14 +35,12 @@ OnStage = Callable[[str, RecordBatch | None, StepResult], None]
 class BatchProducer(Protocol):
     """What a lane needs of the producer."""
 
-    async def send_records(self, topic: str, partition: int, records: Sequence[OutRecord]) -> list[asyncio.Future[Any]]:
+    def send_records(self, topic: str, partition: int, records: Sequence[OutRecord]) -> list[asyncio.Future[int]]:
         """Queue records for one partition; a future per batch."""
         ...
 
-    async def send_dead_letters(
-        self, topic: str, partition: int, records: Sequence[OutRecord]
-    ) -> list[asyncio.Future[Any]]:
-        """The same for dead letters."""
+    def send_unfenced(self, topic: str, partition: int, records: Sequence[OutRecord]) -> list[asyncio.Future[int]]:
+        """The same for dead letters, which may be refused."""
         ...
 
 
@@ -71,7 +70,6 @@ class Destinations:
     dead_letters: str
     dead_letter_partitions: int
     dead_letter_max_bytes: int
-    timeout_s: float
 
 
 class Lane:
@@ -150,14 +148,14 @@ class Lane:
             states.update(work.result.states)
             entries.update(work.result.entries)
         changelog: list[OutRecord] = [(user, state, []) for user, state in states.items()]
-        sent = await self._producer.send_records(to.changelog, self.partition, changelog)
-        offset = await acknowledged(sent, to.timeout_s, to.changelog)
+        sent = self._producer.send_records(to.changelog, self.partition, changelog)
+        offset = await acknowledged(sent, to.changelog)
         if offset >= 0:
             self._standing.acknowledged()
             self._changelog_at(offset + 1)
         self._passed("changelog", works)
         output: list[OutRecord] = [(key, value, []) for work in works for key, value in work.result.output]
-        sent = await self._producer.send_records(to.output, self.partition, output)
+        sent = self._producer.send_records(to.output, self.partition, output)
         for work in works:
             if work.batch is not None:
                 self.progress.took_in(work.batch)
@@ -167,7 +165,7 @@ class Lane:
         self._passed("kv", works)
         for work in works:
             await self._dead_letters(work)
-        await acknowledged(sent, to.timeout_s, to.output)
+        await acknowledged(sent, to.output)
         self._passed("output", works)
         await self._forget([user for work in works for user in work.result.forgotten], works)
         for work in works:
@@ -183,8 +181,8 @@ class Lane:
         """
         if users:
             to = self._to
-            sent = await self._producer.send_records(to.changelog, self.partition, [(user, None, []) for user in users])
-            await acknowledged(sent, to.timeout_s, to.changelog)
+            sent = self._producer.send_records(to.changelog, self.partition, [(user, None, []) for user in users])
+            await acknowledged(sent, to.changelog)
             self._passed("forgotten", works)
 
     def _passed(self, stage: str, works: Sequence[Work]) -> None:
@@ -222,12 +220,12 @@ class Lane:
         to, partition = self._to, self.partition % self._to.dead_letter_partitions
         letters = [dead_letter(batch, i, reject, to.dead_letter_max_bytes) for i, reject in work.rejects]
         try:
-            futures = await self._producer.send_dead_letters(to.dead_letters, partition, letters)
-            await acknowledged(futures, to.timeout_s, to.dead_letters)
+            futures = self._producer.send_unfenced(to.dead_letters, partition, letters)
+            await acknowledged(futures, to.dead_letters)
         except RecordTooLarge:  # the topic admits less than we do: keep the reason and where the record lies
             references = [dead_letter(batch, i, reject, 0) for i, reject in work.rejects]
-            futures = await self._producer.send_dead_letters(to.dead_letters, partition, references)
-            await acknowledged(futures, to.timeout_s, to.dead_letters)
+            futures = self._producer.send_unfenced(to.dead_letters, partition, references)
+            await acknowledged(futures, to.dead_letters)
 
 
 class Lanes:

@@ -87,7 +87,6 @@ class EmbeddingApp(faust.App):
     def __init__(self, settings: Settings, on_stage: OnStage = lambda *_: None) -> None:
         self.settings = settings
         self.clients = Clients(settings, self._on_refusal)
-        self.max_request_bytes = settings.dlq_max_bytes + (1 << 20)
         self.counts: collections.Counter[Counter] = collections.Counter()
         self.failure: BaseException | None = None
         self.failed = asyncio.Event()
@@ -207,8 +206,8 @@ class EmbeddingApp(faust.App):
         await self._say_on_status_topic(*status.encode())
 
     async def _say_on_status_topic(self, key: bytes, value: bytes) -> None:
-        topic, timeout_s = self.settings.item_status_topic, self.settings.delivery_timeout_s
-        await acknowledged([await self.producer.send_unfenced(topic, 0, key, value)], timeout_s, topic)
+        topic = self.settings.item_status_topic
+        await acknowledged(self.producer.send_unfenced(topic, 0, [(key, value, [])]), topic)
 
     async def on_stop(self) -> None:
         """Let Faust drain and commit, then close every database."""

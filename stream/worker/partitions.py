@@ -245,7 +245,6 @@ class Partitions:
                 dead_letters=settings.dlq_topic,
                 dead_letter_partitions=parts.topics.dead_letter_partitions,
                 dead_letter_max_bytes=settings.dlq_max_bytes,
-                timeout_s=settings.delivery_timeout_s,
             ),
             parts.producer,
             parts.kv,
@@ -257,5 +256,4 @@ class Partitions:
         )
 
     async def _send_one(self, topic: str, partition: int, key: bytes, value: bytes) -> int:
-        futures = await self._parts.producer.send_records(topic, partition, [(key, value, [])])
-        return await acknowledged(futures, self._parts.settings.delivery_timeout_s, topic)
+        return await acknowledged(self._parts.producer.send_records(topic, partition, [(key, value, [])]), topic)

@@ -14,11 +14,10 @@ from confluent_kafka import Producer
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP
 
-from stream.errors import DeliveryError, OwnershipError, RecordTooLarge
+from stream.errors import DeliveryError, OwnershipError
 from stream.kafka.client_internals import outlast_empty_metadata
 from stream.kafka.delivery import GAP_TRIES, BatchMissing, DeliveryChain, DurableMarks, GivenOut, RecordBatch
 from stream.kafka.embedded_broker import DevBroker
-from stream.kafka.producer import acknowledged
 from stream.kafka.transport import (
     BATCH_RECORDS,
     FETCH_MAX_WAIT_MS,
@@ -426,22 +425,6 @@ def test_chain_stops_when_the_last_batch_is_lost_again_and_again() -> None:
     assert lost(chain, GAP_TRIES, fetches=50) == []
     with pytest.raises(OwnershipError, match=rf"offset 100 of events-0 .* and again each of {GAP_TRIES} times"):
         lost(chain, GAP_TRIES, fetches=51)
-
-
-async def test_acknowledgements_are_awaited_with_a_bound() -> None:
-    never = asyncio.get_running_loop().create_future()
-    with pytest.raises(DeliveryError, match=r"out: no acknowledgement for 0\.01 s"):
-        await acknowledged([never], 0.01, "out")
-    assert await acknowledged([], 1.0, "out") == -1
-
-
-async def test_a_record_beyond_the_topics_limit_says_so() -> None:
-    from aiokafka.errors import MessageSizeTooLargeError
-
-    refused = asyncio.get_running_loop().create_future()
-    refused.set_exception(MessageSizeTooLargeError())
-    with pytest.raises(RecordTooLarge, match=r"max\.message\.bytes"):
-        await acknowledged([refused], 1.0, "dlq")
 
 
 class Commits(Flow):

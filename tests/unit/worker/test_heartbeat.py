@@ -53,10 +53,10 @@ class SlowKV:
 
 
 class Producer:
-    async def send_records(self, topic: str, partition: int, records: Sequence[Any]) -> list[asyncio.Future[Any]]:
+    def send_records(self, topic: str, partition: int, records: Sequence[Any]) -> list[asyncio.Future[Any]]:
         return []
 
-    send_dead_letters = send_records
+    send_unfenced = send_records
 
 
 class Fetches:
@@ -82,7 +82,7 @@ def lane(
     return Lane(
         partition,
         progress or Progress(1),
-        Destinations("changelog", "output", "dlq", 1, 1000, 1.0),
+        Destinations("changelog", "output", "dlq", 1, 1000),
         Producer(),
         kv,  # type: ignore[arg-type]
         marks=DurableMarks(),
