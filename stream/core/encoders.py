@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from types import ModuleType
 from typing import Any, ClassVar, Final, NamedTuple, Protocol
 
 import numpy as np
@@ -256,11 +257,13 @@ def make_encoder(name: str, params: Mapping[str, float], type_weights: Mapping[s
     return kinds[name](**params, type_weights=dict(type_weights))
 
 
-def running_sums(space: Space, encoder: Encoder, history_limit: int, capacity: int) -> RunningSums:
-    """The sums that an encoder combines."""
+def running_sums(
+    space: Space, encoder: Encoder, history_limit: int, capacity: int, kernels: ModuleType | None = None
+) -> RunningSums:
+    """The sums that an encoder combines; `kernels` as of `DecayedSums`."""
     if encoder.by_time:
-        return FadingSums(space.history_vectors, encoder.decays, capacity)
-    return DecayedSums(space.history_vectors, encoder.decays, history_limit, capacity)
+        return FadingSums(space.history_vectors, encoder.decays, capacity, kernels)
+    return DecayedSums(space.history_vectors, encoder.decays, history_limit, capacity, kernels)
 
 
 def encoder_hash(encoder: Encoder, history_limit: int) -> str:

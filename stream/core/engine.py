@@ -13,9 +13,9 @@ from stream.core.batch import Batch, BatchDecoder, Record, StepResult
 from stream.core.counters import Counter
 from stream.core.events import EventDecoder, EventRules
 from stream.core.history import History, Outcome
-from stream.core.history_codec import NEVER, HistoryCodec, Stored, key_ts_ms, stored_order, stored_times
-from stream.core.item_rows import SharedRows
-from stream.core.space_engine import MAX_ROUNDS, Coverage, Int64, Pair, Publisher, Touch, User
+from stream.core.history_codec import NEVER, HistoryCodec, key_ts_ms, stored_order
+from stream.core.space_engine import MAX_ROUNDS, Coverage, Pair, Publisher, Touch, User
+from stream.core.stored_columns import SharedColumns
 
 #: An event that is older than so many others of its user is not added to running sums: summing afresh is cheaper.
 MAX_NEWER: Final = 64
@@ -36,7 +36,7 @@ class Engine:
         publish_latest: publish only a batch's last state of each user instead of one record per applied event.
         json_output: write JSON instead of Avro to the output topic.
         decoder: shared with the engines of other partitions, so that its memo is held once.
-        rows: the same; its codec reads and writes stored states.
+        columns: the same; it reads stored states.
     """
 
     def __init__(
@@ -50,19 +50,17 @@ class Engine:
         publish_latest: bool = False,
         json_output: bool = False,
         decoder: EventDecoder | None = None,
-        rows: SharedRows | None = None,
+        columns: SharedColumns | None = None,
     ) -> None:
         self.history_limit = pairs[0].encoder.history_limit
-        self._rows = rows or SharedRows(HistoryCodec(rules.types))
-        self.codec = self._rows.codec
+        self._columns = columns or SharedColumns(HistoryCodec(rules.types))
+        self.codec = self._columns.codec
         self.hot_users = hot_users
         self.publish_latest = publish_latest
         self.json_output = json_output
         self._users: dict[bytes, User] = {}  # least recently used first
         self._first_revision = 0
         self._decoder = BatchDecoder(decoder or EventDecoder(rules), partition, partitions, self._users)
-        # slots, interactions and their times of users whose sums are to be made before the batch is applied to them
-        self._loaded: list[tuple[int, list[bytes], Int64 | None]] = []
         self._capacity = min(hot_users, _FIRST_SLOTS)
         self._free = list(range(self._capacity))
         self._publishers: list[Publisher] = []
@@ -80,7 +78,7 @@ class Engine:
             self.forget(list(self._users))  # a new pair has no sums of theirs
         self._publishers = [
             kept.get(pair.versions)
-            or Publisher(pair, self._rows, capacity=self._capacity, json_output=self.json_output)
+            or Publisher(pair, self._columns, capacity=self._capacity, json_output=self.json_output)
             for pair in pairs
         ]
         self._by_time = any(publisher.by_time for publisher in self._publishers)
@@ -115,11 +113,8 @@ class Engine:
             StateError: a stored state can't be read.
         """
         result = StepResult(counts=batch.counts)
-        touched, states = self._fold(batch, stored)
-        loaded, self._loaded = self._loaded, []
-        if loaded:
-            for publisher in self._publishers:
-                publisher.load(loaded)
+        self._load(stored)
+        touched, states = self._fold(batch)
         touched = {key: touch for key, touch in touched.items() if touch.steps}
         for touch in touched.values():
             user, steps = touch.user, len(touch.steps)
@@ -149,12 +144,11 @@ class Engine:
         """
         result = StepResult()
         publisher = next(p for p in self._publishers if p.versions == versions)
-        users: dict[bytes, tuple[Stored, Int64 | None]] = {}
-        for user, data in stored.items():
-            state = self.codec.stored(data)
-            if state.revision:  # else the user only sent what can't be kept, and there is nothing to show
-                users[user] = state, stored_times(data, state.bodies) if publisher.by_time else None
-        return result, publisher.publish_cold(users, epoch, result)
+        histories, columns = self._columns.reader.read(
+            list(stored.values()), self.history_limit, times=publisher.by_time
+        )
+        users = list(zip(stored, histories, strict=True))
+        return result, publisher.publish_cold(users, columns, epoch, result)
 
     def end_markers(self, markers: Mapping[bytes, bytes], left_behind: Sequence[bytes] = ()) -> StepResult:
         """What takes the markers of erased users out of every place.
@@ -173,9 +167,7 @@ class Engine:
         others = [prefix + user for user in markers for prefix in left_behind]
         return StepResult(output=[(key, None) for key in others], removals=[*keys, *others], forgotten=list(markers))
 
-    def _fold(
-        self, batch: Batch, stored: Mapping[bytes, bytes | None]
-    ) -> tuple[dict[bytes, Touch], list[tuple[bytes, Touch, int]]]:
+    def _fold(self, batch: Batch) -> tuple[dict[bytes, Touch], list[tuple[bytes, Touch, int]]]:
         """Apply the operations; return the touched users and the states to publish as (user, touch, step index)."""
         touched: dict[bytes, Touch] = {}
         states: list[tuple[bytes, Touch, int]] = []
@@ -184,7 +176,7 @@ class Engine:
         for key, what in batch.ops:
             touch = touched.get(key)
             if touch is None:
-                touch = touched[key] = Touch(self._user(key, stored))
+                touch = touched[key] = Touch(self._user(key))
             if type(what) is bytes:
                 if not _add(touch, what, outcomes):
                     continue
@@ -219,21 +211,24 @@ class Engine:
             batch.count(Counter.ERASURES, erasures)
         return touched, states
 
-    def _user(self, key: bytes, stored: Mapping[bytes, bytes | None]) -> User:
-        user = self._users.pop(key, None)
-        if user is None:
-            data = stored[key]
-            bodies: list[bytes] = []
-            times: Int64 | None = None
-            if data is None:
-                history = History(self.codec, self.history_limit, revision=self._first_revision)
-            else:
-                history, bodies = History.read(data, self.codec, self.history_limit)
-                times = stored_times(data, bodies) if self._by_time else None
-            user = User(history, self._slot())
-            self._loaded.append((user.slot, bodies, times))
-        self._users[key] = user
+    def _user(self, key: bytes) -> User:
+        user = self._users[key] = self._users.pop(key)  # the most recently used
         return user
+
+    def _load(self, stored: Mapping[bytes, bytes | None]) -> None:
+        """Take users into memory, and make their running sums."""
+        read = {key: state for key, state in stored.items() if state is not None}
+        histories, columns = self._columns.reader.read(list(read.values()), self.history_limit, times=self._by_time)
+        users = dict(zip(read, histories, strict=True))
+        for key, state in stored.items():
+            if state is None:
+                users[key] = History(self.codec, self.history_limit, revision=self._first_revision)
+        if users:
+            slots = [self._slot() for _ in users]
+            self._users.update((key, User(users[key], slot)) for key, slot in zip(users, slots, strict=True))
+            columns = columns.followed_by(len(users) - len(read))
+            for publisher in self._publishers:
+                publisher.load(slots, columns)
 
     def _slot(self) -> int:
         if not self._free:

@@ -216,15 +216,19 @@ class History:
             StateError: unknown layout, or bytes that can't be such a state.
         """
         check_layout(data)
-        body = data[HEADER_BYTES:]
-        bodies, newest = codec.bodies(body)
+        bodies, newest = codec.bodies(data[HEADER_BYTES:])
         if len(bodies) != int.from_bytes(data[COUNT_AT:HEADER_BYTES], "big") or len(bodies) > limit:
             raise StateError(DAMAGED)
+        return cls.of_bytes(data, codec, limit, len(bodies), newest), bodies
+
+    @classmethod
+    def of_bytes(cls, data: bytes, codec: HistoryCodec, limit: int, count: int, newest: bytes) -> "History":
+        """A history of stored bytes that were checked, given how many interactions they hold and the newest's key."""
         history = cls(
             codec,
             limit,
             revision=int.from_bytes(data[9:17], "big"),
             erased_at=int.from_bytes(data[17:25], "big", signed=True),
         )
-        history._body, history.count, history.newest = body, len(bodies), newest
-        return history, bodies
+        history._body, history.count, history.newest = data[HEADER_BYTES:], count, newest
+        return history

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Final, NamedTuple
+from typing import Final
 from uuid import UUID
 
 import numpy as np
@@ -45,20 +45,6 @@ def split_key(key: bytes) -> tuple[int, bytes, bytes]:
 def key_ts_ms(key: bytes) -> int:
     """Event time of a sort key in epoch milliseconds."""
     return int.from_bytes(key[:TS_BYTES], "big")
-
-
-class Stored(NamedTuple):
-    """A stored state as far as a vector needs it, in an eighth of the time that decoding it takes.
-
-    Attributes:
-        revision: how often the state changed.
-        as_of_ms: event time of the newest interaction, None without one.
-        bodies: type and item of each interaction as `HistoryCodec.item_and_type` reads them, oldest first.
-    """
-
-    revision: int
-    as_of_ms: int | None
-    bodies: list[bytes]
 
 
 class HistoryCodec:
@@ -123,30 +109,6 @@ class HistoryCodec:
         """Stored bytes of many interactions."""
         tails, tail = self._tails, self._tail
         return b"".join([k[:TS_BYTES] + (tails.get(s := k[TS_BYTES:]) or tail(s)) for k in keys])
-
-    def stored(self, data: bytes) -> Stored:
-        """What a stored state holds, without making sense of each interaction.
-
-        Raises:
-            StateError: unknown layout, or bytes that can't be such a state.
-        """
-        check_layout(data)
-        bodies: list[bytes] = []
-        pos, end, newest = HEADER_BYTES, len(data), 0
-        try:
-            while pos < end:
-                newest, pos = pos, pos + TS_BYTES + 1
-                size = data[pos - 1]
-                if size > 0x7F:
-                    size, pos = read_varint(data, pos - 1)
-                bodies.append(data[pos : pos + size])
-                pos += size
-            if pos != end or len(bodies) != int.from_bytes(data[COUNT_AT:HEADER_BYTES], "big"):
-                raise ValueError
-        except (IndexError, ValueError) as exc:
-            raise StateError(DAMAGED) from exc
-        as_of_ms = int.from_bytes(data[newest : newest + TS_BYTES], "big") if bodies else None
-        return Stored(int.from_bytes(data[9:17], "big"), as_of_ms, bodies)
 
     def item_and_type(self, body: bytes) -> bytes:
         """Item and type of one interaction, with a zero byte in between.

@@ -5,8 +5,8 @@ A pair is an encoder and an item space; its vectors are published under both ver
 
 import json
 from collections.abc import Mapping, Sequence
-from itertools import islice
-from typing import Any, Final, NamedTuple
+from itertools import islice, pairwise
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +16,10 @@ from stream.core.counters import Counter
 from stream.core.encoders import REASONS, VectorStatus, VersionedEncoder, finish, running_sums
 from stream.core.formulas import Float32, Float64
 from stream.core.history import History
-from stream.core.history_codec import TS_BYTES, Stored, key_ts_ms
-from stream.core.item_rows import SharedRows
+from stream.core.history_codec import TS_BYTES, key_ts_ms
 from stream.core.records import EmbeddingRecord, RecordEncoder, kv_prefix, to_json
 from stream.core.space import Space
+from stream.core.stored_columns import Columns, SharedColumns
 from stream.core.sums import Moved, Newer
 from stream.keys import user_cache_key
 
@@ -109,12 +109,12 @@ class Publisher:
         SpaceMismatch: the encoder was made for another item version.
     """
 
-    def __init__(self, pair: Pair, shared: SharedRows, *, capacity: int, json_output: bool) -> None:
+    def __init__(self, pair: Pair, shared: SharedColumns, *, capacity: int, json_output: bool) -> None:
         encoder, space = pair
         encoder.check(space)
         self.versions = pair.versions
         self.space = space
-        self.sums = running_sums(space, encoder.encoder, encoder.history_limit, capacity)
+        self.sums = running_sums(space, encoder.encoder, encoder.history_limit, capacity, shared.kernels)
         self.by_time = encoder.encoder.by_time
         self._encoder = encoder
         self._newest = encoder.encoder.newest
@@ -132,28 +132,17 @@ class Publisher:
         """Key of a user's vector of this pair."""
         return self._key_prefix + user
 
-    def load(self, users: Sequence[tuple[int, Sequence[bytes], Int64 | None]]) -> None:
-        """Set the sums of users that were read from the store: their slots, stored interactions, times (ms) of these.
-
-        Times may be None where no pair goes by time, and of those who have no interactions.
-        """
-        known: list[Int64] = []
-        known_weights: list[Float64] = []
-        known_times: list[Int64] = []
-        for slot, bodies, times in users:
-            rows = self._rows[slot] = self._stored_rows.rows(bodies)
-            if self._weights:
-                weights = self._row_weights[slot] = self._stored_weights.weights(bodies)
-                known_weights.append(_newest_known(weights, rows, np.float64))
-            if self.by_time:
-                known_times.append(_newest_known([] if times is None else times, rows, np.int64))
-            known.append(_newest_known(rows, rows, np.int64))
-        self.sums.load(
-            np.array([slot for slot, _, _ in users]),
-            known,
-            known_weights if self._weights else None,
-            known_times if self.by_time else None,
-        )
+    def load(self, slots: Sequence[int], columns: Columns) -> None:
+        """Set the sums of users whose histories were read from the store."""
+        rows = self._stored_rows.of(columns.numbers)
+        weights = self._stored_weights.of(columns.numbers) if self._weights else None
+        self.sums.load(np.array(slots), rows, columns.base, weights, columns.times if self.by_time else None)
+        all_rows, bounds = rows.tolist(), columns.base.tolist()
+        of_each = [slice(*bound) for bound in pairwise(bounds)]
+        self._rows.update((slot, all_rows[part]) for slot, part in zip(slots, of_each, strict=True))
+        if weights is not None:
+            all_weights = weights.tolist()
+            self._row_weights.update((slot, all_weights[part]) for slot, part in zip(slots, of_each, strict=True))
 
     def _rows_of(self, keys: Sequence[bytes]) -> list[int]:
         row_of = self._row_of
@@ -197,22 +186,25 @@ class Publisher:
         self._emit(shown, computed, epoch, result)
 
     def publish_cold(
-        self, users: Mapping[bytes, tuple[Stored, Int64 | None]], epoch: int, result: StepResult
+        self, users: Sequence[tuple[bytes, History]], columns: Columns, epoch: int, result: StepResult
     ) -> Coverage:
-        """Add the present state of users that need not be in memory, with times if `by_time`; leaves the sums alone."""
-        computed = self._room(len(users))
+        """Add the present state of users that need not be in memory, and whose histories are those of the columns.
+
+        Who has no state to show yet is left out. The running sums stay as they are.
+        """
+        rows = self._stored_rows.of(columns.numbers)
+        weights = self._stored_weights.of(columns.numbers) if self._weights else None
+        sums, totals, known, _ = self.sums.sum_all(rows, columns.base, weights, columns.times if self.by_time else None)
+        newest = np.full((len(users), self._newest), -1)
+        if self._newest:
+            for place, part in enumerate(pairwise(columns.base.tolist())):
+                newest[place] = self._newest_of(rows[slice(*part)].tolist())
+        is_shown = [place for place, (_, history) in enumerate(users) if history.revision]
         shown: list[tuple[bytes, Step]] = []
-        for place, (user, (stored, at)) in enumerate(users.items()):
-            bodies = stored.bodies
-            rows = self._stored_rows.rows(bodies)
-            weights = _newest_known(self._stored_weights.weights(bodies), rows, np.float64) if self._weights else None
-            times = None if at is None else _newest_known(at, rows, np.int64)
-            newest_first = _newest_known(rows, rows, np.int64)
-            computed.known[place] = len(newest_first)
-            if len(newest_first):
-                computed.sums[place], computed.totals[place] = self.sums.sum_of(newest_first, weights, times)
-            computed.newest[place, : len(newest_first)] = newest_first[: self._newest]
-            shown.append((user, (len(bodies), stored.as_of_ms, stored.revision, None, (), 0)))
+        for place in is_shown:
+            user, history = users[place]
+            shown.append((user, (history.count, history.as_of_ms, history.revision, None, (), 0)))
+        computed = _Sums(sums[is_shown], totals[is_shown], known[is_shown], newest[is_shown])
         status = self._emit(shown, computed, epoch, result)
         lengths = np.array([step[0] for _, step in shown], dtype=np.int64)
         items = int(lengths.sum())
@@ -360,12 +352,6 @@ class Publisher:
             else:
                 result.output.append((key, body))
         return status
-
-
-def _newest_known(values: Sequence[float] | Int64, rows: Sequence[int], dtype: type[np.number[Any]]) -> NDArray[Any]:
-    """The values [n] of those of `rows` (oldest first) that the space has, newest first."""
-    reverse = np.array(values, dtype=dtype)[::-1]
-    return reverse if min(rows, default=0) >= 0 else reverse[np.array(rows)[::-1] >= 0]
 
 
 def fallback_record(space: Space, encoder: VersionedEncoder) -> EmbeddingRecord:

@@ -13,7 +13,8 @@ user) is summed afresh for all states of the user in the batch by one matrix pro
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from types import ModuleType
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,7 @@ Int64 = NDArray[np.int64]
 
 #: States of one user summed by one product at most.
 MAX_WINDOW: Final = 256
+_NO_TIMES: Final = np.zeros(0, dtype=np.int64)
 
 
 class Newer(NamedTuple):
@@ -67,7 +69,9 @@ class RunningSums(ABC):
 
     _slotted: tuple[str, ...] = ("sums", "totals", "known")
 
-    def __init__(self, vectors: Float32, decays: tuple[float, ...], capacity: int) -> None:
+    def __init__(self, vectors: Float32, decays: tuple[float, ...], capacity: int, kernels: ModuleType | None) -> None:
+        self._kernels = kernels
+        self._powers: Float64 = np.zeros((len(decays), 0))
         self.vectors = vectors
         self.decays: Float64 = np.asarray(decays, dtype=np.float64)
         dim = int(vectors.shape[1])
@@ -92,30 +96,56 @@ class RunningSums(ABC):
         return self.sums[slots], self.totals[slots], self.known[slots]
 
     def load(
-        self,
-        slots: Int64,
-        rows: Sequence[Int64],
-        weights: Sequence[Float64] | None,
-        times: Sequence[Int64] | None = None,
+        self, slots: Int64, rows: NDArray[np.integer[Any]], base: Int64, weights: Float64 | None, times: Int64 | None
     ) -> None:
-        """Set slots to the sums of whole histories.
+        """Set distinct slots [m] to the sums of whole histories; the other arguments are those of `sum_all`."""
+        self.sums[slots], self.totals[slots], self.known[slots], _ = self.sum_all(rows, base, weights, times)
+
+    def sum_all(
+        self, rows: NDArray[np.integer[Any]], base: Int64, weights: Float64 | None, times: Int64 | None
+    ) -> tuple[Float64, Float64, Int64, Int64]:
+        """Sums of whole histories that lie one behind the other, oldest first.
 
         Args:
-            slots: distinct slots [m].
-            rows: for each the rows of its known items.
-            weights: their type weights.
-            times: their event times (ms), where sums go by time.
-        """
-        for i, slot in enumerate(slots.tolist()):
-            of_one = rows[i]
-            if not len(of_one):
-                self.put(slot, 0.0, 0.0, 0, 0)
-                continue
-            at = None if times is None else times[i]
-            sums, totals = self.sum_of(of_one, None if weights is None else weights[i], at)
-            self.put(slot, sums, totals, len(of_one), 0 if at is None else int(at[0]))
+            rows: row of every interaction [n], -1 for unknown items.
+            base: where each history begins and the last ends [m + 1].
+            weights: type weight of each [n]; None is all ones.
+            times: event time of each in ms [n], where sums go by time.
 
-    def put(self, slot: int, sums: Float64 | float, totals: Float64 | float, known: int, newest_ms: int) -> None:
+        Returns:
+            sums [m, K, d], totals [m, K], known [m], time of the newest known item [m] (0 where nobody asks).
+        """
+        count, decays = len(base) - 1, len(self.decays)
+        sums, totals = np.zeros((count, decays, self.vectors.shape[1])), np.zeros((count, decays))
+        known, newest_ms = np.zeros((2, count), dtype=np.int64)
+        if self._kernels is not None:
+            none = np.zeros(0)
+            self._kernels.sum_states(
+                rows.astype(np.int32, copy=False),
+                base,
+                none if weights is None else weights,
+                _NO_TIMES if times is None else times,
+                self.decays,
+                self._powers,
+                self.vectors,
+                sums,
+                totals,
+                known,
+                newest_ms,
+            )
+            return sums, totals, known, newest_ms
+        for state in range(count):
+            part = np.arange(base[state + 1] - 1, base[state] - 1, -1)
+            part = part[rows[part] >= 0]
+            if known_items := len(part):
+                at = None if times is None else times[part]
+                of_one = None if weights is None else weights[part]
+                sums[state], totals[state] = self.sum_of(rows[part].astype(np.int64), of_one, at)
+                known[state] = known_items
+                newest_ms[state] = 0 if at is None else at[0]
+        return sums, totals, known, newest_ms
+
+    def put(self, slot: int, sums: Float64, totals: Float64, known: int, newest_ms: int) -> None:
         """Set a slot to a state's sums [K, d] and totals [K]; `newest_ms` is the time of its newest known item."""
         self.sums[slot] = sums
         self.totals[slot] = totals
@@ -210,12 +240,20 @@ class DecayedSums(RunningSums):
         decays: λ of each sum, K of them.
         history_limit: how many interactions a history has at most.
         capacity: slots to begin with.
+        kernels: `stream.core.kernels` for whole histories; None for the plain way.
     """
 
-    def __init__(self, vectors: Float32, decays: tuple[float, ...], history_limit: int, capacity: int) -> None:
-        super().__init__(vectors, decays, capacity)
+    def __init__(
+        self,
+        vectors: Float32,
+        decays: tuple[float, ...],
+        history_limit: int,
+        capacity: int,
+        kernels: ModuleType | None = None,
+    ) -> None:
+        super().__init__(vectors, decays, capacity, kernels)
         # powers[k, r] = exp(-decay_k · r), for every rank a history can have
-        self._powers: Float64 = np.exp(-np.outer(self.decays, np.arange(history_limit + 2, dtype=np.float64)))
+        self._powers = np.exp(-np.outer(self.decays, np.arange(history_limit + 2, dtype=np.float64)))
 
     def sum_of(
         self, rows: Sequence[int] | Int64, weights: Sequence[float] | Float64 | None, times: Int64 | None = None
@@ -271,6 +309,7 @@ class FadingSums(RunningSums):
         vectors: rows of the space [n, d].
         decays: λ of each sum, K of them.
         capacity: slots to begin with.
+        kernels: as of `DecayedSums`.
 
     Attributes:
         newest_ms: time of the newest known item [capacity], which weighs its type's weight.
@@ -278,11 +317,20 @@ class FadingSums(RunningSums):
 
     _slotted = (*RunningSums._slotted, "newest_ms")
 
-    def __init__(self, vectors: Float32, decays: tuple[float, ...], capacity: int) -> None:
-        super().__init__(vectors, decays, capacity)
+    def __init__(
+        self, vectors: Float32, decays: tuple[float, ...], capacity: int, kernels: ModuleType | None = None
+    ) -> None:
+        super().__init__(vectors, decays, capacity, kernels)
         self.newest_ms: Int64 = np.zeros(capacity, dtype=np.int64)
 
-    def put(self, slot: int, sums: Float64 | float, totals: Float64 | float, known: int, newest_ms: int) -> None:
+    def load(
+        self, slots: Int64, rows: NDArray[np.integer[Any]], base: Int64, weights: Float64 | None, times: Int64 | None
+    ) -> None:
+        """See `RunningSums.load`."""
+        found = self.sum_all(rows, base, weights, times)
+        self.sums[slots], self.totals[slots], self.known[slots], self.newest_ms[slots] = found
+
+    def put(self, slot: int, sums: Float64, totals: Float64, known: int, newest_ms: int) -> None:
         """See `RunningSums.put`."""
         super().put(slot, sums, totals, known, newest_ms)
         self.newest_ms[slot] = newest_ms

@@ -28,12 +28,19 @@ from strategies import (
     streams,
 )
 
+from stream.core import fast
 from stream.core.encoders import AvgEncoder, MixEncoder, VersionedEncoder
 from stream.core.events import EventRules
-from stream.core.history import History
-from stream.core.history_codec import TS_BYTES, key_ts_ms, stored_times
 from stream.core.records import decode
-from stream.errors import StateError
+
+
+@pytest.fixture(scope="module", autouse=True, params=[True, False], ids=["compiled", "plain"])
+def _either_way(request):
+    """Stored histories are read and summed by the compiled loops, and without them."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not request.param:
+            patch.setattr(fast, "kernels", lambda: None)
+        yield
 
 
 @pytest.mark.parametrize("limit", [2, 100, 1000])
@@ -228,21 +235,6 @@ def test_a_space_that_joins_and_one_that_leaves_midway(data, stream, limit, weig
     for key in [key for key in driver.kv if b":items_v1:" in key]:
         del driver.kv[key], driver.topic[key]
     check_end(driver, oracle)
-
-
-@given(st.data(), streams())
-def test_a_stored_state_read_in_part_says_what_it_says_decoded(data, stream):
-    driver = Driver([random_space("items_v1", 2)], VersionedEncoder(MixEncoder(), 5))
-    driver.run(data.draw(arrivals(stream)))
-    codec = driver.engine.codec
-    for state in driver.states.values():
-        history, stored = History.decode(state, codec, 5), codec.stored(state)
-        assert (stored.revision, stored.as_of_ms) == (history.revision, history.as_of_ms)
-        assert [codec.item_and_type(body) for body in stored.bodies] == [key[TS_BYTES:] for key in history.keys]
-        assert stored_times(state, stored.bodies).tolist() == [key_ts_ms(key) for key in history.keys]
-        cut = data.draw(st.integers(0, len(state) - 1))
-        with pytest.raises(StateError):
-            codec.stored(state[:cut])
 
 
 @pytest.mark.parametrize("mean", [1, 3, 8])

@@ -1,12 +1,14 @@
 """Decayed sums in batches against the same sums one by one."""
 
 import random
+from itertools import accumulate
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stream.core.fast import kernels
 from stream.core.sums import MAX_WINDOW, DecayedSums, FadingSums, Moved, Newer
 
 DECAYS = (0.01, 0.15, 0.0)
@@ -170,18 +172,34 @@ def test_long_histories_do_not_drift():
     assert got[2][0] == want[2]
 
 
-@given(st.data())
-def test_inserting_anywhere_equals_summing_one_by_one(data):
+def load(sums, slots, histories, weighted):
+    """Load whole histories of ``(row, weight, time)``, oldest first."""
+    flat = [entry for history in histories for entry in history]
+    base = np.array([0, *accumulate(map(len, histories))])
+    weights = np.array([w for _, w, _ in flat]) if weighted else None
+    at = np.array([t for _, _, t in flat], dtype=np.int64) if isinstance(sums, FadingSums) else None
+    sums.load(slots, np.array([row for row, _, _ in flat], dtype=np.int32), base, weights, at)
+
+
+def check_slots(sums, slots, wanted):
+    got = sums.read(slots)
+    for i, want in enumerate(wanted):
+        check((got[0][i], got[1][i], got[2][i]), want)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@given(data=st.data())
+def test_inserting_anywhere_equals_summing_one_by_one(compiled, data):
     """Interactions arrive at any rank, the oldest leaves a full history, unknown items (-1) are in between."""
     limit = data.draw(st.integers(1, 6))
     weighted = data.draw(st.booleans())
     some = entries if weighted else st.tuples(st.integers(-1, 11), st.just(1.0))
     matrix = vectors()
-    sums = DecayedSums(matrix, DECAYS, limit, 8)
+    sums = DecayedSums(matrix, DECAYS, limit, 8, kernels() if compiled else None)
     slots = np.array([5, 2, 7])
     histories = [data.draw(st.lists(some, max_size=limit)) for _ in slots]  # oldest first
-    known = [[entry for entry in reversed(history) if entry[0] >= 0] for history in histories]
-    sums.load(slots, [[r for r, _ in k] for k in known], [[w for _, w in k] for k in known] if weighted else None)
+    load(sums, slots, [[(*entry, 0) for entry in history] for history in histories], weighted)
+    check_slots(sums, slots, [naive(matrix, history) for history in histories])
     for _ in range(data.draw(st.integers(0, 8))):
         new, old, late = [], [], []
         for i, history in enumerate(histories):
@@ -229,22 +247,18 @@ def naive_by_time(matrix, history):
     return sums, totals, len(known)
 
 
-@given(st.data())
-def test_sums_by_time_equal_summing_one_by_one_whatever_order_they_arrive_in(data):
+@pytest.mark.parametrize("compiled", [False, True])
+@given(data=st.data())
+def test_sums_by_time_equal_summing_one_by_one_whatever_order_they_arrive_in(compiled, data):
     limit = data.draw(st.integers(1, 6))
     weighted = data.draw(st.booleans())
     some = timed if weighted else st.tuples(st.integers(-1, 11), st.just(1.0), times)
     matrix = vectors()
-    sums = FadingSums(matrix, BY_TIME, 8)
+    sums = FadingSums(matrix, BY_TIME, 8, kernels() if compiled else None)
     slots = np.array([5, 2, 7])
     histories = [sorted(data.draw(st.lists(some, max_size=limit)), key=lambda e: e[2]) for _ in slots]
-    known = [[entry for entry in reversed(history) if entry[0] >= 0] for history in histories]
-    sums.load(
-        slots,
-        [[r for r, _, _ in k] for k in known],
-        [[w for _, w, _ in k] for k in known] if weighted else None,
-        [np.array([t for _, _, t in k], dtype=np.int64) for k in known],
-    )
+    load(sums, slots, histories, weighted)
+    check_slots(sums, slots, [naive_by_time(matrix, history) for history in histories])
     for _ in range(data.draw(st.integers(0, 10))):
         new, old = [], []
         for history in histories:
