@@ -217,18 +217,19 @@ class Engine:
 
     def _load(self, stored: Mapping[bytes, bytes | None]) -> None:
         """Take users into memory, and make their running sums."""
+        if not stored:
+            return
         read = {key: state for key, state in stored.items() if state is not None}
         histories, columns = self._columns.reader.read(list(read.values()), self.history_limit, times=self._by_time)
         users = dict(zip(read, histories, strict=True))
         for key, state in stored.items():
             if state is None:
                 users[key] = History(self.codec, self.history_limit, revision=self._first_revision)
-        if users:
-            slots = [self._slot() for _ in users]
-            self._users.update((key, User(users[key], slot)) for key, slot in zip(users, slots, strict=True))
-            columns = columns.followed_by(len(users) - len(read))
-            for publisher in self._publishers:
-                publisher.load(slots, columns)
+        slots = [self._slot() for _ in users]
+        self._users.update((key, User(users[key], slot)) for key, slot in zip(users, slots, strict=True))
+        columns = columns.followed_by(len(users) - len(read))
+        for publisher in self._publishers:
+            publisher.load(slots, columns)
 
     def _slot(self) -> int:
         if not self._free:

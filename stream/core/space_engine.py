@@ -159,12 +159,15 @@ class Publisher:
         result: StepResult,
     ) -> None:
         """Follow the touched users, and add the records of all `states` (user, touch, step) to `result`."""
-        places: dict[bytes, list[int]] = {}
-        for place, (key, _, _) in enumerate(states):
-            places.setdefault(key, []).append(place)
         sums, totals, known, newest = computed = self._room(len(states))
         rounds: list[list[tuple[Touch, int]]] = [[] for _ in range(MAX_ROUNDS)]
-        for key, wanted in places.items():
+        others: dict[bytes, list[int]] = {}
+        for place, (key, touch, _) in enumerate(states):
+            if len(touch.steps) == 1 and not touch.afresh:  # most
+                rounds[0].append((touch, place))
+            else:
+                others.setdefault(key, []).append(place)
+        for key, wanted in others.items():
             touch = touched[key]
             if touch.afresh:
                 steps = [states[place][2] for place in wanted]
@@ -226,8 +229,8 @@ class Publisher:
         """One step of many users; return their slots and places."""
         row_of = self._row_of
         count = len(members)
-        slots = np.fromiter((touch.user.slot for touch, _ in members), dtype=np.int64, count=count)
-        places = np.fromiter((place for _, place in members), dtype=np.int64, count=count)
+        slots = np.array([touch.user.slot for touch, _ in members])
+        places = np.array([place for _, place in members])
         new_rows, old_rows = np.full(count, -1), np.full(count, -1)
         new_weights, old_weights = np.ones(count), np.ones(count)
         new_ms, old_ms = np.zeros((2, count), dtype=np.int64) if self.by_time else (None, None)
