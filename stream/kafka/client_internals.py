@@ -4,7 +4,7 @@ What the client offers no way to, we reach for here. Each function says what it 
 pinned version, and `read_batches_as` refuses another one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any, Final
 
@@ -40,9 +40,19 @@ def partition_state(consumer: aiokafka.AIOKafkaConsumer, place: TopicPartition) 
     return None if assignment is None else assignment.state_value(place)
 
 
-def set_fetch_wait(consumer: aiokafka.AIOKafkaConsumer, wait_ms: int) -> None:
-    """How long a fetch may wait at the broker for a first record, from the next one on."""
-    consumer._fetcher._fetch_max_wait_ms = wait_ms
+def hold_fetches(consumer: aiokafka.AIOKafkaConsumer, hold: Callable[[bool], tuple[int, int]]) -> None:
+    """Have fetches held at the brokers as `hold` says: for how many ms, or until how many bytes are there.
+
+    It is told whether partitions are left out, for what was fetched of them is not taken in yet.
+    """
+    fetcher = consumer._fetcher
+    requests = fetcher._get_actions_per_node
+
+    def held(assignment: Any) -> Any:
+        fetcher._fetch_max_wait_ms, fetcher._fetch_min_bytes = hold(bool(fetcher._records))
+        return requests(assignment)
+
+    fetcher._get_actions_per_node = held
 
 
 def outlast_empty_metadata(consumer: aiokafka.AIOKafkaConsumer) -> None:

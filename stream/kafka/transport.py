@@ -36,20 +36,16 @@ from stream.errors import ConfigError, DeliveryError, OwnershipError, StateError
 from stream.kafka.bounded_fetch import BoundedRecords
 from stream.kafka.client_internals import (
     group_fault,
+    hold_fetches,
     outlast_empty_metadata,
     partition_state,
     read_batches_as,
-    set_fetch_wait,
 )
 from stream.kafka.delivery import GivenOut, RecordBatch
+from stream.kafka.fetch_pace import FetchPace, Hold
 from stream.kafka.host import Host
 from stream.kafka.producer import FAUST_LOG, Producer
 
-#: A fetch answers as soon as one of its partitions has data; a partition that was being consumed when it was sent is
-#: not in it and waits for the next. This bounds that wait.
-FETCH_MAX_WAIT_MS: Final = 10
-#: The same where nothing is being consumed, so that all are in it: an idle worker spares itself and the broker.
-IDLE_FETCH_MAX_WAIT_MS: Final = 100
 WATCH_GROUP_S: Final = 1.0
 #: Records of one batch at most. A fetch of a backlog holds tens of thousands (its limit counts compressed bytes): as
 #: one batch they would hold up everything else for a second, and their users have many events each, which costs more.
@@ -127,7 +123,16 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._taken: dict[TP, Taken] = {}
+        self._pace = FetchPace()
         super().__init__(*args, **kwargs)
+
+    async def on_start(self) -> None:
+        """Start the client, and have it hold its fetches as `FetchPace` says."""
+        await super().on_start()
+        hold_fetches(self._ensure_consumer(), self._hold)
+
+    def _hold(self, is_partial: bool) -> Hold:
+        return self._pace.hold(time.monotonic(), is_partial=is_partial)
 
     def taken(self, tp: TP) -> Taken:
         """What was fetched of a partition since it was last positioned."""
@@ -146,7 +151,6 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
             auto_offset_reset="none",  # events that are gone must not be passed over in silence (law 6)
             max_poll_interval_ms=int(conf.broker_max_poll_interval * 1000),
             max_partition_fetch_bytes=conf.consumer_max_fetch_size,
-            fetch_max_wait_ms=FETCH_MAX_WAIT_MS,
             request_timeout_ms=int(conf.broker_request_timeout * 1000),
             session_timeout_ms=int(conf.broker_session_timeout * 1000),
             rebalance_timeout_ms=int(conf.broker_rebalance_timeout * 1000),
@@ -172,7 +176,6 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
             if place in assigned and seeks > self.taken(tp).seeks:
                 consumer.seek(place, offset)
                 self._taken[tp] = Taken(seeks, 0, None)
-        set_fetch_wait(consumer, FETCH_MAX_WAIT_MS)  # a fetch on its way asks for the offsets of before
 
     async def _fetch_records(self, *args: Any, **kwargs: Any) -> dict[TP, Fetched]:
         """Fetch, and say of each partition's records which seek they follow: none can come between the two."""
@@ -182,8 +185,8 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
             ((place, offset),) = exc.args[0].items()
             tp = TP(place.topic, place.partition)
             raise OutOfRange(tp, offset, self.taken(tp).seeks) from exc
-        wait_ms = FETCH_MAX_WAIT_MS if records else IDLE_FETCH_MAX_WAIT_MS
-        set_fetch_wait(self._ensure_consumer(), wait_ms)
+        if records:
+            self._pace.took(sum(map(len, records.values())), time.monotonic())
         fetched = {}
         for place, run in records.items():
             tp = TP(place.topic, place.partition)

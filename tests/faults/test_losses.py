@@ -13,8 +13,8 @@ from topic_admin import delete_records, recreate_topic
 
 from stream.feed.dataset import Dataset
 from stream.feed.sender import Feeder
+from stream.kafka.fetch_pace import IDLE_MS
 from stream.kafka.topic_watch import WATCH_S
-from stream.kafka.transport import IDLE_FETCH_MAX_WAIT_MS
 
 EVENTS = 6_000
 LOSSES = 8
@@ -54,7 +54,7 @@ def frozen(films: Dataset, kafka: KafkaBroker, make_pipeline: Callable[..., Pipe
         pipeline.until_committed()
         assert pipeline.process is not None
         pipeline.process.send_signal(signal.SIGSTOP)
-        time.sleep(10 * IDLE_FETCH_MAX_WAIT_MS / 1000)  # a fetch that waits at the broker would take the first of them
+        time.sleep(10 * IDLE_MS / 1000)  # a fetch that waits at the broker would take the first of them
         feeder.send(films.events[1_000:2_000])
     return pipeline
 

@@ -8,20 +8,16 @@ from typing import Any
 import aiokafka
 import pytest
 from aiokafka.errors import CommitFailedError, GroupAuthorizationFailedError, IllegalStateError, OffsetOutOfRangeError
-from aiokafka.protocol.fetch import FetchRequest
 from aiokafka.structs import TopicPartition
-from confluent_kafka import Producer
 from faust.transport.drivers import aiokafka as driver
-from faust.types import TP
 
 from stream.errors import DeliveryError, OwnershipError
 from stream.kafka.client_internals import outlast_empty_metadata
 from stream.kafka.delivery import GAP_TRIES, BatchMissing, DeliveryChain, DurableMarks, GivenOut, RecordBatch
 from stream.kafka.embedded_broker import DevBroker
+from stream.kafka.fetch_pace import FetchPace
 from stream.kafka.transport import (
     BATCH_RECORDS,
-    FETCH_MAX_WAIT_MS,
-    IDLE_FETCH_MAX_WAIT_MS,
     Consumer,
     ConsumerThread,
     OutOfRange,
@@ -35,7 +31,7 @@ class SeekingThread(ConsumerThread):
     """The real seeks and numbers of the consumer's thread over a client that the test controls; no broker."""
 
     def __init__(self, flow: "Flow") -> None:
-        self._taken = {}
+        self._taken, self._pace = {}, FetchPace()
         self.flow = flow
 
     def _ensure_consumer(self) -> Any:
@@ -236,57 +232,6 @@ async def test_a_fetch_that_never_arrives_leaves_a_gap_in_the_numbers() -> None:
     assert flow.client.position == 6
     (again,) = await flow.next(records(6, 7))
     assert chain.check(again)
-
-
-async def test_a_fetch_waits_for_long_only_where_no_partition_can_be_left_out_of_it() -> None:
-    with DevBroker() as broker:
-        producer = Producer({"bootstrap.servers": broker.bootstrap})
-
-        def produce() -> None:
-            producer.produce("events", b"x", partition=0)
-            assert producer.flush(60) == 0
-
-        produce()  # makes the topic
-        flow = Flow()
-        flow.flow_active = True
-        client = aiokafka.AIOKafkaConsumer(
-            bootstrap_servers=broker.bootstrap, fetch_max_wait_ms=FETCH_MAX_WAIT_MS, auto_offset_reset="none"
-        )
-        flow.client = client
-        await client.start()
-        client.assign([PLACE])
-        asked: list[int] = []
-        is_asked = asyncio.Event()
-        send = client._client.send
-
-        async def noted(node: int, request: Any, **how: Any) -> Any:
-            if isinstance(request, FetchRequest):
-                asked.append(request._max_wait_ms)
-                is_asked.set()
-            return await send(node, request, **how)
-
-        client._client.send = noted
-        place = TP("events", 0)
-
-        async def fetches_of(wait_ms: int) -> None:
-            asked.clear()
-            while wait_ms not in asked:
-                assert not await flow._thread._fetch_records(client, {place}, timeout=0.05)
-
-        await flow._thread._seek_all({place: 1}, 1)
-        await fetches_of(IDLE_FETCH_MAX_WAIT_MS)
-        produce()
-        while place not in await flow._thread._fetch_records(client, {place}, timeout=5):
-            pass
-        asked.clear()
-        is_asked.clear()
-        await is_asked.wait()
-        assert asked[0] == FETCH_MAX_WAIT_MS
-        await fetches_of(IDLE_FETCH_MAX_WAIT_MS)
-        await flow._thread._seek_all({place: 0}, 2)
-        while place not in await flow._thread._fetch_records(client, {place}, timeout=5):
-            pass
-        await client.stop()
 
 
 async def test_what_was_positioned_anew_is_not_moved_for_the_sake_of_an_earlier_gap() -> None:

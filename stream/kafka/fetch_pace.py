@@ -1,0 +1,52 @@
+"""How long brokers may hold a fetch: not at all while events are few, for a moment to gather them while they are many.
+
+What one fetch brings is one step, whatever it holds, with its own requests, writes and wake-ups. A fetch that answers
+to each event at once makes events dear exactly when there are many of them, and late, for each waits for the steps of
+those before it. So brokers gather while events come in quickly; a single one among few is answered at once.
+"""
+
+import math
+from typing import Final, NamedTuple
+
+#: From so many records a second on, they are gathered; below, few would meet another one in that time.
+GATHER_FROM: Final = 200.0
+#: For so long at most, and until there is so much: then a worker that is behind has its hands full already.
+GATHER_MS: Final = 12
+GATHER_BYTES: Final = 32 << 10
+#: A fetch that leaves partitions out, for what it brought of them is not taken in yet, holds up their next one so long.
+PARTIAL_MS: Final = 10
+#: The same where all are in it and nothing is to be gathered: an idle worker spares itself and the broker.
+IDLE_MS: Final = 100
+#: The rate is that of the last moments, which count less the longer ago they are.
+_MEMORY_S: Final = 0.5
+
+
+class Hold(NamedTuple):
+    """How long a fetch may be held, and from how many bytes on it is answered sooner."""
+
+    wait_ms: int
+    min_bytes: int
+
+
+class FetchPace:
+    """Follows what is fetched, and says how the next fetch is to be held."""
+
+    def __init__(self) -> None:
+        self._rate = 0.0
+        self._at_s = -math.inf
+
+    def took(self, records: int, now_s: float) -> None:
+        """Take note of what a fetch brought."""
+        self._rate = self._rate_at(now_s) + records / _MEMORY_S
+        self._at_s = now_s
+
+    def hold(self, now_s: float, *, is_partial: bool) -> Hold:
+        """How the next fetch is to be held; `is_partial`, if it leaves partitions out."""
+        if is_partial:
+            return Hold(PARTIAL_MS, 1)
+        if self._rate_at(now_s) >= GATHER_FROM:
+            return Hold(GATHER_MS, GATHER_BYTES)
+        return Hold(IDLE_MS, 1)
+
+    def _rate_at(self, now_s: float) -> float:
+        return self._rate * math.exp((self._at_s - now_s) / _MEMORY_S)

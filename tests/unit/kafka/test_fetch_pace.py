@@ -1,0 +1,86 @@
+"""How long fetches are held: events among few at once, many together, none for long while others are waited for."""
+
+import asyncio
+from itertools import pairwise
+from typing import Any
+
+import aiokafka
+import pytest
+from aiokafka.protocol.fetch import FetchRequest
+from aiokafka.structs import TopicPartition
+from confluent_kafka import Producer
+
+from stream.kafka.client_internals import hold_fetches
+from stream.kafka.embedded_broker import DevBroker
+from stream.kafka.fetch_pace import GATHER_BYTES, GATHER_FROM, GATHER_MS, IDLE_MS, PARTIAL_MS, FetchPace, Hold
+
+
+def test_an_idle_worker_is_answered_at_once_and_asks_seldom() -> None:
+    pace = FetchPace()
+    assert pace.hold(0.0, is_partial=False) == Hold(IDLE_MS, 1)
+    pace.took(1, 0.0)
+    assert pace.hold(0.0, is_partial=False) == Hold(IDLE_MS, 1)
+
+
+@pytest.mark.parametrize(("rate", "gathers"), [(50, False), (0.5 * GATHER_FROM, False), (2 * GATHER_FROM, True)])
+@pytest.mark.parametrize("at_once", [1, 5])
+def test_events_are_gathered_when_there_are_many_of_them(rate: float, gathers: bool, at_once: int) -> None:
+    pace, now_s = FetchPace(), 0.0
+    for _ in range(int(10 * rate / at_once)):
+        now_s += at_once / rate
+        pace.took(at_once, now_s)
+    assert (pace.hold(now_s, is_partial=False) == Hold(GATHER_MS, GATHER_BYTES)) == gathers
+
+
+def test_a_burst_is_forgotten() -> None:
+    pace = FetchPace()
+    pace.took(10_000, 5.0)
+    assert pace.hold(5.0, is_partial=False).wait_ms == GATHER_MS
+    assert pace.hold(15.0, is_partial=False) == Hold(IDLE_MS, 1)
+
+
+def test_partitions_that_are_left_out_are_not_held_up_for_the_sake_of_the_others() -> None:
+    pace = FetchPace()
+    for records in (0, 10_000):
+        pace.took(records, 0.0)
+        assert pace.hold(0.0, is_partial=True) == Hold(PARTIAL_MS, 1)
+
+
+async def test_the_client_asks_brokers_to_hold_its_fetches_as_it_is_told() -> None:
+    with DevBroker() as broker:
+        producer = Producer({"bootstrap.servers": broker.bootstrap})
+        places = [TopicPartition("events", n) for n in range(2)]
+        for place in places:
+            producer.produce("events", b"x", partition=place.partition)
+        assert producer.flush(60) == 0
+        client = aiokafka.AIOKafkaConsumer(bootstrap_servers=broker.bootstrap, auto_offset_reset="earliest")
+        await client.start()
+        told: list[bool] = []
+        asked: asyncio.Queue[tuple[Hold, set[int]]] = asyncio.Queue()
+
+        def hold(is_partial: bool) -> Hold:
+            told.append(is_partial)
+            return Hold(len(told), 1000 + len(told))
+
+        send = client._client.send
+
+        async def noted(node: int, request: Any, **how: Any) -> Any:
+            if isinstance(request, FetchRequest):
+                partitions = {entry[0] for _, entries in request.topics for entry in entries}
+                asked.put_nowait((Hold(request._max_wait_ms, request._min_bytes), partitions))
+            return await send(node, request, **how)
+
+        client._client.send = noted
+        hold_fetches(client, hold)
+        client.assign(places)
+        assert await client.getmany(places[0], timeout_ms=60_000)
+        holds = []
+        while True:  # the other one was fetched too, and nobody takes it in
+            held, partitions = await asked.get()
+            holds.append(held)
+            assert told[held.wait_ms - 1] == (partitions != {0, 1})
+            if partitions == {0}:
+                break
+        assert all(held == Hold(held.wait_ms, 1000 + held.wait_ms) for held in holds)
+        assert all(first.wait_ms < second.wait_ms for first, second in pairwise(holds))
+        await client.stop()
