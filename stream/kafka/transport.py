@@ -254,12 +254,17 @@ class Consumer(driver.Consumer):
             await self.perform_seek()
         try:
             while not (self.should_stop or fetcher.should_stop):
-                async for _, message in self.getmany(timeout=1.0):
-                    await self.wait_first(self.callback(message), self.suspend_flow.wait())
+                if messages := [message async for _, message in self.getmany(timeout=1.0)]:
+                    await self.wait_first(self._hand_on(messages), self.suspend_flow.wait())
                 await asyncio.sleep(0)
         except (asyncio.CancelledError, *self.consumer_stopped_errors):
             if not self.app.should_stop:
                 raise
+
+    async def _hand_on(self, messages: Sequence[Any]) -> None:
+        """What was fetched together is handed on together, so that its steps share requests to the brokers."""
+        for message in messages:
+            await self.callback(message)
 
     async def getmany(self, timeout: float) -> AsyncIterator[tuple[TP, Any]]:
         """Fetch from the broker; yield one message for each batch, partitions in turns."""
