@@ -17,8 +17,10 @@ GATHER_BYTES: Final = 32 << 10
 PARTIAL_MS: Final = 10
 #: The same where all are in it and nothing is to be gathered: an idle worker spares itself and the broker.
 IDLE_MS: Final = 100
-#: The rate is that of the last moments, which count less the longer ago they are.
+#: The rate is that of the last moments, which count less the longer ago they are, and a burst no more than this: what
+#: comes after it is not to wait long for its sake.
 _MEMORY_S: Final = 0.5
+_HIGHEST: Final = 4 * GATHER_FROM
 
 
 class Hold(NamedTuple):
@@ -37,7 +39,7 @@ class FetchPace:
 
     def took(self, records: int, now_s: float) -> None:
         """Take note of what a fetch brought."""
-        self._rate = self._rate_at(now_s) + records / _MEMORY_S
+        self._rate = min(self._rate_at(now_s) + records / _MEMORY_S, _HIGHEST)
         self._at_s = now_s
 
     def hold(self, now_s: float, *, is_partial: bool) -> Hold:
