@@ -254,15 +254,31 @@ class Consumer(driver.Consumer):
             await self.perform_seek()
         try:
             while not (self.should_stop or fetcher.should_stop):
-                if messages := [message async for _, message in self.getmany(timeout=1.0)]:
-                    await self.wait_first(self._hand_on(messages), self.suspend_flow.wait())
+                turn: dict[TP, Any] = {}
+                is_backlog = False
+                async for tp, message in self.getmany(timeout=1.0):
+                    is_backlog |= tp in turn
+                    if is_backlog:
+                        for one in (*turn.values(), message):
+                            await self._hand_on(one)
+                        turn = {}
+                    else:
+                        turn[tp] = message
+                await self._hand_on(*turn.values())
                 await asyncio.sleep(0)
         except (asyncio.CancelledError, *self.consumer_stopped_errors):
             if not self.app.should_stop:
                 raise
 
-    async def _hand_on(self, messages: Sequence[Any]) -> None:
-        """What was fetched together is handed on together, so that its steps share requests to the brokers."""
+    async def _hand_on(self, *messages: Any) -> None:
+        """Hand on batches together, so that their steps share requests to the brokers.
+
+        Those of a backlog come one by one: what is handed on is processed before the worker stops.
+        """
+        if messages and self.flow_active:
+            await self.wait_first(self._call_back(messages), self.suspend_flow.wait())
+
+    async def _call_back(self, messages: Sequence[Any]) -> None:
         for message in messages:
             await self.callback(message)
 

@@ -74,7 +74,7 @@ def measure_latency(setup: Setup, kv_url: str, rate: float, seconds: float, hot:
     watcher = context.Process(target=_watch, args=(kv_url, probes_in, results_out), daemon=True)
     watcher.start()
     results_in.recv()
-    sent = _send(setup, rate, seconds, hot, probes_out.send)
+    sent = send(setup, rate, seconds, hot, probes_out.send)
     probes_out.send(None)
     took, missing = results_in.recv()
     watcher.join()
@@ -85,7 +85,8 @@ def measure_latency(setup: Setup, kv_url: str, rate: float, seconds: float, hot:
     return {"events_per_s": sent / seconds, "probes": len(took), "p50_ms": p50, "p90_ms": p90, "p99_ms": p99}
 
 
-def _send(setup: Setup, rate: float, seconds: float, hot: float, probe: Callable[[Any], None]) -> int:
+def send(setup: Setup, rate: float, seconds: float, hot: float, probe: Callable[[Any], None]) -> int:
+    """Send at `rate` for `seconds`, calling `probe` with (user, as_of, sent at) of some; return how many were sent."""
     producer = Producer(
         {**setup.client, "partitioner": "murmur2_random", "linger.ms": 0, "acks": "all", "log_level": 0}
     )

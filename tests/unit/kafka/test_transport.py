@@ -10,6 +10,7 @@ import pytest
 from aiokafka.errors import CommitFailedError, GroupAuthorizationFailedError, IllegalStateError, OffsetOutOfRangeError
 from aiokafka.structs import TopicPartition
 from faust.transport.drivers import aiokafka as driver
+from faust.types import TP
 
 from stream.errors import DeliveryError, OwnershipError
 from stream.kafka.client_internals import outlast_empty_metadata
@@ -474,3 +475,56 @@ async def test_a_group_outlasts_metadata_without_brokers() -> None:
         await coordinator.ensure_coordinator_known()
         assert coordinator.coordinator_id is not None
         await consumer.stop()
+
+
+class Drained(Flow):
+    """What a fetch brought, as it is handed on."""
+
+    def __init__(self, brought: list[tuple[TP, str]], stops_at: str = "") -> None:
+        super().__init__()
+        self.flow_active = True
+        self.app.should_stop = False
+        self._brought = brought
+        self._stops_at = stops_at
+        self.turns: list[list[str]] = []
+
+    async def getmany(self, timeout: float) -> Any:
+        for one in self._brought:
+            yield one
+        self.should_stop = True
+
+    async def callback(self, message: Any) -> None:
+        self.turns[-1].append(message)
+        self.flow_active = message != self._stops_at
+
+    async def wait_first(self, handing: Any, suspended: Any) -> None:
+        self.turns.append([])
+        suspended.close()
+        await handing
+
+
+ONE, TWO = TP("events", 1), TP("events", 2)
+
+
+@pytest.mark.parametrize(
+    ("brought", "turns"),
+    [
+        ([], []),
+        ([(ONE, "a"), (TWO, "b")], [["a", "b"]]),
+        ([(ONE, "a"), (TWO, "b"), (ONE, "c"), (TWO, "d")], [["a"], ["b"], ["c"], ["d"]]),
+        ([(ONE, "a"), (ONE, "c"), (TWO, "b")], [["a"], ["c"], ["b"]]),
+    ],
+)
+async def test_a_batch_of_each_partition_is_handed_on_together_and_a_backlog_one_by_one(
+    brought: Any, turns: list[list[str]]
+) -> None:
+    """The former share requests; the latter leave a worker that stops little to do."""
+    flow = Drained(brought)
+    await flow._drain_messages(SimpleNamespace(should_stop=False))
+    assert flow.turns == turns
+
+
+async def test_nothing_more_is_handed_on_once_the_flow_has_stopped() -> None:
+    flow = Drained([(ONE, "a"), (TWO, "b"), (ONE, "c"), (TWO, "d")], stops_at="b")
+    await flow._drain_messages(SimpleNamespace(should_stop=False))
+    assert flow.turns == [["a"], ["b"]]

@@ -1,0 +1,316 @@
+"""The worker beside Kafka Streams, Quix Streams, a raw loop without guarantees and a plain Faust agent, on one Kafka.
+
+    python tests/bench/peers/run.py [--quick] [--cold-users 1000000] [--json FILE]
+
+All do the same job on the same events: JSON in, a history of 100 interactions for each user, the mixed embedding out.
+Histories are full from the start (Quix begins with none, which spares it work), and what each publishes last of some
+users is compared with the formula. Rates and CPU are those of the last three quarters of the events, so that each is
+warm; rounds alternate, medians count. Cold: more users than anything holds in memory, each event of any of them.
+
+Needs Java with Maven (Kafka Streams is built, and the broker run, from Maven Central's jars) and a network for Quix.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from bench_rates import measure as measure_rate
+from harness import broker
+
+from stream.cli.bench.latency import send
+from stream.cli.bench.load import Load, Writer, make_topics
+from stream.cli.bench.process import BenchError, Ends, System
+from stream.cli.bench.throughput import Setup, measure, read_all
+from stream.config import load_settings
+from stream.core.formulas import ALPHA_SHORT, DECAY_LONG, DECAY_SHORT, user_embed_mix
+from stream.core.records import decode
+
+HERE: Final = Path(__file__).parent
+CACHE: Final = Path.home() / ".cache" / "user-embedding-stream" / "peers"
+QUIX: Final = "quixstreams==3.28.0"
+LIMIT: Final = 100
+WARM: Final = 0.25
+SAMPLE: Final = 200
+TOLERANCE: Final = 2e-5  # most peers compute in float32
+COMPACT: Final = {"cleanup.policy": "compact"}
+FEW_HOT: Final = "200"
+
+#: Name, target ("at least"), whether more is better.
+TARGETS: Final = {
+    "events/s against Kafka Streams, hot": (1.2, True),
+    "events/s against Kafka Streams, cold": (0.8, True),
+    "CPU per event against Kafka Streams, hot": (0.4, False),
+    "CPU per event against Kafka Streams, cold": (0.6, False),
+    "events/s against the raw loop, hot": (0.8, True),
+    "events/s against Quix Streams, hot": (6.0, True),
+    "events/s against a plain Faust agent": (40.0, True),
+    "CPU at 500/s against Kafka Streams": (0.5, False),
+    "CPU at 2000/s against Kafka Streams": (0.4, False),
+    "idle CPU, percent of a core": (2.0, False),
+    "p99 at 500/s against that at 50/s": (2.0, False),
+    "p99 at 2000/s against that at 50/s": (2.0, False),
+}
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A system under test: how it is started, and how its records are read."""
+
+    start: Callable[[Setup, str], tuple[System, str]]
+    vector: Callable[[bytes], np.ndarray]
+    begins_full: bool = True
+
+
+def kafka_streams(setup: Setup, name: str) -> tuple[System, str]:
+    folder = setup.folder / name
+    folder.mkdir()
+    app, output = f"{setup.prefix}-{name}", f"{setup.prefix}.{name}.out"
+    changelog = f"{app}-history-changelog"
+    make_topics(setup.client, {changelog: COMPACT, output: {}}, setup.partitions)
+    states = (
+        (changelog, str(user).encode(), str(user).encode(), np.array([i for _, i, _ in history], "<i4").tobytes())
+        for user, history in setup.load.histories()
+    )
+    Writer(setup.client, setup.partitions).write(states)
+    rows = setup.folder / "rows.bin"
+    rows.write_bytes(np.load(setup.folder / "items" / "vectors.npy", allow_pickle=False).astype("<f4").tobytes())
+    target = CACHE / "kafka_streams" / "target"
+    of = {
+        "bootstrap": setup.settings.bootstrap_servers,
+        "app": app,
+        "events": setup.events,
+        "output": output,
+        "rows": rows,
+        "state": folder / "state",
+        "dim": setup.load.dim,
+        "limit": LIMIT,
+        "alpha_short": ALPHA_SHORT,
+        "decay_long": DECAY_LONG,
+        "decay_short": DECAY_SHORT,
+    }
+    command = ["java", "-cp", f"{target}/classes:{target}/libs/*", "Job", *(f"{key}={of[key]}" for key in of)]
+    return System(command, {}, folder / "log", app), output
+
+
+def python_job(setup: Setup, name: str, python: str, script: str, **more: object) -> tuple[System, str]:
+    folder = setup.folder / name
+    folder.mkdir()
+    app, output = f"{setup.prefix}-{name}", f"{setup.prefix}.{name}.out"
+    make_topics(setup.client, {output: {}, f"{app}-changelog": COMPACT}, setup.partitions)
+    spec = {
+        "bootstrap": setup.settings.bootstrap_servers,
+        "app": app,
+        "events": setup.events,
+        "output": output,
+        "changelog": f"{app}-changelog",
+        "vectors": str(setup.folder / "items" / "vectors.npy"),
+        "folder": str(folder),
+        **more,
+    }
+    return System([python, str(HERE / script), json.dumps(spec)], {}, folder / "log", app), output
+
+
+def raw_loop(setup: Setup, name: str) -> tuple[System, str]:
+    return python_job(setup, name, sys.executable, "raw_loop.py", users=setup.load.users, dim=setup.load.dim)
+
+
+def quix(setup: Setup, name: str) -> tuple[System, str]:
+    python = str(CACHE / "quix" / "bin" / "python")
+    return python_job(setup, name, python, "quix_job.py", decays=(DECAY_LONG, DECAY_SHORT), alpha_short=ALPHA_SHORT)
+
+
+def float32(value: bytes) -> np.ndarray:
+    return np.frombuffer(value, "<f4")
+
+
+PEERS: Final = {
+    "worker": Peer(lambda setup, name: setup.worker(name), lambda value: decode(value).vector),
+    "Kafka Streams": Peer(kafka_streams, float32),
+    "raw loop": Peer(raw_loop, float32),
+    "Quix Streams": Peer(quix, lambda value: np.array(json.loads(value)), begins_full=False),
+    "plain Faust": Peer(
+        lambda setup, name: setup.peer(name, {"producer_linger_ms": 20, "broker_commit_interval": 10.0}),
+        lambda value: np.array(json.loads(value)["user_embedding"]["vector"]),
+    ),
+}
+COLD: Final = {
+    "worker": Peer(lambda setup, name: setup.worker(name, hot_users=FEW_HOT), PEERS["worker"].vector),
+    "Kafka Streams": PEERS["Kafka Streams"],
+}
+
+
+def build_peers(names: Sequence[str]) -> None:
+    if "Kafka Streams" in names:
+        shutil.copytree(HERE / "kafka_streams", CACHE / "kafka_streams", dirs_exist_ok=True)
+        command = [
+            "mvn",
+            "-q",
+            "-B",
+            "-ntp",
+            "package",
+            "dependency:copy-dependencies",
+            "-DoutputDirectory=target/libs",
+        ]
+        subprocess.run(command, cwd=CACHE / "kafka_streams", check=True)
+    if "Quix Streams" in names and not (CACHE / "quix" / "bin" / "python").exists():
+        subprocess.run([sys.executable, "-m", "venv", CACHE / "quix"], check=True)
+        subprocess.run([CACHE / "quix" / "bin" / "pip", "install", "-q", QUIX, "numpy"], check=True)
+
+
+def check(setup: Setup, peer: Peer, output: str, events: int) -> int:
+    """Compare what was published last of some users with the formula; return how many these are."""
+    wanted: dict[str, list[int]] = {}
+    for key, value in setup.load.events(events, 0):
+        user = key.decode()
+        if user in wanted or len(wanted) < SAMPLE:
+            wanted.setdefault(user, []).append(json.loads(value)["item_id"])
+    before: dict[str, list[int]] = {}
+    if peer.begins_full:
+        before = {str(u): [i for _, i, _ in h] for u, h in setup.load.histories() if str(u) in wanted}
+    vectors = np.load(setup.folder / "items" / "vectors.npy", allow_pickle=False)
+    found = {key.rpartition(":")[2]: last.value for key, last in read_all(setup, output).items()}
+    for user, items in wanted.items():
+        history = [*before.get(user, []), *items][-LIMIT:]
+        error = np.abs(peer.vector(found[user]) - user_embed_mix(np.array(history), vectors)).max()
+        if error > TOLERANCE:
+            msg = f"the vector of user {user} is off by {error:g}"
+            raise BenchError(msg)
+    return len(wanted)
+
+
+def throughput(
+    setup: Setup, peers: Mapping[str, Peer], counts: Mapping[str, int], rounds: int
+) -> dict[str, dict[str, Any]]:
+    """Events per second and CPU of each, rounds alternating; correctness first."""
+    setup.prepare()
+    setup.feed(max(counts.values()), 0)
+    ends = Ends(setup.client, setup.partitions)
+    found: dict[str, list[Any]] = {name: [] for name in peers}
+    for number in range(rounds):
+        for at, (name, peer) in enumerate(peers.items()):
+            system, output = peer.start(setup, f"s{number}-{at}")
+            count = counts[name]
+            with system:
+                first = system.until_count(ends, output, int(WARM * count))
+                found[name].append(measure(system, ends, output, first, count))
+            checked = 0
+            if number == 0 and count == max(counts.values()):
+                checked = check(setup, peer, output, count)
+            rate = found[name][-1]
+            said = f", {checked} users' vectors are right" if checked else ""
+            print(
+                f"round {number + 1}, {name}: {rate.events_per_s:,.0f} events/s, {rate.cpu_us_per_event:.1f} us{said}",
+                flush=True,
+            )
+    ends.close()
+    return {
+        name: {
+            "events_per_s": statistics.median(rate.events_per_s for rate in rates),
+            "cpu_us_per_event": statistics.median(rate.cpu_us_per_event for rate in rates),
+            "spread": [min(rate.events_per_s for rate in rates), max(rate.events_per_s for rate in rates)],
+        }
+        for name, rates in found.items()
+    }
+
+
+def quiet(setup: Setup, seconds: float) -> dict[str, Any]:
+    """CPU of the worker and of Kafka Streams at fixed rates, and the worker's latency."""
+    setup.prepare()
+    found: dict[str, Any] = {}
+    system, _ = setup.worker("quiet-worker")
+    with system:
+        system.until_claimed(setup.partitions)
+        for rate in (500, 0, 50, 500, 2000):
+            found[f"worker {rate}"] = measure_rate(setup, system, setup.kv_url("quiet-worker"), rate, seconds)
+            print("worker", found[f"worker {rate}"], flush=True)
+    system, output = kafka_streams(setup, "quiet-streams")
+    with system:
+        ends = Ends(setup.client, setup.partitions)
+        system.until_count(ends, output, int(2500 * seconds))
+        ends.close()
+        for rate in (500, 2000, 500, 0, 2000):  # the first rounds have it compiled
+            before = system.mark()
+            if rate:
+                send(setup, rate, seconds, 0.0, lambda _: None)
+            else:
+                time.sleep(seconds)
+            after = system.mark()
+            percent = 100 * (after.cpu_s - before.cpu_s) / (after.at_s - before.at_s)
+            found[f"Kafka Streams {rate}"] = {"cpu_percent": round(percent, 1)}
+            print("Kafka Streams", rate, found[f"Kafka Streams {rate}"], flush=True)
+    return found
+
+
+def ratios(hot: Mapping[str, Any], cold: Mapping[str, Any], rates: Mapping[str, Any]) -> dict[str, float]:
+    ours, streams = hot["worker"], hot["Kafka Streams"]
+    found = {
+        "events/s against Kafka Streams, hot": ours["events_per_s"] / streams["events_per_s"],
+        "CPU per event against Kafka Streams, hot": ours["cpu_us_per_event"] / streams["cpu_us_per_event"],
+        "events/s against the raw loop, hot": ours["events_per_s"] / hot["raw loop"]["events_per_s"],
+        "events/s against a plain Faust agent": ours["events_per_s"] / hot["plain Faust"]["events_per_s"],
+        "events/s against Quix Streams, hot": ours["events_per_s"] / hot["Quix Streams"]["events_per_s"],
+        "idle CPU, percent of a core": rates["worker 0"]["cpu_percent"],
+    }
+    ours, streams = cold["worker"], cold["Kafka Streams"]
+    found["events/s against Kafka Streams, cold"] = ours["events_per_s"] / streams["events_per_s"]
+    found["CPU per event against Kafka Streams, cold"] = ours["cpu_us_per_event"] / streams["cpu_us_per_event"]
+    for rate in (500, 2000):
+        of_both = [rates[f"{name} {rate}"]["cpu_percent"] for name in ("worker", "Kafka Streams")]
+        found[f"CPU at {rate}/s against Kafka Streams"] = of_both[0] / of_both[1]
+        found[f"p99 at {rate}/s against that at 50/s"] = (
+            rates[f"worker {rate}"]["p99_ms"] / rates["worker 50"]["p99_ms"]
+        )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one round of fewer events")
+    parser.add_argument("--cold-users", type=int, default=1_000_000)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    scale = 1 if args.quick else 4
+    build_peers(list(PEERS))
+    counts = {
+        "worker": 150_000 * scale,
+        "Kafka Streams": 150_000 * scale,
+        "raw loop": 150_000 * scale,
+        "Quix Streams": 30_000 * scale,
+        "plain Faust": 6_000 * scale,
+    }
+    with broker() as bootstrap, tempfile.TemporaryDirectory() as name:
+        settings = load_settings(bootstrap_servers=bootstrap)
+
+        def setup(part: str, load: Load) -> Setup:
+            (folder := Path(name) / part).mkdir()
+            return Setup(settings, f"peers-{part}", folder, load)
+
+        rounds = 1 if args.quick else 3
+        hot = throughput(setup("hot", Load()), PEERS, counts, rounds)
+        few = Load(users=args.cold_users)
+        cold = throughput(setup("cold", few), COLD, dict.fromkeys(COLD, 100_000 * scale), rounds)
+        rates = quiet(setup("quiet", Load()), 8.0 if args.quick else 20.0)
+    reached = ratios(hot, cold, rates)
+    print(f"\n{'':44}{'target':>8}{'reached':>9}")
+    for what, (target, more) in TARGETS.items():
+        met = reached[what] >= target if more else reached[what] <= target
+        print(f"{what:44}{'>=' if more else '<='}{target:6g}{reached[what]:9.2f}{'' if met else '  missed'}")
+    if args.json:
+        args.json.write_text(json.dumps({"hot": hot, "cold": cold, "rates": rates, "reached": reached}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
