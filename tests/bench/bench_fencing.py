@@ -31,7 +31,8 @@ from aiokafka.errors import InvalidProducerEpoch, KafkaError, ProducerFenced
 from confluent_kafka.admin import AdminClient, NewTopic
 from harness import broker
 
-from stream.kafka.producer import FENCE_TIMEOUT_MS, MAX_BATCH_BYTES, fence
+from stream.kafka.batch_sender import MAX_BATCH_BYTES
+from stream.kafka.producer import FENCE_TIMEOUT_MS, fence
 
 #: Users of a step, and bytes of their states (100 interactions) and vectors (64 dimensions).
 USERS, STATE_BYTES, VECTOR_BYTES = 100, 1_000, 400
