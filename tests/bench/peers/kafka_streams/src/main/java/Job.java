@@ -25,7 +25,7 @@ import org.apache.kafka.streams.state.Stores;
  * The peer: events in JSON in, the mixed embedding (float32) out, histories in RocksDB with a changelog.
  *
  * <p>A history is the rows of its items (int32), oldest first; events are taken in the order in which they come. At
- * least once, one thread. Arguments: one JSON-free list of name=value pairs, see main.
+ * least once, one thread. Arguments are name=value.
  */
 public final class Job {
   private static final String STORE = "history";
@@ -78,7 +78,7 @@ public final class Job {
         while (parser.nextToken() != null) {
           if (parser.currentToken() == JsonToken.FIELD_NAME && parser.currentName().equals("item_id")) {
             parser.nextToken();
-            item = parser.getIntValue();
+            item = Integer.parseInt(parser.getText());  // a number, or a text of digits
           }
         }
         return item;
