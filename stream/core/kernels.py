@@ -10,11 +10,8 @@ from typing import Any, Final
 import numpy as np
 from numba import njit, types
 
-from stream.core.history_codec import HEADER_BYTES as _HEADER
-from stream.core.history_codec import TS_BYTES as _TS_BYTES
+from stream.core.history_codec import HEADER_BYTES, TS_BYTES
 
-HEADER_BYTES: Final = int(_HEADER)
-TS_BYTES: Final = int(_TS_BYTES)
 _FNV_START: Final = np.uint64(0xCBF29CE484222325)
 _FNV_PRIME: Final = np.uint64(0x100000001B3)
 _SHIFT: Final = np.uint64(32)
@@ -94,7 +91,7 @@ def is_before(pool, pool_at, first, second):  # type: ignore[no-untyped-def]
     return a_size < b_size
 
 
-@_compiled(_PAIR(_BYTES, _I64, _I64, _I32, _U8, _I64, _U8, _I64, _I64, _I32, _I64, _array(types.int64, 2)))
+@_compiled(_PAIR(_BYTES, _I64, _I64, _I32, _U8, _I64, _U8, _I64, _I64, _I32, _I64, _I64_2))
 def read_states(  # type: ignore[no-untyped-def]
     data, bounds, base, table, pool, pool_at, order, order_at, times, numbers, newest, unknown
 ):

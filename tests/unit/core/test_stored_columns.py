@@ -160,3 +160,19 @@ def test_the_plain_way_is_taken_where_nothing_is_compiled(compiled: bool, monkey
     assert shared.kernels is None
     assert type(shared.reader) is stored_columns.PlainReader
     assert np.array_equal(shared.rows_of(random_space("v1", 4)).of(np.zeros(0, dtype=np.int32)), [])
+
+
+def test_loops_are_compiled_at_each_start_where_there_is_no_place_to_keep_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = stored_columns.fast.kernels()
+    assert kernels is not None
+    njit, asked = kernels.njit, []
+
+    def without_a_place(signature: object, **how: object) -> object:
+        asked.append(how.get("cache", False))
+        if asked[-1]:
+            raise RuntimeError("cannot cache function: no locator available")
+        return njit(signature, **how)
+
+    monkeypatch.setattr(kernels, "njit", without_a_place)
+    twice = kernels._compiled(kernels.types.int64(kernels.types.int64))(lambda n: 2 * n)
+    assert (twice(21), asked) == (42, [True, False])

@@ -75,6 +75,12 @@ class Brokers:
             topics.setdefault(topic, []).append((partition, code, offset, -1, 0))
         return SimpleNamespace(topics=list(topics.items()))
 
+    def take_and_die(self, batches: Batches) -> Exception:
+        """A fault: all is taken in, and no answer arrives."""
+        for topic, partition, batch in batches:
+            self._append(topic, partition, batch)
+        return KafkaConnectionError("lost")
+
     def _append(self, topic: str, partition: int, batch: DefaultRecordBatch) -> tuple[int, int]:
         values = [record.value for record in batch]
         key = (topic, partition, batch.producer_id)
@@ -159,13 +165,7 @@ async def test_what_a_broker_did_not_take_is_sent_again_in_its_order(fault: Any)
 
 async def test_an_answer_that_was_lost_does_not_repeat_a_record() -> None:
     brokers = Brokers(dict(PLACES))
-
-    def takes_it_and_dies(batches: Batches) -> Exception:
-        for topic, partition, batch in batches:
-            brokers._append(topic, partition, batch)
-        return KafkaConnectionError("lost")
-
-    brokers.faults = [takes_it_and_dies]
+    brokers.faults = [brokers.take_and_die]
     sender = BatchSender(brokers, 5)
     writer = Writer(1, 0)
     futures = [f for value in (b"a", b"b") for f in sender.send("log", 0, [record(value)], writer)]
@@ -176,13 +176,7 @@ async def test_an_answer_that_was_lost_does_not_repeat_a_record() -> None:
 async def test_who_stops_waiting_for_what_was_sent_leaves_no_doubt_about_what_follows() -> None:
     """Else the next record could be taken for the one that was given up, and silently be dropped."""
     brokers = Brokers(dict(PLACES))
-
-    def takes_it_and_dies(batches: Batches) -> Exception:
-        for topic, partition, batch in batches:
-            brokers._append(topic, partition, batch)
-        return KafkaConnectionError("lost")
-
-    brokers.faults = [takes_it_and_dies]
+    brokers.faults = [brokers.take_and_die]
     brokers.answering.clear()
     sender = BatchSender(brokers, 5)
     writer = Writer(1, 0)
@@ -197,7 +191,6 @@ async def test_who_stops_waiting_for_what_was_sent_leaves_no_doubt_about_what_fo
 
 async def test_a_refusal_harms_neither_what_follows_nor_other_partitions() -> None:
     brokers = Brokers(dict(PLACES))
-    brokers.faults = [lambda _: {("log", 0): MessageSizeTooLargeError.errno}]
     sender = BatchSender(brokers, 5)
     for writer in (Writer(1, 0), None):
         brokers.logs.clear()
