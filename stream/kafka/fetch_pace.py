@@ -13,8 +13,10 @@ GATHER_FROM: Final = 200.0
 #: For so long at most, and until there is so much: then a worker that is behind has its hands full already.
 GATHER_MS: Final = 12
 GATHER_BYTES: Final = 32 << 10
-#: A fetch that leaves partitions out, for what it brought of them is not taken in yet, holds up their next one so long.
-PARTIAL_MS: Final = 10
+#: A fetch that leaves partitions out, for what came of them is not taken in yet, holds up their next one so long. So
+#: does the first after one that brought something: brokers there are, the embedded one among them, that answer a fetch
+#: not when a record comes but when its time is up, and one event is often followed by another.
+SHORT_MS: Final = 10
 #: The same where all are in it and nothing is to be gathered: an idle worker spares itself and the broker.
 IDLE_MS: Final = 100
 #: The rate is that of the last moments, which count less the longer ago they are, and a burst no more than this: what
@@ -36,19 +38,22 @@ class FetchPace:
     def __init__(self) -> None:
         self._rate = 0.0
         self._at_s = -math.inf
+        self._is_first = False
 
     def took(self, records: int, now_s: float) -> None:
         """Take note of what a fetch brought."""
         self._rate = min(self._rate_at(now_s) + records / _MEMORY_S, _HIGHEST)
         self._at_s = now_s
+        self._is_first = True
 
     def hold(self, now_s: float, *, is_partial: bool) -> Hold:
         """How the next fetch is to be held; `is_partial`, if it leaves partitions out."""
         if is_partial:
-            return Hold(PARTIAL_MS, 1)
+            return Hold(SHORT_MS, 1)
         if self._rate_at(now_s) >= GATHER_FROM:
             return Hold(GATHER_MS, GATHER_BYTES)
-        return Hold(IDLE_MS, 1)
+        was_first, self._is_first = self._is_first, False
+        return Hold(SHORT_MS if was_first else IDLE_MS, 1)
 
     def _rate_at(self, now_s: float) -> float:
         return self._rate * math.exp((self._at_s - now_s) / _MEMORY_S)

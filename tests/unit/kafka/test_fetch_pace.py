@@ -12,14 +12,15 @@ from confluent_kafka import Producer
 
 from stream.kafka.client_internals import hold_fetches
 from stream.kafka.embedded_broker import DevBroker
-from stream.kafka.fetch_pace import GATHER_BYTES, GATHER_FROM, GATHER_MS, IDLE_MS, PARTIAL_MS, FetchPace, Hold
+from stream.kafka.fetch_pace import GATHER_BYTES, GATHER_FROM, GATHER_MS, IDLE_MS, SHORT_MS, FetchPace, Hold
 
 
 def test_an_idle_worker_is_answered_at_once_and_asks_seldom() -> None:
     pace = FetchPace()
     assert pace.hold(0.0, is_partial=False) == Hold(IDLE_MS, 1)
     pace.took(1, 0.0)
-    assert pace.hold(0.0, is_partial=False) == Hold(IDLE_MS, 1)
+    holds = [pace.hold(0.0, is_partial=False) for _ in range(3)]
+    assert holds == [Hold(SHORT_MS, 1), Hold(IDLE_MS, 1), Hold(IDLE_MS, 1)], "an event is often followed by another"
 
 
 @pytest.mark.parametrize(("rate", "gathers"), [(50, False), (0.5 * GATHER_FROM, False), (2 * GATHER_FROM, True)])
@@ -36,6 +37,7 @@ def test_a_burst_is_forgotten() -> None:
     pace = FetchPace()
     pace.took(10_000, 5.0)
     assert pace.hold(5.0, is_partial=False).wait_ms == GATHER_MS
+    pace.hold(5.75, is_partial=False)
     assert pace.hold(5.75, is_partial=False) == Hold(IDLE_MS, 1), "however large it was"
 
 
@@ -43,7 +45,7 @@ def test_partitions_that_are_left_out_are_not_held_up_for_the_sake_of_the_others
     pace = FetchPace()
     for records in (0, 10_000):
         pace.took(records, 0.0)
-        assert pace.hold(0.0, is_partial=True) == Hold(PARTIAL_MS, 1)
+        assert pace.hold(0.0, is_partial=True) == Hold(SHORT_MS, 1)
 
 
 async def test_the_client_asks_brokers_to_hold_its_fetches_as_it_is_told() -> None:
