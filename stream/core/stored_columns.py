@@ -26,7 +26,7 @@ from stream.core.space import Space
 from stream.errors import StateError
 
 #: Kinds of interactions that are remembered; when there are more, all are forgotten. So many take 226 MB, a
-#: quarter 65; when they don't fit, a user on disk costs six times as much (650 us, 103 where 400,000 items do).
+#: quarter 65; a user from disk costs 103 us with 400,000 items, which fit, and 655 with items that don't.
 _MEMO_LIMIT: Final = 1 << 20
 _NOT_YET: Final = -2
 
