@@ -65,6 +65,9 @@ class Settings(BaseSettings):
     delivery_timeout_s: float = Field(
         60.0, gt=0, le=86_400, description="the worker stops when brokers or the store are away for so long"
     )
+    stop_timeout_s: float = Field(
+        24.0, gt=0, le=3600, description="a stop that takes longer is cut short; less than what the supervisor waits"
+    )
 
     # topics
     event_topics: Topics = Field(("user-events.view", "user-events.like"), description="input topics")

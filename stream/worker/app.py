@@ -43,8 +43,6 @@ from stream.worker.partitions import Partitions, Parts
 log = logging.getLogger(__name__)
 
 HEARTBEAT_S: Final = 1.0
-#: A shutdown that takes longer is cut short; everything not committed is processed again. Kubernetes kills after 30 s.
-STOP_TIMEOUT_S: Final = 24.0
 TOO_LATE: Final = "the worker did not stop in time; what was not committed is processed again"
 REPORT_S: Final = 10.0
 #: Batches that wait for the agent; each is a whole fetch of a partition.
@@ -367,7 +365,7 @@ class HostedApp(EmbeddingApp):
 
     async def stop(self) -> None:
         """Stop in order, or end the process."""
-        asyncio.get_running_loop().call_later(STOP_TIMEOUT_S, _end)
+        asyncio.get_running_loop().call_later(self.settings.stop_timeout_s, _end)
         await super().stop()
 
 

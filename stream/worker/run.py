@@ -10,7 +10,7 @@ from typing import Any, Final, NoReturn
 
 from stream.errors import DeliveryError, UembError
 from stream.logs import print_error
-from stream.worker.app import STOP_TIMEOUT_S, TOO_LATE, EmbeddingApp, guard_secrets
+from stream.worker.app import TOO_LATE, EmbeddingApp, guard_secrets
 
 log = logging.getLogger(__name__)
 
@@ -87,10 +87,11 @@ async def _stop(app: EmbeddingApp, starting: "asyncio.Task[None]") -> None:
         await asyncio.gather(starting, return_exceptions=True)
 
     loop = asyncio.get_running_loop()
-    deadline = loop.time() + STOP_TIMEOUT_S
+    timeout_s = app.settings.stop_timeout_s
+    deadline = loop.time() + timeout_s
     stopping, failing = asyncio.create_task(stop()), asyncio.create_task(app.failed.wait())
     if app.failure is None:
-        await asyncio.wait({stopping, failing}, timeout=STOP_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({stopping, failing}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
     if app.failure is not None:
         await asyncio.wait({stopping}, timeout=max(0.0, min(FAULT_STOP_TIMEOUT_S, deadline - loop.time())))
     failing.cancel()

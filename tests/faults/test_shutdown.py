@@ -13,7 +13,7 @@ from pipeline import Pipeline
 from stream.core.events import EventRow
 from stream.feed.dataset import Dataset
 from stream.feed.sender import Feeder
-from stream.worker.app import STOP_TIMEOUT_S, TOO_LATE
+from stream.worker.app import TOO_LATE
 from stream.worker.run import FAULT_STOP_TIMEOUT_S, SAME_SIGNAL_S
 
 EVENTS = 30_000
@@ -121,6 +121,15 @@ def test_a_signal_while_the_broker_is_away_does_not_wait_for_it_long(make_busy: 
     go_on(busy, events)
 
 
+def test_a_stop_takes_no_longer_than_it_was_told(make_busy: Busy, kafka: KafkaBroker) -> None:
+    """Nothing else ends it so soon: what it sends is waited for, and so is a stop after a fault, for longer."""
+    busy, events = make_busy(stop_timeout_s=3)
+    began = time.monotonic()
+    assert TOO_LATE in stop_without(kafka, busy)
+    assert time.monotonic() - began < FAULT_STOP_TIMEOUT_S
+    go_on(busy, events)
+
+
 def test_a_commit_while_the_broker_is_away_is_not_waited_for_long(
     films: Dataset, kafka: KafkaBroker, make_pipeline: Callable[..., Pipeline]
 ) -> None:
@@ -140,14 +149,14 @@ def test_a_commit_while_the_broker_is_away_is_not_waited_for_long(
 def test_a_stop_of_fausts_own_command_ends_in_time_too(
     films: Dataset, kafka: KafkaBroker, make_pipeline: Callable[..., Pipeline]
 ) -> None:
-    pipeline = make_pipeline()
+    pipeline = make_pipeline(stop_timeout_s=4)
     pipeline.start([sys.executable, "-m", "faust", "-A", "stream.app", "worker", "-l", "warn", "--without-web"])
     pipeline.until_ready()
     with Feeder(pipeline.bootstrap, pipeline.topics) as feeder:
         feeder.send(films.events[:EVENTS])
     kafka.pause()
     try:
-        assert pipeline.stop(STOP_TIMEOUT_S + 30) != 0
+        assert pipeline.stop(4 + 20) != 0
     finally:
         kafka.resume()
     assert TOO_LATE in pipeline.log.read_text()
