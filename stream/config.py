@@ -21,7 +21,8 @@ from stream.kv.urls import masked_kv_url, parse_kv_url
 
 log = logging.getLogger(__name__)
 
-_TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
+#: Topics, groups and their members.
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,249}")
 ENV_PREFIX: Final = "UEMB_"
 MAX_TYPE_CODE: Final = 16_383
 #: The kind of encoder that is no formula.
@@ -61,6 +62,10 @@ class Settings(BaseSettings):
     partitions: int = Field(4, ge=1, le=10_000, description="partitions of topics that the worker creates")
     replication_factor: int = Field(-1, ge=-1, description="replicas of topics that the worker creates; -1: broker's")
     standbys: int = Field(0, ge=0, le=10, description="workers that keep a copy of each partition's histories current")
+    group_instance_id: str | None = Field(
+        None,
+        description="a name of this worker's own: back within the session timeout, it keeps its partitions",
+    )
     session_timeout_s: float = Field(30.0, gt=0, le=1800, description="the group drops a worker silent for so long")
     delivery_timeout_s: float = Field(
         60.0, gt=0, le=86_400, description="the worker stops when brokers or the store are away for so long"
@@ -136,7 +141,7 @@ class Settings(BaseSettings):
     def _colons(cls, value: object) -> object:
         return _pairs(value, ":")
 
-    @field_validator("items", "encoder_folder", "event_source", mode="before")
+    @field_validator("items", "encoder_folder", "event_source", "group_instance_id", mode="before")
     @classmethod
     def _empty_is_unset(cls, value: object) -> object:
         return None if value == "" else value
@@ -186,13 +191,18 @@ class Settings(BaseSettings):
             raise ValueError(msg)
         return self
 
+    def _group_names(self) -> dict[str, str]:
+        """What may be called as a topic is."""
+        instance = {} if self.group_instance_id is None else {"UEMB_GROUP_INSTANCE_ID": self.group_instance_id}
+        return {"UEMB_APP_ID": self.app_id, **instance}
+
     def _check_names(self) -> None:
         names = {
             "UEMB_DELETION_TOPIC": self.deletion_topic,
             "UEMB_OUTPUT_TOPIC": self.output_topic,
             "UEMB_DLQ_TOPIC": self.dlq_topic,
             "UEMB_ITEM_VERSIONS_TOPIC": self.item_versions_topic,
-            "UEMB_APP_ID": self.app_id,
+            **self._group_names(),
         }
         topics = [*(("UEMB_EVENT_TOPICS", t) for t in self.event_topics), *names.items()]
         if not self.event_topics:
@@ -200,10 +210,10 @@ class Settings(BaseSettings):
             raise ValueError(msg)
         seen: dict[str, str] = {}
         for variable, name in topics:
-            if not _TOPIC.fullmatch(name) or name in (".", ".."):
+            if not _NAME.fullmatch(name) or name in (".", ".."):
                 msg = f"{variable}: {name[:60]!r} is no name that Kafka admits"
                 raise ValueError(msg)
-            if variable != "UEMB_APP_ID" and name in seen:
+            if variable not in self._group_names() and name in seen:
                 msg = f"{variable}: topic {name!r} is given twice (also in {seen[name]}); all must be different"
                 raise ValueError(msg)
             seen.setdefault(name, variable)

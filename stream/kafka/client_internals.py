@@ -9,14 +9,21 @@ from importlib.metadata import version
 from typing import Any, Final
 
 import aiokafka
+from aiokafka.client import ConnectionGroup
 from aiokafka.consumer import fetcher
-from aiokafka.errors import GroupCoordinatorNotAvailableError
+from aiokafka.errors import GroupCoordinatorNotAvailableError, KafkaError, UnknownMemberIdError
+from aiokafka.protocol.api import Request, RequestStruct, Response
+from aiokafka.protocol.commit import OffsetCommitRequest
+from aiokafka.protocol.group import HeartbeatRequest
+from aiokafka.protocol.types import Int16, Int32, Schema, String
 from aiokafka.record.memory_records import MemoryRecords
 from aiokafka.structs import TopicPartition
 
 from stream.errors import ConfigError
 
 TESTED: Final = "0.14.0"
+#: The error of a static member whose id another one has taken; the client has no name for it.
+FENCED_INSTANCE_ID: Final = 82
 
 
 # -- consumers --------------------------------------------------------------------------------------------------------
@@ -71,6 +78,103 @@ def outlast_empty_metadata(consumer: aiokafka.AIOKafkaConsumer) -> None:
         return await lookup(*args)
 
     client.coordinator_lookup = ask
+
+
+class InstanceTaken(KafkaError):
+    """Another member has joined the group with the instance id of this one."""
+
+
+class HeartbeatResponse_v3(Response):
+    """What the broker answers to `HeartbeatRequest_v3`."""
+
+    API_KEY = 12
+    API_VERSION = 3
+    SCHEMA = Schema(("throttle_time_ms", Int32), ("error_code", Int16))
+
+
+class HeartbeatRequest_v3(RequestStruct):
+    """A heartbeat on the wire as KIP-345 has it; the client knows those before that."""
+
+    API_KEY = 12
+    API_VERSION = 3
+    RESPONSE_TYPE = HeartbeatResponse_v3
+    SCHEMA = Schema(
+        ("group", String("utf-8")),
+        ("generation_id", Int32),
+        ("member_id", String("utf-8")),
+        ("group_instance_id", String("utf-8")),
+    )
+
+
+class StaticHeartbeat(Request[HeartbeatRequest_v3]):
+    """A heartbeat that names the member's instance id."""
+
+    API_KEY = 12
+
+    def __init__(self, coordinator: Any) -> None:
+        self._fields = (
+            coordinator.group_id,
+            coordinator.generation,
+            coordinator.member_id,
+            coordinator._group_instance_id,
+        )
+
+    def build(self, request_struct_class: Any) -> Any:
+        """The request on the wire."""
+        return request_struct_class(*self._fields)
+
+
+def heed_instance(consumer: aiokafka.AIOKafkaConsumer, on_taken: Callable[[], object]) -> None:
+    """Have a static member, which has begun, end its part in the group when another one takes its instance id.
+
+    The client sends heartbeats and commits without the id. Whether the session is over or the id was taken, the broker
+    answers them alike, and the client joins anew: which takes the id back, and so on in turns. Heartbeats with the id
+    tell the two apart. What the client sends once it was taken raises `InstanceTaken`.
+    """
+    coordinator = consumer._coordinator
+    send = coordinator._send_req
+    taken = False
+
+    async def send_as_instance(request: Any) -> Any:
+        nonlocal taken
+        if taken:
+            raise InstanceTaken
+        if isinstance(request, HeartbeatRequest) and coordinator.member_id:
+            request = StaticHeartbeat(coordinator)
+        response = await send(request)
+        taken = FENCED_INSTANCE_ID in _codes(response) or (
+            isinstance(request, OffsetCommitRequest)
+            and UnknownMemberIdError.errno in _codes(response)
+            and await is_instance_taken(consumer)
+        )
+        if taken:
+            on_taken()
+            raise InstanceTaken
+        return response
+
+    coordinator._send_req = send_as_instance
+
+
+async def is_instance_taken(consumer: aiokafka.AIOKafkaConsumer) -> bool:
+    """Ask the broker whether another member has joined with the instance id of this one.
+
+    Raises:
+        KafkaError: it does not answer.
+    """
+    coordinator = consumer._coordinator
+    if not coordinator.member_id:  # it is about to join anew, and the broker may know it by the one before
+        return False
+    asked = await consumer._client.send(
+        coordinator.coordinator_id, StaticHeartbeat(coordinator), group=ConnectionGroup.COORDINATION
+    )
+    return FENCED_INSTANCE_ID in _codes(asked)
+
+
+def _codes(response: Any) -> set[int]:
+    """The errors in an answer of the group's coordinator."""
+    if hasattr(response, "error_code"):
+        return {response.error_code}
+    return {partition[1] for _, partitions in response.topics for partition in partitions}
 
 
 def read_batches_as(reader: type) -> None:

@@ -7,7 +7,7 @@ from confluent_kafka import KafkaError, KafkaException, TopicCollection
 from confluent_kafka.admin import AclOperation, AdminClient
 
 from stream.config import Settings
-from stream.errors import NotAllowed, OwnershipError
+from stream.errors import ConfigError, NotAllowed, OwnershipError
 from stream.kafka.brokers import admin_client
 from stream.kafka.grants import GROUP_REFUSED
 
@@ -24,7 +24,8 @@ def check_group(settings: Settings) -> None:
     moment, or the broker does not let us look) is found by `Consumer.check_assignment`, which can only stop them all.
 
     Raises:
-        OwnershipError: the group's workers read other topics.
+        ConfigError: the group's workers read other topics.
+        OwnershipError: so do some that may have ended: the group waits for them, as they have names of their own there.
         NotAllowed: this worker may not join the group.
     """
     admin = admin_client(settings)
@@ -44,15 +45,19 @@ def check_group(settings: Settings) -> None:
         return
     if group.authorized_operations is not None and AclOperation.READ not in group.authorized_operations:
         raise NotAllowed(settings.app_id, to="Read group")
-    theirs = {tp.topic for member in group.members if member.assignment for tp in member.assignment.topic_partitions}
     ours = {*settings.event_topics, settings.deletion_topic}
+    is_static = all(member.group_instance_id for member in group.members)
+    theirs = {tp.topic for member in group.members if member.assignment for tp in member.assignment.topic_partitions}
     theirs.discard(settings.changelog_topic)
     if theirs and theirs != ours:
         msg = (
             f"the workers of group {settings.app_id} read {_listed(theirs)}, this one {_listed(ours)}; all must read "
             "the same: stop all of them and start them with equal UEMB_EVENT_TOPICS and UEMB_DELETION_TOPIC"
         )
-        raise OwnershipError(msg)
+        if is_static:
+            msg = f"{msg}, not before the group has given them up, UEMB_SESSION_TIMEOUT_S after their end"
+            raise OwnershipError(msg)
+        raise ConfigError(msg)
 
 
 def _is_unused(admin: AdminClient) -> bool:

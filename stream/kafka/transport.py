@@ -11,6 +11,7 @@ has sought, and empties its buffers after that; here they flow only while there 
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,11 +33,14 @@ from faust.transport.drivers import aiokafka as driver
 from faust.types import TP
 from mode import Service
 
-from stream.errors import ConfigError, DeliveryError, OwnershipError, StateError
+from stream.errors import ConfigError, DeliveryError, Fenced, OwnershipError, StateError, UembError
 from stream.kafka.bounded_fetch import BoundedRecords
 from stream.kafka.client_internals import (
+    InstanceTaken,
     group_fault,
+    heed_instance,
     hold_fetches,
+    is_instance_taken,
     outlast_empty_metadata,
     partition_state,
     read_batches_as,
@@ -47,6 +51,8 @@ from stream.kafka.host import Host
 from stream.kafka.producer import FAUST_LOG, Producer
 
 WATCH_GROUP_S: Final = 1.0
+#: How long a worker that stops anyway waits to learn why.
+ASK_S: Final = 2.0
 #: Records of one batch at most. A fetch of a backlog holds tens of thousands (its limit counts compressed bytes): as
 #: one batch they would hold up everything else for a second, and their users have many events each, which costs more.
 BATCH_RECORDS: Final = 2_000
@@ -124,12 +130,18 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._taken: dict[TP, Taken] = {}
         self._pace = FetchPace()
+        self._instance_taken = False
         super().__init__(*args, **kwargs)
 
     async def on_start(self) -> None:
         """Start the client, and have it hold its fetches as `FetchPace` says."""
         await super().on_start()
         hold_fetches(self._ensure_consumer(), self._hold)
+        if self.app.settings.group_instance_id is not None:
+            heed_instance(self._ensure_consumer(), self._on_instance_taken)
+
+    def _on_instance_taken(self) -> None:
+        self._instance_taken = True
 
     def _hold(self, is_partial: bool) -> Hold:
         return self._pace.hold(time.monotonic(), is_partial=is_partial)
@@ -146,6 +158,7 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
         consumer: aiokafka.AIOKafkaConsumer = app.clients.consumer(
             client_id=conf.broker_client_id,
             group_id=conf.id,
+            group_instance_id=app.settings.group_instance_id,
             partition_assignment_strategy=[self._assignor],
             enable_auto_commit=False,
             auto_offset_reset="none",  # events that are gone must not be passed over in silence (law 6)
@@ -195,9 +208,31 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
             fetched[tp] = Fetched(before.seeks, before.fetches, run)
         return fetched
 
-    def group_error(self) -> Exception | None:
+    def group_error(self) -> ConfigError | None:
         """Why the group will not have this worker, if so; the client raises it only to those who fetch already."""
-        return group_fault(self._ensure_consumer())
+        settings = self.app.settings
+        if self._instance_taken:
+            return ConfigError(
+                f"another worker has joined group {settings.app_id} with UEMB_GROUP_INSTANCE_ID="
+                f"{settings.group_instance_id}; give each an id of its own, or leave it out"
+            )
+        if (error := group_fault(self._ensure_consumer())) is None:
+            return None
+        return ConfigError(
+            f"the broker refuses this worker in group {settings.app_id} ({type(error).__name__}); "
+            "check UEMB_APP_ID, UEMB_SESSION_TIMEOUT_S and the broker's group settings"
+        )
+
+    async def ask_for_instance(self) -> None:
+        """Learn from the broker, if it answers, whether another worker has taken this one's instance id."""
+
+        async def ask() -> None:
+            self._instance_taken |= await is_instance_taken(self._ensure_consumer())
+
+        if self.app.settings.group_instance_id is not None:
+            with contextlib.suppress(KafkaError, TimeoutError):
+                async with asyncio.timeout(ASK_S):
+                    await self.call_thread(ask)
 
     async def _commit(self, offsets: Mapping[TP, int]) -> bool:
         """Commit; return False when the group has begun to spread its partitions anew.
@@ -209,7 +244,7 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
         self.tp_last_committed_at.update(dict.fromkeys(offsets, time.monotonic()))
         try:
             await self._ensure_consumer().commit(at)
-        except (CommitFailedError, IllegalStateError):
+        except (CommitFailedError, IllegalStateError, InstanceTaken):  # which `_watch_group` tells of
             return False
         except KafkaError as exc:
             msg = f"the broker refuses commits of group {self.app.conf.id} ({type(exc).__name__}); see its access list"
@@ -381,11 +416,12 @@ class Consumer(driver.Consumer):
         while not self.should_stop:
             await self.sleep(WATCH_GROUP_S)
             if error := self._thread.group_error():
-                msg = (
-                    f"the broker refuses this worker in group {self.app.conf.id} ({type(error).__name__}); "
-                    "check UEMB_APP_ID, UEMB_SESSION_TIMEOUT_S and the broker's group settings"
-                )
-                await self.app.crash(ConfigError(msg))
+                await self.app.crash(error)
+
+    async def why_fenced(self, fenced: Fenced) -> UembError:
+        """What lies behind the loss of a partition, if it is more: another worker under this one's instance id."""
+        await self._thread.ask_for_instance()
+        return self._thread.group_error() or fenced
 
     def given_out(self) -> dict[TP, GivenOut]:
         """What the client gave out of each partition since it was last positioned."""

@@ -19,7 +19,7 @@ from threadpoolctl import threadpool_limits
 
 from stream.config import Settings
 from stream.core.counters import Counter
-from stream.errors import ConfigError, NotAllowed, StateError, UembError, way_on
+from stream.errors import ConfigError, Fenced, NotAllowed, StateError, UembError, way_on
 from stream.kafka.clients import Clients
 from stream.kafka.delivery import DurableMarks
 from stream.kafka.group import check_group
@@ -108,6 +108,8 @@ class EmbeddingApp(faust.App):
             table_standby_replicas=settings.standbys,
             web_enabled=False,
             web_bind="127.0.0.1",  # `faust worker` starts it all the same
+            # The group's assignments hold it, and a static member may come back to its own on another host.
+            canonical_url="http://127.0.0.1",
             stream_buffer_maxsize=STREAM_BUFFER,
             stream_wait_empty=True,
             stream_recovery_delay=0.0,
@@ -239,6 +241,8 @@ class EmbeddingApp(faust.App):
 
     async def crash(self, reason: BaseException) -> None:
         """Stop the worker with a non-zero exit (law 6); Faust's own faults end here too."""
+        if isinstance(reason, Fenced):
+            reason = await self.consumer.why_fenced(reason)
         self._crash(reason)
         if self.beacon.root is not None:
             self.beacon.root.data._crash(reason)

@@ -67,6 +67,8 @@ def worker_processes(settings: Settings, count: int) -> list[Child]:
             f"{ENV_PREFIX}STATE_DIR": str(settings.state_dir / f"process-{number}"),
             f"{ENV_PREFIX}HOT_USERS": str(settings.hot_users // count),
         }
+        if settings.group_instance_id is not None:
+            own[f"{ENV_PREFIX}GROUP_INSTANCE_ID"] = f"{settings.group_instance_id}-{number}"
         command = [sys.executable, "-c", "from stream.cli import main; main()", "worker", "--child", str(number)]
         children.append(Child(command, {**os.environ, **own}))
     return children

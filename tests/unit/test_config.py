@@ -91,6 +91,10 @@ def test_every_setting_is_explained() -> None:
         ({"erasure_marker_retention": "36h"}, "erasure_marker_retention_ms", 36 * 3_600_000),
         ({"erasure_marker_retention": "30d"}, "erasure_marker_retention_ms", 30 * 86_400_000),
         ({"user_version": "user_v7"}, "user_version", "user_v7"),
+        ({"group_instance_id": "uemb-0"}, "group_instance_id", "uemb-0"),
+        ({"group_instance_id": "user-embeddings"}, "group_instance_id", "user-embeddings"),
+        ({"group_instance_id": ""}, "group_instance_id", None),
+        ({"stop_timeout_s": "50"}, "stop_timeout_s", 50.0),
     ],
 )
 def test_a_value_as_it_is_written(load: Loader, variables: Mapping[str, str], name: str, value: object) -> None:
@@ -156,6 +160,10 @@ WRONG: dict[str, tuple[dict[str, str], str, str]] = {
     "topic_name": ({"dlq_topic": "dead letters"}, "DLQ_TOPIC", "'dead letters'"),
     "topic_name_long": ({"deletion_topic": "x" * 250}, "DELETION_TOPIC", "name"),
     "app_name": ({"app_id": "my/app"}, "APP_ID", "'my/app'"),
+    "instance_name": ({"group_instance_id": "pod/0"}, "GROUP_INSTANCE_ID", "'pod/0'"),
+    "instance_name_dots": ({"group_instance_id": ".."}, "GROUP_INSTANCE_ID", "'..'"),
+    "instance_name_long": ({"group_instance_id": "x" * 250}, "GROUP_INSTANCE_ID", "name"),
+    "no_time_to_stop": ({"stop_timeout_s": "0"}, "STOP_TIMEOUT_S", ""),
     "encoder": ({"encoder": "sum"}, "ENCODER", "avg, mix"),
     "encoder_param_unknown": ({"encoder_params": "alpha=1"}, "ENCODER_PARAMS", "alpha_short"),
     "encoder_param_of_another": ({"encoder": "avg", "encoder_params": "alpha_short=1"}, "ENCODER_PARAMS", "decay"),

@@ -1,6 +1,8 @@
 """What we take for granted of the Kafka client's private parts holds in the version that is pinned."""
 
+import asyncio
 import tomllib
+from collections.abc import AsyncIterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -9,6 +11,8 @@ import pytest
 from aiokafka.consumer import fetcher
 from aiokafka.structs import TopicPartition
 from confluent_kafka import Producer
+from kafka_broker import KafkaBroker
+from topic_admin import create_topic, delete_topic
 
 from stream.errors import ConfigError
 from stream.kafka import client_internals as internals
@@ -68,6 +72,88 @@ async def test_the_wait_for_metadata_that_is_set_is_the_one_that_is_used() -> No
         finally:
             await producer.stop()
         assert waited == ["events"]
+
+
+class Member:
+    """A static member of a group whose coordinator is real."""
+
+    def __init__(self, bootstrap: str, group: str, topic: str) -> None:
+        self._topic = topic
+        self.consumer = aiokafka.AIOKafkaConsumer(
+            bootstrap_servers=bootstrap,
+            group_id=group,
+            group_instance_id="the-one",
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",
+            heartbeat_interval_ms=200,
+            session_timeout_ms=30_000,
+        )
+        self.taken = asyncio.Event()
+
+    @property
+    def part(self) -> tuple[str, int]:
+        """Under what the group knows it, and since which generation."""
+        return self.consumer._coordinator.member_id, self.consumer._coordinator.generation
+
+    async def join(self) -> None:
+        await self.consumer.start()
+        internals.heed_instance(self.consumer, self.taken.set)
+        self.consumer.subscribe([self._topic])
+        async with asyncio.timeout(60):
+            while not self.consumer.assignment():
+                await self.consumer.getmany(timeout_ms=50)
+
+
+@pytest.fixture
+async def members(kafka: KafkaBroker, unique: str) -> AsyncIterator[list[Member]]:
+    """Two with one name, none of which has joined."""
+    create_topic(kafka.bootstrap, unique, 1)
+    both = [Member(kafka.bootstrap, unique, unique) for _ in range(2)]
+    yield both
+    for member in both:
+        await member.consumer.stop()
+    delete_topic(kafka.bootstrap, unique)
+
+
+async def test_a_member_whose_name_was_taken_is_told_by_its_heartbeat_and_does_not_take_it_back(
+    members: list[Member],
+) -> None:
+    older, newer = members
+    await older.join()
+    _, generation = older.part
+    assert not await internals.is_instance_taken(older.consumer)
+    await newer.join()
+    assert await internals.is_instance_taken(older.consumer)
+    async with asyncio.timeout(60):
+        await older.taken.wait()
+    member, again = newer.part
+    assert again == generation, "the group was made anew"
+    with pytest.raises(internals.InstanceTaken):
+        await older.consumer.commit({TopicPartition(older._topic, 0): 0})
+    assert not newer.taken.is_set()
+    await newer.consumer.commit({TopicPartition(newer._topic, 0): 0})
+    assert newer.part == (member, generation)
+
+
+async def test_a_member_whose_name_was_taken_is_told_by_its_commit(members: list[Member]) -> None:
+    older, newer = members
+    await older.join()
+    await older.consumer._coordinator._stop_heartbeat_task()
+    await newer.join()
+    with pytest.raises(internals.InstanceTaken):
+        await older.consumer.commit({TopicPartition(older._topic, 0): 0})
+    assert older.taken.is_set()
+    assert not newer.taken.is_set()
+
+
+async def test_a_member_that_comes_back_with_its_name_is_where_it_was(members: list[Member]) -> None:
+    before, after = members
+    await before.join()
+    _, generation = before.part
+    await before.consumer.stop()
+    assert not before.taken.is_set()
+    await after.join()
+    assert after.part[1] == generation, "it had left, or the group was made anew"
 
 
 def test_another_version_of_the_client_is_refused_and_nothing_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:

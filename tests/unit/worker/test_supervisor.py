@@ -141,15 +141,18 @@ def test_children_stop_when_their_parent_is_killed(started: Started) -> None:
     started.until(lambda: all(gone(pid) for pid in started.told("child")))
 
 
-def test_each_has_a_folder_of_its_own_and_its_part_of_the_memory(
+def test_each_has_a_folder_and_a_name_of_its_own_and_its_part_of_the_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("UEMB_STATE_DIR", str(tmp_path))
     monkeypatch.setenv("UEMB_HOT_USERS", "10")
+    assert not any("UEMB_GROUP_INSTANCE_ID" in child.environment for child in worker_processes(load_settings(), 3))
+    monkeypatch.setenv("UEMB_GROUP_INSTANCE_ID", "host-7")
     children = worker_processes(load_settings(), 3)
     assert [child.environment["UEMB_STATE_DIR"] for child in children] == [
         str(tmp_path / f"process-{n}") for n in range(3)
     ]
+    assert [child.environment["UEMB_GROUP_INSTANCE_ID"] for child in children] == ["host-7-0", "host-7-1", "host-7-2"]
     assert {child.environment["UEMB_HOT_USERS"] for child in children} == {"3"}
     with pytest.raises(ConfigError, match="can't be shared by 11 processes"):
         worker_processes(load_settings(), 11)
