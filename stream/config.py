@@ -18,6 +18,7 @@ from stream.core.exposure import Exposure
 from stream.encoders.folder import open_encoder
 from stream.errors import ConfigError, EncoderError
 from stream.kv.urls import masked_kv_url, parse_kv_url
+from stream.logs import LogForm
 
 log = logging.getLogger(__name__)
 
@@ -125,6 +126,7 @@ class Settings(BaseSettings):
     kv_lock_patience_s: float = Field(30.0, ge=0, description="wait for another process to let go of a database")
     cache_dir: Path = Field(Path("~/.cache/user-embedding-stream"), description="downloads of the demo")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log line")
+    log_format: LogForm = Field("text", description="log lines of a worker: text, or json with one object a line")
 
     @field_validator("event_topics", "ignored_types", "own_sources", mode="before")
     @classmethod
@@ -427,6 +429,11 @@ def _seconds(text: str) -> float:
 def _unusable(setting: str, path: Path | None, exc: OSError, what: str) -> str:
     why = what if isinstance(exc, ssl.SSLError) else exc.strerror
     return f"{ENV_PREFIX}{setting.upper()} {path} can't be used: {why}"
+
+
+def wants_json_lines() -> bool:
+    """Whether the log shall be JSON, where settings are not read yet, or can't be."""
+    return any(name.upper() == f"{ENV_PREFIX}LOG_FORMAT" and value == "json" for name, value in os.environ.items())
 
 
 def load_settings(**overrides: object) -> Settings:

@@ -4,18 +4,28 @@ Ids, keys, headers and names are other people's text. It is shown as it is, but 
 terminal or on the order of what stands beside them.
 """
 
+import json
 import logging
+import logging.config
 import sys
+import threading
 import time
 import unicodedata
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Final, Literal
 
 import click
+
+log = logging.getLogger(__name__)
 
 #: What the Kafka client says, it says again ten times a second until it is mended; we pass it on once in so long.
 REPEAT_S: Final = 10.0
 _REMEMBERED: Final = 256
+
+#: How log lines look.
+LogForm = Literal["text", "json"]
 
 #: Told how far something is: how much is done, and of how much, None while that is not known.
 OnProgress = Callable[[int, int | None], None]
@@ -36,8 +46,12 @@ def escaped(text: str) -> str:
 
 
 def print_error(text: str) -> None:
-    """The one line on stderr with which a command fails."""
-    click.echo(f"uemb: {escaped(' '.join(text.split()))}", err=True)
+    """The one line on stderr with which a command fails; a line of the log where that is JSON."""
+    line = escaped(" ".join(text.split()))
+    if any(isinstance(handler.formatter, JsonLines) for handler in logging.getLogger().handlers):
+        log.critical("%s", line)
+    else:
+        click.echo(f"uemb: {line}", err=True)
 
 
 class OncePerMinute(logging.Filter):
@@ -81,25 +95,116 @@ class NotAgain(logging.Filter):
         return True
 
 
-def setup_logging(level: str, process: int | None = None) -> None:
-    """One line a message on stderr; libraries speak up from warnings on, and about nothing that we report ourselves.
+class TextLines(logging.Formatter):
+    """Lines for people: time with its zone, level, logger, message; a traceback below.
+
+    Args:
+        process: number of this process among several that write to the same place.
+    """
+
+    def __init__(self, process: int | None = None) -> None:
+        of_one = "" if process is None else f" [{process}]"
+        super().__init__(f"%(asctime)s{of_one} %(levelname)s %(name)s: %(message)s")
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
+        """Local time, with what it is ahead of UTC."""
+        return datetime.fromtimestamp(record.created, UTC).astimezone().isoformat(" ", "milliseconds")
+
+
+class JsonLines(logging.Formatter):
+    """Lines for programs: each record is one JSON object on one line.
+
+    Args:
+        identity: who writes, beside the process id; what is None is left out.
+    """
+
+    def __init__(self, identity: Mapping[str, object]) -> None:
+        super().__init__()
+        self._identity = {name: value for name, value in identity.items() if value is not None}
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The object; ASCII, so that it is one line to whoever reads it."""
+        try:
+            message = record.getMessage()
+        except (TypeError, ValueError):  # arguments that do not fit: what was meant is still told
+            message = str(record.msg)
+        time_utc = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        fields: dict[str, object] = {
+            "time": time_utc.replace("+00:00", "Z"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": message,
+            "pid": record.process,
+            **self._identity,
+        }
+        if record.exc_info and (kind := record.exc_info[0]) is not None:
+            fields["exception"] = f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
+            fields["traceback"] = self.formatException(record.exc_info)
+        if record.stack_info:
+            fields["stack"] = record.stack_info
+        return json.dumps(fields)
+
+
+def log_config(
+    level: str, form: LogForm = "text", process: int | None = None, **identity: str | None
+) -> dict[str, object]:
+    """What `logging.config.dictConfig` makes of a process one that writes to stderr, as `setup_logging` says.
 
     Args:
         level: least severe line of ours.
+        form: how lines look.
         process: number of this process among several that write to the same place.
+        identity: what else each JSON line says of this process.
     """
-    of_one = "" if process is None else f" [{process}]"
-    logging.basicConfig(
-        level=logging.WARNING,
-        stream=sys.stderr,
-        format=f"%(asctime)s{of_one} %(levelname)s %(name)s: %(message)s",
-        force=True,
-    )
-    logging.getLogger("stream").setLevel(level.upper())
-    if level != "debug":
-        for handler in logging.getLogger().handlers:
-            handler.addFilter(NotAgain())
-    # Tasks that Faust leaves behind when it is stopped end in exceptions that nobody awaits.
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL if level != "debug" else logging.DEBUG)
-    for noisy in ("faust", "mode", "aiokafka"):
-        logging.getLogger(noisy).setLevel(logging.WARNING if level != "debug" else logging.DEBUG)
+    is_debug = level == "debug"
+    formatter = JsonLines({"process": process, **identity}) if form == "json" else TextLines(process)
+
+    def handler() -> logging.Handler:
+        made = logging.StreamHandler(sys.stderr)
+        made.setFormatter(formatter)
+        if not is_debug:
+            made.addFilter(NotAgain())
+        return made
+
+    libraries = {"level": "DEBUG" if is_debug else "WARNING"}
+    return {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "handlers": {"stderr": {"()": handler}},
+        "root": {"level": "WARNING", "handlers": ["stderr"]},
+        "loggers": {
+            "stream": {"level": level.upper()},
+            **dict.fromkeys(("faust", "mode", "aiokafka"), libraries),
+            # Tasks that Faust leaves behind when it is stopped end in exceptions that nobody awaits.
+            "asyncio": {"level": "DEBUG" if is_debug else "CRITICAL"},
+        },
+    }
+
+
+def setup_logging(level: str, form: LogForm = "text", process: int | None = None, **identity: str | None) -> None:
+    """One line a message on stderr; libraries speak up from warnings on, and about nothing that we report ourselves.
+
+    Arguments are those of `log_config`. With JSON, what Python itself would print goes the same way.
+    """
+    logging.config.dictConfig(log_config(level, form, process, **identity))
+    if form == "json":
+        log_what_python_prints()
+
+
+def log_what_python_prints() -> None:
+    """Have warnings, and exceptions that nothing catches, written to the log."""
+    logging.captureWarnings(capture=True)
+
+    def uncaught(kind: type[BaseException], exc: BaseException, trace: TracebackType | None) -> None:
+        log.critical("ended by an exception that nothing has caught", exc_info=(kind, exc, trace))
+
+    def uncaught_in_thread(args: threading.ExceptHookArgs) -> None:
+        if args.exc_value is not None:
+            log.critical("a thread has ended", exc_info=(args.exc_type, args.exc_value, args.exc_traceback))
+
+    def unraisable(args: "sys.UnraisableHookArgs") -> None:
+        if args.exc_value is not None:
+            exc_info = (args.exc_type, args.exc_value, args.exc_traceback)
+            log.error("an exception that nothing can catch", exc_info=exc_info)
+
+    sys.excepthook, threading.excepthook, sys.unraisablehook = uncaught, uncaught_in_thread, unraisable

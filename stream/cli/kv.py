@@ -63,8 +63,9 @@ def rebuild(partitions: tuple[int, ...], as_json: bool) -> None:
         from stream.worker.app import EmbeddingApp
         from stream.worker.run import main as run
 
-        setup_logging("warning")
-        run(EmbeddingApp(settings), all_done)
+        setup_logging("warning", settings.log_format, app=settings.app_id)
+        passing = settings.model_copy(update={"group_instance_id": None})  # the group shall not wait for its return
+        run(EmbeddingApp(passing), all_done)
 
 
 def _partition_count(settings: Settings) -> int:

@@ -13,7 +13,7 @@ import click
 
 from stream.cli.files import FileOptions, file_options, shape_of_files
 from stream.cli.terminal import INTERRUPTED, USAGE_ERROR, as_utf8, err, out, print_json, take_any_text
-from stream.config import ENV_PREFIX, Settings, load_settings
+from stream.config import ENV_PREFIX, Settings, load_settings, wants_json_lines
 from stream.errors import UembError
 from stream.logs import print_error
 
@@ -83,10 +83,14 @@ def worker(processes: int, child: int | None) -> None:
 
     With --processes, so many of them, each started again when it dies.
     """
-    settings = load_settings()
     from stream.logs import setup_logging
 
-    setup_logging(settings.log_level, child)
+    if wants_json_lines():
+        setup_logging("info", "json", child)
+    settings = load_settings()
+    setup_logging(
+        settings.log_level, settings.log_format, child, app=settings.app_id, instance=settings.group_instance_id
+    )
     if child is None and processes > 1:
         from stream.worker.supervisor import supervise, worker_processes
 

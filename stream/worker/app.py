@@ -8,7 +8,7 @@ import collections
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -32,6 +32,7 @@ from stream.keys import encoder_key
 from stream.kv.protocol import KVWriter, Meta
 from stream.kv.retrying import PatientKV
 from stream.kv.stores import check_place, open_writer
+from stream.logs import log_config, log_what_python_prints
 from stream.pipeline.lanes import Lanes, OnStage
 from stream.pipeline.processor import BatchProcessor
 from stream.pipeline.table import TABLE, HistoryTable, TableManager
@@ -78,11 +79,17 @@ class EmbeddingApp(faust.App):
     Args:
         settings: what to run.
         on_stage: called after each stage of a batch's way to durability; tests stop the process there.
+        logging_config: for Faust's own command, which sets up the log by itself; None for its way.
     """
 
     logger = FAUST_LOG
 
-    def __init__(self, settings: Settings, on_stage: OnStage = lambda *_: None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        on_stage: OnStage = lambda *_: None,
+        logging_config: Mapping[str, object] | None = None,
+    ) -> None:
         self.settings = settings
         self.clients = Clients(settings, self._on_refusal)
         self.counts: collections.Counter[Counter] = collections.Counter()
@@ -122,6 +129,7 @@ class EmbeddingApp(faust.App):
             broker_max_poll_interval=max(1000.0, 2 * settings.delivery_timeout_s),
             broker_commit_interval=1.0,
             worker_redirect_stdouts=False,
+            logging_config=logging_config,
             TableManager=TableManager,
         )
         topics = [*settings.event_topics, settings.deletion_topic]
@@ -366,6 +374,13 @@ def _registered(settings: Settings, partitions: int, meta: Meta) -> Meta:
 
 class HostedApp(EmbeddingApp):
     """The worker in a process of Faust's own command, which would let a stop take as long as it likes."""
+
+    def __init__(self, settings: Settings) -> None:
+        config = None
+        if settings.log_format == "json":
+            config = log_config(settings.log_level, "json", app=settings.app_id, instance=settings.group_instance_id)
+            log_what_python_prints()
+        super().__init__(settings, logging_config=config)
 
     async def stop(self) -> None:
         """Stop in order, or end the process."""

@@ -152,6 +152,8 @@ class Setup:
             "kv_url": self.kv_url(name),
             "state_dir": str(folder / f"state-{number}"),
             "log_level": "info",
+            "log_format": "text",
+            "group_instance_id": "",  # one of the environment's would be that of all
             **more,
         }
         environment = {ENV_PREFIX + key.upper(): value for key, value in own.items()}
