@@ -8,9 +8,17 @@ def __getattr__(name: str) -> Any:
     if name != "app":
         raise AttributeError(name)
     # Imported here: importing this module costs nothing.
-    from stream.config import load_settings
+    from stream.config import load_settings, wants_json_lines
+    from stream.errors import ConfigError
+    from stream.logs import print_error, setup_logging
     from stream.worker.app import HostedApp, guard_secrets
 
     guard_secrets()
-    globals()["app"] = HostedApp(load_settings())
+    if wants_json_lines():
+        setup_logging("info", "json")
+    try:
+        globals()["app"] = HostedApp(load_settings())
+    except ConfigError as exc:
+        print_error(str(exc))
+        raise SystemExit(exc.exit_code) from exc
     return globals()["app"]

@@ -1,38 +1,58 @@
-"""The error tree: what went wrong, whether retrying helps, what the operator should do.
+"""The error tree: what went wrong, how the process ends of it, what the operator should do.
 
-UembError
-├── ConfigError            a setting or an argument is wrong; exit 2, nothing was started
-│   ├── TopicMismatch      topics disagree with the application (partition counts, limits, policies)
-│   └── NotAllowed         the brokers' access lists lack a grant
-├── ItemSpaceError         an item-vector folder is missing, damaged or of another version
-├── EncoderError           an encoder's folder is missing, damaged, or of no use here
-│   └── SpaceMismatch      an encoder was made for another item version
-├── StateError             stored state does not belong to this configuration, or can't be read
-│   └── StateDamaged       local state is damaged; the next start wipes and restores it
-├── Fenced                 another worker holds a newer claim on this partition; stop, do not retry
-├── OwnershipError         delivery broke its own rules (a gap, a partition that is not ours)
-├── DeliveryError          Kafka did not acknowledge in time
-│   └── RecordTooLarge     the topic's size limit refused a record
-└── StoreError             the key-value store can't be reached or answered wrongly; retriable
-    ├── StoreLocked        another process holds the partition's database
-    ├── StorePartlyDown    some servers of a cluster can't be read; it has what the others gave
-    └── StoreLost          the store was wiped or set back under its writer; claim the partition and rebuild it
+UembError                  1   anything else of ours
+├── ConfigError            2   a setting or an argument is wrong; nothing was started
+│   ├── TopicMismatch      2   topics disagree with the application (partition counts, limits, policies)
+│   └── NotAllowed         2   the brokers' access lists lack a grant
+├── ItemSpaceError         2   an item-vector folder is missing, damaged or of another version
+├── EncoderError           2   an encoder's folder is missing, damaged, or of no use here
+│   └── SpaceMismatch      2   an encoder was made for another item version
+├── StateError             1   stored state can't be read, or does not go with the topics
+│   ├── StateMismatch      2   stored state belongs to other settings, or to another release
+│   └── StateDamaged       75  local state is damaged; the next start wipes and restores it
+├── Fenced                 75  another worker holds a newer claim on this partition
+├── OwnershipError         75  delivery broke its own rules (a gap, a partition that is not ours)
+├── DeliveryError          75  Kafka is away, or did not acknowledge in time
+│   └── RecordTooLarge     2   the topic's size limit refused a record
+└── StoreError             75  the key-value store can't be reached or answered wrongly
+    ├── StoreLocked        75  another process holds the partition's database
+    ├── StorePartlyDown    75  some servers of a cluster can't be read; it has what the others gave
+    └── StoreLost          75  the store was wiped or set back under its writer; claim the partition and rebuild it
 
 UnknownItemError(IndexError)   an item index outside the item space (public functions of `stream.core.formulas`)
 """
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """How a worker, or a command, ends: whoever started it decides by that whether to start it again."""
+
+    OK = 0
+    #: A fault of ours, or damage that no start mends. What `uemb verify` finds, too.
+    FAULT = 1
+    #: Usage and configuration: another start ends the same way.
+    WRONG = 2
+    #: What was away may be back at the next start (EX_TEMPFAIL of sysexits.h).
+    TRY_AGAIN = 75
+    #: By a signal, with what was under way left to the next start.
+    INTERRUPTED = 130
+    TERMINATED = 143
 
 
 class UembError(Exception):
     """Base of all our errors; its text is one line that says what to do."""
 
-    exit_code = 1
+    #: What the process ends with.
+    exit_code = ExitCode.FAULT
+    #: Whether the same call may succeed a little later.
     retriable = False
 
 
 class ConfigError(UembError):
     """A setting or an argument is wrong; nothing was started."""
 
-    exit_code = 2
+    exit_code = ExitCode.WRONG
 
 
 class TopicMismatch(ConfigError):
@@ -55,13 +75,13 @@ class NotAllowed(ConfigError):
 class ItemSpaceError(UembError):
     """An item-vector folder is missing, damaged, or not what its manifest says."""
 
-    exit_code = 2
+    exit_code = ExitCode.WRONG
 
 
 class EncoderError(UembError):
     """An encoder's folder is missing, damaged, or can't be used here."""
 
-    exit_code = 2
+    exit_code = ExitCode.WRONG
 
 
 class SpaceMismatch(EncoderError):
@@ -69,36 +89,51 @@ class SpaceMismatch(EncoderError):
 
 
 class StateError(UembError):
-    """Stored state belongs to another configuration, or can't be read."""
+    """Stored state can't be read, or does not go with the topics."""
+
+
+class StateMismatch(StateError):
+    """Stored state belongs to other settings, or to another release."""
+
+    exit_code = ExitCode.WRONG
 
 
 class StateDamaged(StateError):
     """Local state is damaged; it is wiped at the next start and restored from the changelog."""
 
+    exit_code = ExitCode.TRY_AGAIN
+
 
 class Fenced(UembError):
     """A newer owner of the partition exists: this worker has lost it and must stop."""
+
+    exit_code = ExitCode.TRY_AGAIN
 
 
 class OwnershipError(UembError):
     """Records arrived with a gap, or for a partition this worker does not own."""
 
+    exit_code = ExitCode.TRY_AGAIN
+
 
 class DeliveryError(UembError):
-    """Kafka did not acknowledge what it was sent."""
+    """Kafka is away, or did not acknowledge what it was sent."""
 
+    exit_code = ExitCode.TRY_AGAIN
     retriable = True
 
 
 class RecordTooLarge(DeliveryError):
     """The topic's size limit refused a record."""
 
+    exit_code = ExitCode.WRONG
     retriable = False
 
 
 class StoreError(UembError):
     """The key-value store can't be reached or gave an impossible answer."""
 
+    exit_code = ExitCode.TRY_AGAIN
     retriable = True
 
 

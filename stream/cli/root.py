@@ -1,5 +1,6 @@
-"""The command line `uemb`: each command one function; errors are one line and exit 2, never a traceback."""
+"""The command line `uemb`: each command one function; errors are one line and an exit code, never a traceback."""
 
+import errno
 import logging
 import os
 import signal
@@ -12,9 +13,9 @@ from typing import Any, Final
 import click
 
 from stream.cli.files import FileOptions, file_options, shape_of_files
-from stream.cli.terminal import INTERRUPTED, USAGE_ERROR, as_utf8, err, out, print_json, take_any_text
+from stream.cli.terminal import as_utf8, err, out, print_json, take_any_text
 from stream.config import ENV_PREFIX, Settings, load_settings, wants_json_lines
-from stream.errors import UembError
+from stream.errors import ExitCode, UembError
 from stream.logs import print_error
 
 #: Commands and command groups of other modules, each under its own name there.
@@ -32,6 +33,11 @@ _ELSEWHERE: Final = {
     "send": "stream.cli.send",
     "verify": "stream.cli.verify.command",
 }
+
+#: Errors of the system that no other argument mends.
+_DEVICE: Final = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+)
 
 
 class Commands(click.Group):
@@ -79,7 +85,7 @@ def demo(events: Path | None, rate: float | None, stay: bool, look: FileOptions,
 @click.option("--processes", type=click.IntRange(1), default=1, show_default=True, help="workers on this host")
 @click.option("--child", type=int, hidden=True, help="number of a process that another one looks after")
 def worker(processes: int, child: int | None) -> None:
-    """Run a worker until SIGTERM; exit 0 after a clean stop.
+    """Run a worker until SIGTERM; exit 0 after a clean stop, 2 for a wrong setting, 75 if another start may help.
 
     With --processes, so many of them, each started again when it dies.
     """
@@ -233,16 +239,16 @@ def main() -> None:
         sys.exit(exc.exit_code)
     except click.ClickException as exc:
         print_error(exc.format_message())
-        sys.exit(USAGE_ERROR)
+        sys.exit(ExitCode.WRONG)
     except (KeyboardInterrupt, click.Abort):
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # one that comes while Python ends would kill it, in its own way
-        sys.exit(INTERRUPTED)
+        sys.exit(ExitCode.INTERRUPTED)
     except BrokenPipeError:  # the reader of our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        sys.exit(ExitCode.OK)
     except UembError as exc:
         print_error(str(exc))
-        sys.exit(USAGE_ERROR)
+        sys.exit(exc.exit_code)
     except OSError as exc:
         print_error(f"{exc.strerror or exc} {exc.filename or ''}")
-        sys.exit(USAGE_ERROR)
+        sys.exit(ExitCode.FAULT if exc.errno in _DEVICE else ExitCode.WRONG)

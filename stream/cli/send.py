@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from stream.cli.files import FileOptions, file_options, shape_of_files
-from stream.cli.terminal import INTERRUPTED, err, out, print_json, progress_bar
+from stream.cli.terminal import err, out, print_json, progress_bar
 from stream.config import Settings, load_settings
-from stream.errors import ConfigError
+from stream.errors import ConfigError, ExitCode
 from stream.kafka.brokers import reach
 from stream.kafka.connection import librdkafka_config
 
@@ -101,7 +101,7 @@ def send(
             _leave(progress, finished=finished)
     _tell(report, plan, interrupted=not finished, as_json=as_json)
     if not finished:
-        sys.exit(INTERRUPTED)
+        sys.exit(ExitCode.INTERRUPTED)
 
 
 def _once_reached(settings: Settings, records: "Iterable[Outgoing]") -> "Iterator[Outgoing]":

@@ -18,9 +18,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from stream.logs import ACTIVE, escaped
 
-USAGE_ERROR: Final = 2
-INTERRUPTED: Final = 130
-
 
 class PlainConsole(Console):
     """A console to which strings are text and nothing else; lines and tables of our own making are printed as such."""

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stream.core.varint import read_varint, varint
-from stream.errors import StateError
+from stream.errors import StateError, StateMismatch
 from stream.keys import INT64_MAX, INT64_MIN, canonical_id
 
 LAYOUT_VERSION: Final = 1
@@ -194,10 +194,10 @@ def stored_times(data: bytes, bodies: Sequence[bytes]) -> NDArray[np.int64]:
 
 
 def check_layout(data: bytes) -> None:
-    """Raise `StateError` unless the bytes begin like a stored state of a known layout."""
+    """Raise `StateMismatch` unless the bytes begin like a stored state of a known layout."""
     if not data or data[0] != LAYOUT_VERSION or len(data) < HEADER_BYTES:
         msg = f"history layout {data[0] if data else 'empty'} is not readable by this release; upgrade the worker"
-        raise StateError(msg)
+        raise StateMismatch(msg)
 
 
 def stored_order(data: bytes) -> tuple[int, int]:

@@ -34,6 +34,13 @@ SILENT.addHandler(logging.NullHandler())
 SILENT.propagate = False
 #: In place of a partition's number.
 BY_KEY: Final = -1
+#: Answers of brokers that are not all up yet; librdkafka's own errors, below 0, tell of no answer.
+_LATER: Final = (
+    KafkaError.REQUEST_TIMED_OUT,
+    KafkaError.NOT_CONTROLLER,
+    KafkaError.LEADER_NOT_AVAILABLE,
+    KafkaError.INVALID_REPLICATION_FACTOR,
+)
 _OTHER_HOST: Final = (62, 64)  # X509_V_ERR_HOSTNAME_MISMATCH, X509_V_ERR_IP_ADDRESS_MISMATCH
 # ApiVersions, version 0, which every broker answers to every client; then Metadata, version 1, of no topic.
 _HELLO: Final = struct.pack(">ihhih", 10, 18, 0, 1, -1)
@@ -47,6 +54,7 @@ def admin_client(settings: Settings) -> AdminClient:
 
     Raises:
         ConfigError: the brokers can't be reached, and why.
+        DeliveryError: no broker answers.
     """
     reach(settings)
     return AdminClient({**librdkafka_config(settings), **_QUIET})
@@ -57,6 +65,7 @@ def consumer(settings: Settings, config: Mapping[str, Any]) -> Consumer:
 
     Raises:
         ConfigError: the brokers can't be reached, and why.
+        DeliveryError: no broker answers.
     """
     reach(settings)
     return Consumer({**librdkafka_config(settings), **_QUIET, **config})
@@ -67,6 +76,7 @@ def producer(settings: Settings, config: Mapping[str, Any]) -> Producer:
 
     Raises:
         ConfigError: the brokers can't be reached, and why.
+        DeliveryError: no broker answers.
     """
     reach(settings)
     return Producer({**librdkafka_config(settings), **_QUIET, "logger": SILENT, **config})
@@ -76,12 +86,17 @@ def list_topics(client: AdminClient | Consumer, settings: Settings, topic: str |
     """What the brokers say of themselves and of all topics, or of one.
 
     Raises:
-        ConfigError: no broker answers.
+        DeliveryError: no broker answers.
     """
     try:
         return client.list_topics(topic, timeout=PATIENCE_S) if topic else client.list_topics(timeout=PATIENCE_S)
     except KafkaException as exc:
         raise _no_answer(settings, exc.args[0].str()) from exc
+
+
+def refused(error: KafkaError, msg: str) -> ConfigError | DeliveryError:
+    """The error for what brokers did not do: whether they may do it a little later, when all of them are up."""
+    return DeliveryError(msg) if error.code() < 0 or error.code() in _LATER else ConfigError(msg)
 
 
 def check_allowed(error: KafkaError | None, topic: str) -> None:
@@ -155,6 +170,7 @@ def reach(settings: Settings) -> None:
 
     Raises:
         ConfigError: they can't, and why.
+        DeliveryError: no broker answers.
     """
     config = librdkafka_config(settings)
     if (key := tuple(sorted(config.items()))) not in _reached:
@@ -192,8 +208,8 @@ def _first_contact(settings: Settings, config: Mapping[str, Any]) -> None:
         look_s = min(2 * look_s, left_s)
 
 
-def _no_answer(settings: Settings, said: str) -> ConfigError:
-    return ConfigError(f"no broker answers at {settings.bootstrap_servers} ({said}); set UEMB_BOOTSTRAP_SERVERS")
+def _no_answer(settings: Settings, said: str) -> DeliveryError:
+    return DeliveryError(f"no broker answers at {settings.bootstrap_servers} ({said}); set UEMB_BOOTSTRAP_SERVERS")
 
 
 def _causes(settings: Settings, tls: ssl.SSLContext | None, troubles: Sequence[KafkaError]) -> list[str | None]:

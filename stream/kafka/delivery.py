@@ -7,7 +7,7 @@ from typing import Final, NamedTuple
 
 from aiokafka.structs import ConsumerRecord
 
-from stream.errors import OwnershipError, TopicMismatch
+from stream.errors import OwnershipError, StateError, TopicMismatch
 
 #: A topic whose first so many well-keyed records are all on wrong partitions is misproduced as a whole.
 PROBATION_RECORDS: Final = 1_000
@@ -100,7 +100,7 @@ class DeliveryChain:
                 f"{batch.records[0].offset}: the topic was made anew, or cut; decide where to go on with "
                 "kafka-consumer-groups --reset-offsets, then start again"
             )
-            raise OwnershipError(msg)
+            raise StateError(msg)
         self._last[place] = (batch.seeks, batch.number)
         self._ends[place] = batch.next_offset
         return True

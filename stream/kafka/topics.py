@@ -12,8 +12,8 @@ from confluent_kafka.admin import AclOperation, AdminClient, ConfigResource, New
 
 from stream.config import Settings
 from stream.core.history_codec import max_state_bytes
-from stream.errors import ConfigError, NotAllowed, TopicMismatch, way_on
-from stream.kafka.brokers import admin_client, list_topics
+from stream.errors import NotAllowed, TopicMismatch, way_on
+from stream.kafka.brokers import admin_client, list_topics, refused
 from stream.kafka.grants import REFUSED, TOPIC_REFUSED, worker
 
 log = logging.getLogger(__name__)
@@ -263,7 +263,7 @@ def _create(admin: AdminClient, topics: list[Wanted], settings: Settings, partit
                 raise NotAllowed(name, to="Create topic") from exc
             if exc.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:  # another worker was quicker
                 msg = f"topic {name} can't be created ({exc.args[0].str()}); create it or allow the worker to"
-                raise ConfigError(msg) from exc
+                raise refused(exc.args[0], msg) from exc
 
 
 def topic_configs(settings: Settings, admin: AdminClient, names: list[str]) -> dict[str, dict[str, str]]:
@@ -271,6 +271,7 @@ def topic_configs(settings: Settings, admin: AdminClient, names: list[str]) -> d
 
     Raises:
         ConfigError: they can't be read.
+        DeliveryError: the brokers don't tell now.
     """
     if not names:
         return {}
@@ -291,7 +292,7 @@ def topic_configs(settings: Settings, admin: AdminClient, names: list[str]) -> d
             if exc.args[0].code() in REFUSED:
                 continue
             msg = f"settings of topic {resource.name} can't be read ({exc.args[0].str()})"
-            raise ConfigError(msg) from exc
+            raise refused(exc.args[0], msg) from exc
     return out
 
 

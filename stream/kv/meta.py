@@ -5,7 +5,7 @@ from typing import Annotated, Final
 import msgspec
 
 from stream.core.json_records import decode_json, encode_json, format_of
-from stream.errors import StateError
+from stream.errors import StateError, StateMismatch
 from stream.kv.protocol import Meta, Serving
 
 META_FORMAT: Final = 1
@@ -44,12 +44,13 @@ def decode_meta(data: bytes, where: str, repair: str) -> Meta:
         repair: what the operator does about damage, without a full stop.
 
     Raises:
-        StateError: the record is damaged, or of a format that this release does not know.
+        StateError: the record is damaged.
+        StateMismatch: it is of a format that this release does not know.
     """
     try:
         if (found := format_of(data)) != META_FORMAT:
             msg = f"{where} has format {found}, this release reads {META_FORMAT}; upgrade"
-            raise StateError(msg)
+            raise StateMismatch(msg)
         record = decode_json(data, _Record)
     except ValueError as exc:
         msg = f"{where} is damaged; {repair}"

@@ -9,7 +9,7 @@ from aiokafka.errors import OffsetOutOfRangeError
 from aiokafka.structs import TopicPartition
 
 from stream.config import Settings
-from stream.errors import StateError
+from stream.errors import DeliveryError, OwnershipError
 from stream.kafka.clients import Clients
 from stream.kafka.topic_owners import KEY
 from stream.rollout.records import NOTHING_SAID, BadRecord, Coverage, Status
@@ -53,7 +53,7 @@ class ControlTopics:
         """Read both topics to their present ends, and follow them from there.
 
         Raises:
-            StateError: they can't be read.
+            DeliveryError: they can't be read.
         """
         self._consumer = self._clients.consumer(auto_offset_reset="none", fetch_max_wait_ms=_POLL_MS)
         await self._consumer.start()
@@ -76,7 +76,7 @@ class ControlTopics:
         """Wait until all that is on both topics now has been taken in.
 
         Raises:
-            StateError: that did not come to pass.
+            DeliveryError: that did not come to pass.
         """
         ends = await self._consumer.end_offsets([self._control, self._status])
 
@@ -88,11 +88,11 @@ class ControlTopics:
                 while not await there():
                     if self._ended:
                         msg = f"{self._control.topic} and {self._status.topic} are not followed any more"
-                        raise StateError(msg)
+                        raise DeliveryError(msg)
                     await self._moved.wait()
         except TimeoutError as exc:
             msg = f"{self._control.topic} and {self._status.topic} can't be read to their ends; see the brokers' logs"
-            raise StateError(msg) from exc
+            raise DeliveryError(msg) from exc
 
     @property
     def topic(self) -> str:
@@ -116,7 +116,7 @@ class ControlTopics:
                     self._on_change()
         except OffsetOutOfRangeError as exc:
             topics = " and ".join(sorted(tp.topic for tp in exc.args[0]))
-            await self._on_error(StateError(f"{topics}: made anew, or cut, under this worker; start it again"))
+            await self._on_error(OwnershipError(f"{topics}: made anew, or cut, under this worker; start it again"))
         except Exception as exc:  # noqa: BLE001 - a worker that no longer hears of versions must not go on
             await self._on_error(exc)
         finally:

@@ -19,7 +19,7 @@ from threadpoolctl import threadpool_limits
 
 from stream.config import Settings
 from stream.core.counters import Counter
-from stream.errors import ConfigError, Fenced, NotAllowed, StateError, UembError, way_on
+from stream.errors import ConfigError, DeliveryError, Fenced, NotAllowed, StateError, StateMismatch, UembError, way_on
 from stream.kafka.clients import Clients
 from stream.kafka.delivery import DurableMarks
 from stream.kafka.group import check_group
@@ -32,7 +32,7 @@ from stream.keys import encoder_key
 from stream.kv.protocol import KVWriter, Meta
 from stream.kv.retrying import PatientKV
 from stream.kv.stores import check_place, open_writer
-from stream.logs import log_config, log_what_python_prints
+from stream.logs import log_config, log_what_python_prints, print_error
 from stream.pipeline.lanes import Lanes, OnStage
 from stream.pipeline.processor import BatchProcessor
 from stream.pipeline.table import TABLE, HistoryTable, TableManager
@@ -360,15 +360,15 @@ def _registered(settings: Settings, partitions: int, meta: Meta) -> Meta:
     encoder = settings.versioned_encoder
     if meta.app not in (None, settings.app_id):
         msg = f"the key-value store belongs to application {meta.app!r}; choose another UEMB_KV_URL"
-        raise StateError(msg)
+        raise StateMismatch(msg)
     if meta.partitions not in (None, partitions):
         there, here = meta.partitions, partitions
         msg = f"the key-value store has {there} partitions, the topics have {here}; {way_on(max(there, here))}"
-        raise StateError(msg)
+        raise StateMismatch(msg)
     name = encoder_key(encoder.version)
     if meta.encoders.get(name, encoder.hash) != encoder.hash:
         msg = f"user version {encoder.version!r} names other parameters in the store; set a new UEMB_USER_VERSION"
-        raise StateError(msg)
+        raise StateMismatch(msg)
     return replace(meta, app=settings.app_id, partitions=partitions)
 
 
@@ -382,16 +382,29 @@ class HostedApp(EmbeddingApp):
             log_what_python_prints()
         super().__init__(settings, logging_config=config)
 
+    async def start(self) -> None:
+        """Start, or end the process with the reason why not."""
+        try:
+            await super().start()
+        except UembError as exc:
+            self.failure = self.failure or exc
+            await self.stop()
+
     async def stop(self) -> None:
-        """Stop in order, or end the process."""
-        asyncio.get_running_loop().call_later(self.settings.stop_timeout_s, _end)
+        """Stop in order, or end the process; after a fault with its exit code, which Faust would make a 1."""
+        asyncio.get_running_loop().call_later(self.settings.stop_timeout_s, self._end_late)
         await super().stop()
+        if isinstance(self.failure, UembError):
+            self._end(self.failure)
 
+    def _end_late(self) -> None:
+        log.critical(TOO_LATE)
+        self._end(self.failure if isinstance(self.failure, UembError) else DeliveryError(TOO_LATE))
 
-def _end() -> None:
-    log.critical(TOO_LATE)
-    logging.shutdown()
-    os._exit(1)
+    def _end(self, reason: UembError) -> None:
+        print_error(str(reason))
+        logging.shutdown()
+        os._exit(reason.exit_code)
 
 
 def _close_to_others(folder: Path) -> None:

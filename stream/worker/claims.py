@@ -6,7 +6,7 @@ import msgspec
 
 from stream.config import Settings
 from stream.core.json_records import decode_json, encode_json, format_of
-from stream.errors import StateError, way_on
+from stream.errors import StateMismatch, way_on
 
 CLAIM_FORMAT: Final = 1
 
@@ -40,18 +40,18 @@ class Claim(
 
     @classmethod
     def decode(cls, data: bytes) -> "Claim":
-        """Read a claim; raises `StateError` for a format this release doesn't know."""
+        """Read a claim; raises `StateMismatch` for a format this release doesn't know."""
         try:
             if format_of(data) != CLAIM_FORMAT:
                 raise ValueError
             return decode_json(data, cls)
         except ValueError as exc:
             msg = "the changelog holds a claim of an unknown format; upgrade the worker"
-            raise StateError(msg) from exc
+            raise StateMismatch(msg) from exc
 
 
 def later_claim(held: bytes | None, value: bytes) -> bytes:
-    """The one of two claims that counts, the second of them written later; raises `StateError` as `Claim.decode`."""
+    """The one of two claims that counts, the second of them written later; raises `StateMismatch` as `Claim.decode`."""
     return value if held is None or Claim.decode(value).epoch >= Claim.decode(held).epoch else held
 
 
@@ -59,27 +59,27 @@ def check_claim(claim: Claim, settings: Settings, partitions: int) -> None:
     """Refuse settings that would change the meaning of stored state.
 
     Raises:
-        StateError: in one line, what differs and what to do.
+        StateMismatch: in one line, what differs and what to do.
     """
     what = f"changelog {settings.changelog_topic}"
     if claim.app != settings.app_id:
         msg = f"{what} belongs to application {claim.app!r}; set UEMB_APP_ID={claim.app}"
-        raise StateError(msg)
+        raise StateMismatch(msg)
     if claim.partitions != partitions:
         what_to_do = way_on(max(claim.partitions, partitions))
         msg = f"{what} was written with {claim.partitions} partitions, the topics have {partitions}; {what_to_do}"
-        raise StateError(msg)
+        raise StateMismatch(msg)
     if claim.history_limit != settings.history_limit:
         msg = (
             f"{what} was written with UEMB_HISTORY_LIMIT={claim.history_limit}; keep it, "
             "or start a new UEMB_APP_ID and replay the events"
         )
-        raise StateError(msg)
+        raise StateMismatch(msg)
     for name, code in claim.types.items():
         if settings.event_types.get(name) != code:
             msg = f"{what} was written with the type code {name}:{code}; keep it in UEMB_EVENT_TYPES (append only)"
-            raise StateError(msg)
+            raise StateMismatch(msg)
     encoder = settings.versioned_encoder
     if claim.encoders.get(encoder.version, encoder.hash) != encoder.hash:
         msg = f"user version {encoder.version!r} names other parameters in {what}; choose a new UEMB_USER_VERSION"
-        raise StateError(msg)
+        raise StateMismatch(msg)

@@ -13,7 +13,7 @@ from stream.config import Settings
 from stream.core.history import History
 from stream.core.history_codec import HistoryCodec, stored_order
 from stream.core.records import kv_entry, kv_prefix
-from stream.errors import Fenced, StateError
+from stream.errors import DeliveryError, Fenced
 from stream.kafka.clients import Clients
 from stream.keys import epoch_key
 from stream.kv.protocol import KVWriter
@@ -50,7 +50,7 @@ class Restorer:
         """Pass all committed records from `start` to the present end to `handle`, in chunks; return that end.
 
         Raises:
-            StateError: the log yields nothing for `STALL_S` seconds before its end.
+            DeliveryError: the log yields nothing for `STALL_S` seconds before its end.
         """
         tp = TopicPartition(topic, partition)
         consumer = self._clients.consumer(isolation_level="read_committed", fetch_max_wait_ms=50)
@@ -74,7 +74,7 @@ class Restorer:
                     position, moved_at = now_at, loop.time()
                 elif loop.time() - moved_at > STALL_S:
                     msg = f"{topic}-{partition} can't be read past offset {position} of {end}; see the brokers' logs"
-                    raise StateError(msg)
+                    raise DeliveryError(msg)
             return end
         finally:
             await consumer.stop()

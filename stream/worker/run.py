@@ -8,7 +8,7 @@ import signal
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, NoReturn
 
-from stream.errors import DeliveryError, UembError
+from stream.errors import DeliveryError, ExitCode, UembError
 from stream.logs import print_error
 from stream.worker.app import TOO_LATE, EmbeddingApp, guard_secrets
 
@@ -62,10 +62,10 @@ async def run_worker(app: EmbeddingApp, until: Callable[[], Awaitable[object]] |
         app.failure = app.failure or error
     await _stop(app, starting)
     if app.failure is None:
-        return 0
+        return ExitCode.OK
     if not isinstance(app.failure, UembError):
         log.critical("stopped by %s", type(app.failure).__name__, exc_info=app.failure)
-        return 1
+        return ExitCode.FAULT
     print_error(str(app.failure))
     return app.failure.exit_code
 

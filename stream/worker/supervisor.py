@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from stream.config import ENV_PREFIX, Settings
-from stream.errors import ConfigError
+from stream.errors import ConfigError, ExitCode
 from stream.logs import print_error
 
 log = logging.getLogger(__name__)
@@ -119,10 +119,10 @@ class _Supervisor:
         child.process = None
         status = _status(code)
         child.deaths = 1 if now - child.started_at >= WELL_S else child.deaths + 1
-        if status == ConfigError.exit_code or child.deaths >= MOST_DEATHS:
-            why = "what it was told is wrong" if status == ConfigError.exit_code else f"{child.deaths} times in a row"
+        if status == ExitCode.WRONG or child.deaths >= MOST_DEATHS:
+            why = "what it was told is wrong" if status == ExitCode.WRONG else f"{child.deaths} times in a row"
             print_error(f"process {number} ended with {status}: {why}; the others are stopped")
-            self.worst = status or 1
+            self.worst = status or ExitCode.FAULT
             return
         pause = min(FIRST_PAUSE_S * 2 ** (child.deaths - 1), LONGEST_PAUSE_S)
         child.due_at = now + pause
@@ -140,7 +140,7 @@ class _Supervisor:
             if child.process is not None:
                 code = child.process.wait()
                 if code != -signal.SIGTERM:  # else it had only begun, and has nothing to save: it did as it was told
-                    self.worst = max(self.worst, _status(code))
+                    self.worst = max(self.worst, _status(code), key=_rank)
                 self._buried(child.process)
 
     def _buried(self, process: "subprocess.Popen[bytes]") -> None:
@@ -151,6 +151,12 @@ class _Supervisor:
 def _status(code: int) -> int:
     """Exit status as a shell has it."""
     return _SIGNAL_BASE - code if code < 0 else code
+
+
+def _rank(status: int) -> tuple[int, int]:
+    """How bad an exit status is: what no start mends, then faults, then what another start may mend."""
+    ranks: dict[int, int] = {ExitCode.WRONG: 3, ExitCode.TRY_AGAIN: 1, ExitCode.OK: 0}
+    return ranks.get(status, 2), status
 
 
 def stop_when_orphaned() -> None:

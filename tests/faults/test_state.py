@@ -42,7 +42,7 @@ def go_on(pipeline: Pipeline, films: Dataset, said: str) -> None:
             time.sleep(0.1)
         if pipeline.process.poll() is None:
             break
-        assert pipeline.process.returncode == 1, pipeline.tail()
+        assert pipeline.process.returncode == 75, pipeline.tail()
     pipeline.until_committed()
     log = pipeline.log.read_text()
     assert said in log

@@ -54,7 +54,7 @@ def test_a_zombie_with_writes_under_way(
         finally:
             thaw(zombie)
         code = zombie.wait(60)
-    assert code == 1, zombie.tail()
+    assert code == 75, zombie.tail()
     said = [line for line in zombie.log.read_text().splitlines() if line.startswith("uemb: ")]
     assert len(said) == 1
     assert "newer owner" in said[0] or "has lost it" in said[0]
@@ -124,7 +124,7 @@ def test_a_zombie_whose_write_would_be_the_last_of_its_user(
                 logs = published(owner)
             finally:
                 thaw(zombie)
-            assert zombie.wait(60) == 1, zombie.tail()
+            assert zombie.wait(60) == 75, zombie.tail()
             said = [line for line in zombie.log.read_text().splitlines() if line.startswith("uemb: ")]
             assert len(said) == 1
             assert "newer owner" in said[0]
@@ -163,13 +163,13 @@ def test_a_zombie_whose_store_is_locked(films: Dataset, make_workers: Callable[.
         until_frozen(zombie)
         try:
             owner.start()
-            assert owner.wait(60) == 1
+            assert owner.wait(60) == 75
         finally:
             thaw(zombie)
         said = [line for line in owner.log.read_text().splitlines() if line.startswith("uemb: ")]
         assert len(said) == 1
         assert "still held by another process" in said[0]
-        assert zombie.wait(60) == 1  # fenced by the one that did not get the store
+        assert zombie.wait(60) == 75  # fenced by the one that did not get the store
         owner.start()
         time.sleep(0.5)
     owner.until_committed(120)

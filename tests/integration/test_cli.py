@@ -64,9 +64,9 @@ def uemb(*args: str | Path, timeout_s: float = 120, **environment: str) -> Ran:
     return Ran(code, out.decode(), err.decode())
 
 
-def check_error(ran: Ran, *says: str) -> None:
-    """Exit code 2 and one line on stderr that names what is wrong."""
-    assert ran.code == 2, ran
+def check_error(ran: Ran, *says: str, code: int = 2) -> None:
+    """The exit code and one line on stderr that names what is wrong."""
+    assert ran.code == code, ran
     assert ran.out == ""
     assert "Traceback" not in ran.err, ran.err
     lines = ran.err.splitlines()
@@ -165,6 +165,7 @@ class Wrong(NamedTuple):
     line: str
     says: tuple[str, ...]
     settings: Mapping[str, str] = {}
+    code: int = 2
 
 
 #: Errors of commands that start nothing.
@@ -174,9 +175,9 @@ ERRORS = {
     "user_version_reserved": Wrong("get 1", ("'current'", "reserved"), {"UEMB_USER_VERSION": "current"}),
     "home_of_nobody": Wrong("config", ("UEMB_ITEMS",), {"UEMB_ITEMS": "~nobody-of-that-name/items"}),
     "session_without_end": Wrong("config", ("UEMB_SESSION_TIMEOUT_S",), {"UEMB_SESSION_TIMEOUT_S": "inf"}),
-    "get_without_a_store": Wrong("get 1", ("/nowhere/kv",), {"UEMB_KV_URL": "rocksdb:///nowhere/kv"}),
+    "get_without_a_store": Wrong("get 1", ("/nowhere/kv",), {"UEMB_KV_URL": "rocksdb:///nowhere/kv"}, 75),
     "get_from_a_server_that_is_away": Wrong(
-        "get 1", ("redis://127.0.0.1:1/0", "can't be reached"), {"UEMB_KV_URL": "redis://:open-sesame@127.0.0.1:1"}
+        "get 1", ("redis://127.0.0.1:1/0", "can't be reached"), {"UEMB_KV_URL": "redis://:open-sesame@127.0.0.1:1"}, 75
     ),
     "get_from_no_known_store": Wrong("get 1", ("'leveldb'", "rocksdb:///"), {"UEMB_KV_URL": "leveldb:///kv"}),
     "embed_missing_file": Wrong("embed {folder}/nothing.json --items {folder}/items", ("nothing.json",)),
@@ -212,8 +213,8 @@ ERRORS = {
 }
 #: Errors of commands that start clients, threads or signal handlers: each in a process of its own.
 ERRORS_OF_PROCESSES = {
-    "tail_without_a_broker": Wrong("tail", ("127.0.0.1:1", "UEMB_BOOTSTRAP_SERVERS"), NO_BROKER),
-    "delete_without_a_broker": Wrong("delete 42", ("no broker answers", "UEMB_BOOTSTRAP_SERVERS"), NO_BROKER),
+    "tail_without_a_broker": Wrong("tail", ("127.0.0.1:1", "UEMB_BOOTSTRAP_SERVERS"), NO_BROKER, 75),
+    "delete_without_a_broker": Wrong("delete 42", ("no broker answers", "UEMB_BOOTSTRAP_SERVERS"), NO_BROKER, 75),
     "tail_without_credentials": Wrong("tail", ("UEMB_SASL_",), {"UEMB_SECURITY_PROTOCOL": "SASL_PLAINTEXT"}),
     "worker_with_a_bad_setting": Wrong("worker", ("'sum'", "avg", "mix"), {"UEMB_ENCODER": "sum"}),
     "worker_without_certificates": Wrong(
@@ -271,7 +272,7 @@ def _under_way(outside: object, demos: object) -> None:
 def test_error(name: str, run_here: Callable[..., Ran], folder: Path) -> None:
     wrong = ERRORS[name]
     ran = run_here(*shlex.split(wrong.line.format(folder=folder)), **wrong.settings)
-    check_error(ran, *(what.format(folder=folder) for what in wrong.says))
+    check_error(ran, *(what.format(folder=folder) for what in wrong.says), code=wrong.code)
 
 
 @pytest.mark.parametrize("path", [(), *commands()], ids=" ".join)
@@ -638,4 +639,5 @@ def test_demo_beside_settings_of_another_pipeline(demos: Mapping[str, Future[Ran
 
 @pytest.mark.parametrize("name", ERRORS_OF_PROCESSES)
 def test_error_of_a_process(name: str, outside: Mapping[str, Future[Ran]], folder: Path) -> None:
-    check_error(outside[name].result(), *(what.format(folder=folder) for what in ERRORS_OF_PROCESSES[name].says))
+    wrong = ERRORS_OF_PROCESSES[name]
+    check_error(outside[name].result(), *(what.format(folder=folder) for what in wrong.says), code=wrong.code)

@@ -268,7 +268,7 @@ def test_strangers_that_start_together_never_share_a_user(
     ended = [worker for worker in (first, stranger) if worker.process.poll() is not None]  # type: ignore[union-attr]
     assert ended, "two workers with different topics run in one group"
     for worker in ended:
-        assert worker.process.returncode == 1  # type: ignore[union-attr]
+        assert worker.process.returncode in (2, 75)  # type: ignore[union-attr]
         assert "UEMB_EVENT_TOPICS" in worker.tail()
     for worker in (first, stranger):
         if worker.process.poll() is None:  # type: ignore[union-attr]

@@ -14,7 +14,7 @@ from typing import Final
 from stream.cli.terminal import err
 from stream.config import ENV_PREFIX
 from stream.core.watermark import decode_watermark
-from stream.errors import UembError
+from stream.errors import ExitCode, UembError
 from stream.feed.sender import TOPIC_PREFIX
 from stream.keys import partition_of
 from stream.kv.protocol import KVReader
@@ -122,7 +122,7 @@ class Stop:
         else:
             for callback in self.callbacks:
                 callback()
-            os._exit(130)
+            os._exit(ExitCode.INTERRUPTED)
 
     def check(self) -> None:
         """Leave through `KeyboardInterrupt` when Ctrl-C was pressed."""

@@ -7,11 +7,9 @@ import click
 from stream.cli.rollouts import rollout_client
 from stream.cli.terminal import out, print_json, progress_bar
 from stream.cli.verify.run import Report, Verifier
-from stream.errors import ConfigError
+from stream.errors import ConfigError, ExitCode
 from stream.kv.stores import open_reader
 from stream.rollout.client import pairs_of
-
-DIFFERS = 1
 
 
 @click.command()
@@ -73,7 +71,7 @@ def verify(
         for name, report in reports.items():
             _print(name, report)
     if not ok:
-        sys.exit(DIFFERS)
+        sys.exit(ExitCode.FAULT)
 
 
 def _document(report: Report) -> dict[str, object]:

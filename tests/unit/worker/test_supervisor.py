@@ -75,7 +75,10 @@ def gone(pid: int) -> bool:
     return "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()
 
 
-@pytest.mark.parametrize(("codes", "worst"), [((0, 0), 0), ((0, 3), 3), ((4, 1), 4)])
+@pytest.mark.parametrize(
+    ("codes", "worst"),
+    [((0, 0), 0), ((0, 3), 3), ((4, 1), 4), ((75, 0), 75), ((1, 75), 1), ((137, 75), 137), ((2, 137), 2), ((75, 2), 2)],
+)
 def test_a_signal_goes_to_all_and_the_worst_status_is_told(
     started: Started, codes: tuple[int, int], worst: int
 ) -> None:
