@@ -18,6 +18,7 @@ LISTENERS: Final = {
     "SASLSSL": "SASL_SSL",
     "ENDED": "SSL",
     "ELSEWHERE": "SSL",
+    "ASTRAY": "PLAINTEXT",
 }
 
 TLS: Final = {"security_protocol": "SSL", "ssl_cafile": "server.pem"}
@@ -63,7 +64,8 @@ def there(folder: Path, settings: Mapping[str, str]) -> dict[str, str]:
 class SecuredBroker(KafkaBroker):
     """PLAINTEXT may do all; `at` has the addresses of SSL, MTLS (demands a client's certificate), SASL and SASLSSL.
 
-    ENDED shows a certificate that has expired, ELSEWHERE one of another host. What `FAULTS` names lies in the folder.
+    ENDED shows a certificate that has expired, ELSEWHERE one of another host; ASTRAY sends its
+    clients to a port that nobody listens on. What `FAULTS` names lies in the folder.
 
     Attributes:
         ca: certificate to check the broker against.
@@ -96,6 +98,7 @@ class SecuredBroker(KafkaBroker):
                 "super.users": "User:ANONYMOUS;User:admin;User:CN=client",
             },
             listeners=LISTENERS,
+            astray={"ASTRAY": "127.0.0.1:1"},
         )
 
 

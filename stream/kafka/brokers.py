@@ -5,6 +5,7 @@ busy. So what it does not tell is looked at over a connection of our own.
 """
 
 import logging
+import re
 import socket
 import ssl
 import struct
@@ -42,6 +43,11 @@ _HELLO: Final = struct.pack(">ihhih", 10, 18, 0, 1, -1)
 _NUMBER: Final = struct.pack(">i", 1)
 _LARGEST_ANSWER: Final = 1 << 20
 _WHO: Final = struct.pack(">ihhihi", 14, 3, 1, 2, -1, 0)
+
+#: How the client begins to speak of a broker that it was told of: with its number behind the address.
+_LEARNED: Final = re.compile(
+    r"(?:\w+://)?(?P<address>\S+:\d+)/\d+: (?:Connect to|Failed to resolve|Connection setup timed out)"
+)
 
 _reached: set[tuple[tuple[str, Any], ...]] = set()
 
@@ -154,24 +160,31 @@ def writing(topics: Callable[[], str]) -> Iterator[None]:
         raise
 
 
-def reach(settings: Settings, patience_s: float | None = None) -> None:
+def reach(settings: Settings) -> None:
     """Make sure, once a process, that the brokers can be reached; blocking.
-
-    Args:
-        settings: where they are, and how to log in.
-        patience_s: how long to try while nothing says that it can't succeed; by default `PATIENCE_S`.
 
     Raises:
         ConfigError: they can't, and why.
     """
-    config = librdkafka_config(settings)
-    if (key := tuple(sorted(config.items()))) not in _reached:
-        _first_contact(settings, config, PATIENCE_S if patience_s is None else patience_s)
-        _reached.add(key)
+    if _key(librdkafka_config(settings)) not in _reached:
+        first_contact(settings, PATIENCE_S)
 
 
-def _first_contact(settings: Settings, config: Mapping[str, Any], patience_s: float) -> None:
-    tls = settings.tls_context()
+def _key(config: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted(config.items()))
+
+
+def first_contact(settings: Settings, patience_s: float) -> ClusterMetadata:
+    """What the brokers say of themselves and of all topics; blocking.
+
+    Args:
+        settings: where they are, and how to log in.
+        patience_s: how long to try while nothing says that it can't succeed.
+
+    Raises:
+        ConfigError: they can't be reached, and why.
+    """
+    config, tls = librdkafka_config(settings), settings.tls_context()
     troubles: list[KafkaError] = []
     try:
         client = AdminClient({**config, **_QUIET, "error_cb": troubles.append})
@@ -180,14 +193,17 @@ def _first_contact(settings: Settings, config: Mapping[str, Any], patience_s: fl
         raise ConfigError(msg) from exc
     begun, look_s, said = time.monotonic(), _FIRST_LOOK_S, "no answer"
     fault: str | None = None
+    astray: str | None = None
     while True:
         try:
-            client.list_topics(timeout=look_s)
+            cluster = client.list_topics(timeout=look_s)
         except KafkaException as exc:
             said = exc.args[0].str()
         else:
-            return
+            _reached.add(_key(config))
+            return cluster
         client.poll(0)
+        astray = next(filter(None, (_sent_astray(settings, trouble.str()) for trouble in troubles)), astray)
         if any(trouble.code() == KafkaError._ALL_BROKERS_DOWN for trouble in troubles):
             causes = _causes(settings, tls, troubles)
             fault = next(filter(None, causes), fault)
@@ -196,7 +212,7 @@ def _first_contact(settings: Settings, config: Mapping[str, Any], patience_s: fl
             troubles.clear()  # of the others one may be on its way
         left_s = begun + patience_s - time.monotonic()
         if left_s <= 0:
-            raise _no_answer(settings, said) if fault is None else ConfigError(fault)
+            raise _no_answer(settings, said) if not (fault or astray) else ConfigError(fault or astray)
         look_s = min(2 * look_s, left_s)
 
 
@@ -221,6 +237,17 @@ def host_and_port(address: str) -> tuple[str, int]:
     """The parts of an address; ``ValueError`` where it is none."""
     host, _, port = address.rpartition(":")
     return host.strip("[]"), int(port)
+
+
+def _sent_astray(settings: Settings, said: str) -> str | None:
+    """What to say of a broker that can't be reached under the address that it gave its clients; None for others."""
+    found = _LEARNED.match(said)
+    if found is None or found["address"] in addresses(settings):
+        return None
+    return (
+        f"{settings.bootstrap_servers} sends its clients to {found['address']}, where they reach nobody; correct the "
+        "broker's advertised.listeners, or open the way to it"
+    )
 
 
 def _refused_login(settings: Settings, said: str) -> str:
