@@ -5,7 +5,7 @@ import logging
 import os
 import re
 import ssl
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
@@ -179,19 +179,28 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Settings":
-        self._check_names()
-        self._check_events()
-        self._check_encoder()
+        faults = []
+        for check in (self._check_names, self._check_events, self._check_encoder, self._check_kafka, self._check_login):
+            try:
+                check()
+            except ValueError as exc:
+                faults.append(str(exc))
+        if faults:
+            raise ValueError("\n".join(faults))
+        return self
+
+    def _check_kafka(self) -> None:
         if self.replication_factor == 0:
             msg = "UEMB_REPLICATION_FACTOR must be at least 1, or -1 for the broker's own"
             raise ValueError(msg)
         if self.ssl_cafile is not None and not self.ssl_cafile.is_file():
             msg = f"UEMB_SSL_CAFILE: there is no file {self.ssl_cafile}"
             raise ValueError(msg)
+
+    def _check_login(self) -> None:
         if self.security_protocol.startswith("SASL") and not (self.sasl_username and self.sasl_password):
             msg = "UEMB_SECURITY_PROTOCOL with SASL needs UEMB_SASL_USERNAME and UEMB_SASL_PASSWORD"
             raise ValueError(msg)
-        return self
 
     def _group_names(self) -> dict[str, str]:
         """What may be called as a topic is."""
@@ -445,11 +454,30 @@ def load_settings(**overrides: object) -> Settings:
     for name, meant in misspelt(os.environ).items():
         log.warning("%s is not a setting and has no effect; is %s meant?", name, meant)
     try:
-        return Settings(**{name: value for name, value in overrides.items() if value is not None})  # type: ignore[arg-type]
+        return _from_environment({name: value for name, value in overrides.items() if value is not None})
     except ValidationError as exc:
-        first = exc.errors(include_url=False, include_input=False)[0]
-        where = f"{ENV_PREFIX}{str(first['loc'][0]).upper()}: " if first["loc"] else ""
-        raise ConfigError(where + first["msg"].removeprefix("Value error, ")) from None
+        raise ConfigError(_faults(exc)[0]) from None
+
+
+def settings_faults() -> list[str]:
+    """What is wrong in the environment, a line for each variable; empty where `load_settings` takes all of it."""
+    try:
+        _from_environment({})
+    except ValidationError as exc:
+        return _faults(exc)
+    return []
+
+
+def _from_environment(overrides: Mapping[str, object]) -> Settings:
+    return Settings(**overrides)  # type: ignore[arg-type]
+
+
+def _faults(exc: ValidationError) -> list[str]:
+    found = []
+    for error in exc.errors(include_url=False, include_input=False):
+        where = f"{ENV_PREFIX}{str(error['loc'][0]).upper()}: " if error["loc"] else ""
+        found += [where + text for text in error["msg"].removeprefix("Value error, ").splitlines()]
+    return found
 
 
 def misspelt(names: Iterable[str]) -> dict[str, str]:

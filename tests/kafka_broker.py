@@ -59,7 +59,7 @@ _PROPERTIES: Final = """\
 process.roles=broker,controller
 node.id=1
 listeners={listeners},CONTROLLER://127.0.0.1:{controller_port}
-advertised.listeners={listeners}
+advertised.listeners={advertised}
 controller.listener.names=CONTROLLER
 listener.security.protocol.map=CONTROLLER:PLAINTEXT,{protocols}
 inter.broker.listener.name=PLAINTEXT
@@ -132,6 +132,7 @@ class KafkaBroker:
         properties: Mapping[str, str] | None = None,
         *,
         listeners: Mapping[str, str] | None = None,
+        astray: Mapping[str, str] | None = None,
         bootstrap: str = "",
     ) -> None:
         """Start it, or stand for the running one at `bootstrap`.
@@ -139,12 +140,14 @@ class KafkaBroker:
         Args:
             properties: settings beside the usual ones, and never a running broker's.
             listeners: names and protocols of listeners beside PLAINTEXT; `at` has their addresses.
+            astray: listeners that advertise another address than theirs.
             bootstrap: address of a broker that runs.
         """
         running = bootstrap or ("" if properties else _external())
         self.external: Final = bool(running)
         self._protocols: Final = {"PLAINTEXT": "PLAINTEXT", **(listeners or {})}
         self.at: dict[str, str] = {}
+        self._astray: Final = dict(astray or {})
         self._more: Final = "".join(f"{name}={value}\n" for name, value in (properties or {}).items())
         self._process: subprocess.Popen[bytes] | None = None
         self._guard: subprocess.Popen[bytes] | None = None
@@ -241,7 +244,8 @@ class KafkaBroker:
             self.bootstrap = self.at["PLAINTEXT"]
             data, properties = self._dir / f"data-{attempt}", self._dir / "server.properties"
             settings = _PROPERTIES.format(
-                listeners=",".join(f"{name}://{address}" for name, address in self.at.items()),
+                listeners=_listed(self.at),
+                advertised=_listed({**self.at, **self._astray}),
                 protocols=",".join(f"{name}:{protocol}" for name, protocol in self._protocols.items()),
                 controller_port=controller_port,
                 data=data,
@@ -426,6 +430,11 @@ def _run(command: Sequence[str], *, timeout_s: float) -> str:
 
 def _tail(text: str, lines: int = 40) -> str:
     return "\n".join(text.splitlines()[-lines:])
+
+
+def _listed(addresses: Mapping[str, str]) -> str:
+    """Listeners as a broker's properties have them."""
+    return ",".join(f"{name}://{address}" for name, address in addresses.items())
 
 
 def _cluster_id() -> str:

@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -10,11 +11,61 @@ from kafka_broker import KafkaBroker
 #: Users of PLAIN and their passwords; `app` may do nothing until it is granted.
 PASSWORDS: Final = {"admin": "admin-secret-1", "app": "app-secret-2"}
 KEY_PASSWORD: Final = "key-secret-3"
-LISTENERS: Final = {"SSL": "SSL", "MTLS": "SSL", "SASL": "SASL_PLAINTEXT", "SASLSSL": "SASL_SSL"}
+LISTENERS: Final = {
+    "SSL": "SSL",
+    "MTLS": "SSL",
+    "SASL": "SASL_PLAINTEXT",
+    "SASLSSL": "SASL_SSL",
+    "ENDED": "SSL",
+    "ELSEWHERE": "SSL",
+    "ASTRAY": "PLAINTEXT",
+}
+
+TLS: Final = {"security_protocol": "SSL", "ssl_cafile": "server.pem"}
+LOGIN: Final = {"security_protocol": "SASL_PLAINTEXT", "sasl_username": "admin", "sasl_password": PASSWORDS["admin"]}
+BOTH: Final = {**LOGIN, **TLS, "security_protocol": "SASL_SSL"}
+OTHER: Final = {"ssl_certfile": "other.pem", "ssl_keyfile": "other-key.pem"}
+CLIENT: Final = {"ssl_certfile": "client.pem", "ssl_keyfile": "client-key.pem", "ssl_key_password": KEY_PASSWORD}
+#: Listener, settings, and what the one line says.
+FAULTS: Final[Mapping[str, tuple[str, dict[str, str], str]]] = {
+    "password": ("SASL", {**LOGIN, "sasl_password": "no"}, "UEMB_SASL_USERNAME and UEMB_SASL_PASSWORD"),
+    "no password": ("SASLSSL", {**BOTH, "sasl_password": ""}, "UEMB_SASL_USERNAME and UEMB_SASL_PASSWORD"),
+    "mechanism": ("SASL", {**LOGIN, "sasl_mechanism": "SCRAM-SHA-256"}, "UEMB_SASL_MECHANISM to one of: PLAIN"),
+    "no login": ("SASL", {}, "demands a login; set UEMB_SECURITY_PROTOCOL to SASL_PLAINTEXT"),
+    "no login in TLS": ("SASLSSL", TLS, "demands a login; set UEMB_SECURITY_PROTOCOL to SASL_SSL"),
+    "needless login": ("PLAINTEXT", LOGIN, "takes no login; set UEMB_SECURITY_PROTOCOL to PLAINTEXT"),
+    "needless login in TLS": ("SSL", BOTH, "takes no login; set UEMB_SECURITY_PROTOCOL to SSL"),
+    "plain text": ("SSL", {}, "speaks TLS; set UEMB_SECURITY_PROTOCOL to SSL"),
+    "plain text, login": ("SASLSSL", LOGIN, "speaks TLS; set UEMB_SECURITY_PROTOCOL to SASL_SSL"),
+    "TLS": ("PLAINTEXT", TLS, "speaks no TLS; set UEMB_SECURITY_PROTOCOL to PLAINTEXT"),
+    "TLS, login": ("SASL", BOTH, "speaks no TLS; set UEMB_SECURITY_PROTOCOL to SASL_PLAINTEXT"),
+    "no CA": ("SSL", {"security_protocol": "SSL"}, "by no CA that this system knows"),
+    "another CA": ("SSL", {**TLS, "ssl_cafile": "other.pem"}, "set UEMB_SSL_CAFILE to its CA's"),
+    "ended": ("ENDED", {**TLS, "ssl_cafile": "ended.pem"}, "has expired; have whoever runs the brokers renew it"),
+    "another host": ("ELSEWHERE", {**TLS, "ssl_cafile": "elsewhere.pem"}, "is for another host"),
+    "missing CA": ("SSL", {**TLS, "ssl_cafile": "none.pem"}, "UEMB_SSL_CAFILE: there is no file"),
+    "empty CA": ("SSL", {**TLS, "ssl_cafile": "empty.pem"}, "UEMB_SSL_CAFILE"),
+    "no certificate": ("MTLS", TLS, "set UEMB_SSL_CERTFILE and UEMB_SSL_KEYFILE"),
+    "another certificate": ("MTLS", {**TLS, **OTHER}, "refuses the certificate in UEMB_SSL_CERTFILE"),
+    "missing certificate": ("MTLS", {**TLS, **CLIENT, "ssl_certfile": "none.pem"}, "UEMB_SSL_CERTFILE"),
+    "missing key": ("MTLS", {**TLS, **CLIENT, "ssl_keyfile": "none.pem"}, "UEMB_SSL_KEYFILE"),
+    "another key": ("MTLS", {**TLS, **CLIENT, "ssl_keyfile": "other-key.pem"}, "that belong together"),
+    "key password": ("MTLS", {**TLS, **CLIENT, "ssl_key_password": "no"}, "UEMB_SSL_KEY_PASSWORD"),
+    "no key password": ("MTLS", {**TLS, **CLIENT, "ssl_key_password": ""}, "UEMB_SSL_KEY_PASSWORD"),
+}
+SECRETS: Final = (*PASSWORDS.values(), KEY_PASSWORD)
+
+
+def there(folder: Path, settings: Mapping[str, str]) -> dict[str, str]:
+    """Settings, whose files lie in a folder."""
+    return {name: str(folder / value) if value.endswith(".pem") else value for name, value in settings.items()}
 
 
 class SecuredBroker(KafkaBroker):
     """PLAINTEXT may do all; `at` has the addresses of SSL, MTLS (demands a client's certificate), SASL and SASLSSL.
+
+    ENDED shows a certificate that has expired, ELSEWHERE one of another host; ASTRAY sends its
+    clients to a port that nobody listens on. What `FAULTS` names lies in the folder.
 
     Attributes:
         ca: certificate to check the broker against.
@@ -22,10 +73,13 @@ class SecuredBroker(KafkaBroker):
     """
 
     def __init__(self, folder: Path) -> None:
-        self.ca, server_key = make_certificate(folder, "server")
+        self.ca, server_key = make_certificate(folder, "server", days=90)
         self.client, self.client_key = make_certificate(folder, "client", KEY_PASSWORD)
-        keystore = folder / "keystore.pem"
-        keystore.write_text(server_key.read_text() + self.ca.read_text())
+        make_certificate(folder, "other")
+        (folder / "empty.pem").write_text("")
+        keystore = _keystore(folder, "server", self.ca, server_key)
+        ended = _keystore(folder, "ended", *make_ended_certificate(folder, "ended"))
+        elsewhere = _keystore(folder, "elsewhere", *make_certificate(folder, "elsewhere", address="127.0.0.9"))
         users = " ".join(f'user_{name}="{password}"' for name, password in PASSWORDS.items())
         login = f"org.apache.kafka.common.security.plain.PlainLoginModule required {users};"
         super().__init__(
@@ -35,6 +89,8 @@ class SecuredBroker(KafkaBroker):
                 "ssl.truststore.type": "PEM",
                 "ssl.truststore.location": str(self.client),
                 "listener.name.mtls.ssl.client.auth": "required",
+                "listener.name.ended.ssl.keystore.location": str(ended),
+                "listener.name.elsewhere.ssl.keystore.location": str(elsewhere),
                 "sasl.enabled.mechanisms": "PLAIN",
                 "listener.name.sasl.plain.sasl.jaas.config": login,
                 "listener.name.saslssl.plain.sasl.jaas.config": login,
@@ -42,22 +98,70 @@ class SecuredBroker(KafkaBroker):
                 "super.users": "User:ANONYMOUS;User:admin;User:CN=client",
             },
             listeners=LISTENERS,
+            astray={"ASTRAY": "127.0.0.1:1"},
         )
 
 
-def make_certificate(folder: Path, name: str, password: str = "") -> tuple[Path, Path]:
-    """A certificate of 127.0.0.1 that is signed by itself, and its key, encrypted if there is a password.
+def make_certificate(
+    folder: Path, name: str, password: str = "", *, address: str = "127.0.0.1", days: int = 2
+) -> tuple[Path, Path]:
+    """A certificate of an address that is signed by itself, and its key, encrypted if there is a password.
 
     Raises:
         FileNotFoundError: there is no openssl.
     """
+    certificate, key = folder / f"{name}.pem", folder / f"{name}-key.pem"
+    secret = ["-passout", f"pass:{password}"] if password else ["-nodes"]
+    _openssl("req", "-x509", *_NEW, *_named(name, address), *secret, "-days", days, "-keyout", key, "-out", certificate)
+    return certificate, key
+
+
+def make_ended_certificate(folder: Path, name: str) -> tuple[Path, Path]:
+    """One of 127.0.0.1 that was valid for the first month of 2020, and its key.
+
+    Raises:
+        FileNotFoundError: there is no openssl.
+    """
+    certificate, key, work = folder / f"{name}.pem", folder / f"{name}-key.pem", folder / f"{name}-ca"
+    work.mkdir()
+    (work / "index").touch()
+    (work / "settings").write_text(
+        f"""[ca]
+default_ca = own
+[own]
+database = {work}/index
+new_certs_dir = {work}
+rand_serial = yes
+default_md = sha256
+policy = any
+copy_extensions = copy
+[any]
+commonName = supplied
+"""
+    )
+    _openssl("req", *_NEW, *_named(name, "127.0.0.1"), "-nodes", "-keyout", key, "-out", work / "request")
+    dates = ["-startdate", "20200101000000Z", "-enddate", "20200201000000Z"]
+    files = ["-config", work / "settings", "-keyfile", key, "-in", work / "request", "-out", certificate]
+    _openssl("ca", "-batch", "-notext", "-selfsign", *dates, *files)
+    return certificate, key
+
+
+_NEW: Final = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1")
+
+
+def _named(name: str, address: str) -> list[str]:
+    return ["-subj", f"/CN={name}", "-addext", f"subjectAltName=IP:{address}"]
+
+
+def _keystore(folder: Path, name: str, certificate: Path, key: Path) -> Path:
+    """What a broker reads its key and certificate from."""
+    file = folder / f"{name}-keystore.pem"
+    file.write_text(key.read_text() + certificate.read_text())
+    return file
+
+
+def _openssl(*words: object) -> None:
     openssl = shutil.which("openssl")
     if openssl is None:
         raise FileNotFoundError("openssl")
-    certificate, key = folder / f"{name}.pem", folder / f"{name}-key.pem"
-    words = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-days", "2"]
-    names = ["-subj", f"/CN={name}", "-addext", "subjectAltName=IP:127.0.0.1"]
-    secret = ["-passout", f"pass:{password}"] if password else ["-nodes"]
-    command = [openssl, "req", "-x509", *words, *names, *secret, "-keyout", str(key), "-out", str(certificate)]
-    subprocess.run(command, check=True, capture_output=True, timeout=30)
-    return certificate, key
+    subprocess.run([openssl, *map(str, words)], check=True, capture_output=True, timeout=30)

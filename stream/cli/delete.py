@@ -70,7 +70,7 @@ def _wait(settings: Settings, ids: list[str], timeout_s: float) -> None:
         DeliveryError: that took longer.
     """
     deadline = time.monotonic() + timeout_s
-    with EmbeddingReader.open(settings.kv_url, timeout_s=1.0) as reader, progress_bar("users erased") as update:
+    with EmbeddingReader.open(settings.kv_url, timeout_s=1.0) as reader, progress_bar("erased", "users") as update:
         while True:
             _, found = reader.get_many(ids)
             left = sum(user.reason not in ("erased", "missing") for user in found)

@@ -20,7 +20,7 @@ from stream.cli.rollouts import (
     serving_options,
     wait_until,
 )
-from stream.cli.terminal import err, out, print_json, progress_bar
+from stream.cli.terminal import MB, err, out, print_json, progress_bar
 from stream.config import Settings, load_settings, numbers_of
 from stream.core.encoders import VersionedEncoder, make_encoder
 from stream.encoders.folder import load_encoder, read_manifest
@@ -79,7 +79,7 @@ def train(
         msg = "no item space; give --items FOLDER or set UEMB_ITEMS"
         raise ConfigError(msg)
     space, shape = ItemSpace.load(where), shape_of_files(settings, look)
-    with progress_bar("fetching data") as update:
+    with progress_bar("fetched", MB) as update:
         data = load(settings.cache_dir, events, update, err.print, shape=shape)
     rows = [row for row in data.events if row.type not in settings.ignored_types]
     names = [name.strip() for name in features.split(",")]

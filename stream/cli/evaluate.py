@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from stream.cli.files import FileOptions, file_options, shape_of_files
-from stream.cli.terminal import err, out, print_json, progress_bar
+from stream.cli.terminal import MB, PERCENT, err, out, print_json, progress_bar
 from stream.config import load_settings
 from stream.errors import ConfigError
 
@@ -52,11 +52,11 @@ def evaluate(
         msg = "name a file of events or --movielens, not both"
         raise ConfigError(msg)
     settings = load_settings()
-    with progress_bar("fetching data") as update:
+    with progress_bar("fetched", MB) as update:
         data = load(settings.cache_dir, file, update, err.print, shape=shape_of_files(settings, look))
     try:
         events = split_by_time(data.events, share)[0] if validation else data.events
-        with progress_bar("methods") as update:
+        with progress_bar("evaluated", PERCENT) as update:
             report = learning.evaluate(events, dim=dim, share=share, cases=cases, seed=seed, on_progress=update)
     except ValueError as exc:
         raise ConfigError(str(exc)) from exc

@@ -44,7 +44,7 @@ def export(out_file: Path, events: tuple[Path, ...], look: FileOptions, as_json:
     if unknown := {row.type for row in rows} - {*settings.event_types, *settings.ignored_types}:
         msg = f"unknown type {sorted(unknown)[0]!r}; add it to UEMB_EVENT_TYPES or UEMB_IGNORED_TYPES"
         raise ConfigError(msg)
-    with progress_bar("events") as update:
+    with progress_bar("written", "events") as update:
         found = vectors_before(rows, space, encoder, settings.event_types)
         count = save_parquet(found, out_file, space, encoder, update)
     facts = {

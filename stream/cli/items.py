@@ -8,7 +8,7 @@ import click
 from stream.cli import item_versions
 from stream.cli.files import FileOptions, file_options, shape_of_files
 from stream.cli.popular import items_popular
-from stream.cli.terminal import err, out, print_json, progress_bar
+from stream.cli.terminal import MB, PERCENT, err, out, print_json, progress_bar
 from stream.config import load_settings
 from stream.errors import ConfigError
 
@@ -79,10 +79,10 @@ def items_build(
         msg = f"--method {method} has no exponents of popularity; leave them out"
         raise ConfigError(msg)
     settings = load_settings()
-    with progress_bar("fetching data") as update:
+    with progress_bar("fetched", MB) as update:
         data = load(settings.cache_dir, events, update, err.print, shape=shape_of_files(settings, look))
     try:
-        with progress_bar("learning") as update:
+        with progress_bar("learning", PERCENT) as update:
             space = build_space(
                 data.events,
                 folder,
@@ -138,7 +138,7 @@ def items_import(
     default = Columns("ids", "vectors") if file.suffix.lower() == ".npz" else Columns()
     columns = Columns(id_column or default.ids, vector_column or default.vectors)
     target = folder or Path("items") / version
-    with progress_bar("rows") as update:
+    with progress_bar("imported", "rows") as update:
         space, bad = import_items(
             file,
             target,
@@ -165,7 +165,7 @@ def items_export(folder: Path, out_file: Path, history: bool, as_json: bool) -> 
     from stream.items.space import ItemSpace
 
     space = ItemSpace.load(folder)
-    with progress_bar("rows") as update:
+    with progress_bar("exported", "rows") as update:
         files = export_items(space, out_file, update, history=history)
     _describe(space, as_json, {"files": " ".join(map(str, files))})
 

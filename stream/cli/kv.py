@@ -40,7 +40,7 @@ def rebuild(partitions: tuple[int, ...], as_json: bool) -> None:
         raise click.BadParameter(msg, param_hint="--partition")
     started = time.monotonic()
     owned = asyncio.run(_ask(store, wanted))
-    with progress_bar("rebuilt partitions") as update:
+    with progress_bar("rebuilt", "partitions") as update:
 
         async def all_done() -> None:
             try:

@@ -97,7 +97,7 @@ def _events(files: tuple[Path, ...], settings: Settings, look: FileOptions) -> "
 
     shape = shape_of_files(settings, look)
     rows = chain.from_iterable(read_file(file, shape) for file in files_in(files))
-    with progress_bar("events") as update:
+    with progress_bar("counted", "events") as update:
         done = 0
         for done, row in enumerate(rows, 1):
             yield row

@@ -97,7 +97,7 @@ def wait_until(control: RolloutClient, what: str, row: Callable[[], dict[str, An
     Raises:
         ConfigError: a worker refuses the version.
     """
-    with progress_bar(f"users of {what}") as update:
+    with progress_bar(what, "users") as update:
         while True:
             now = row()
             if now["refused"]:

@@ -24,6 +24,7 @@ _ELSEWHERE: Final = {
     "bench": "stream.cli.bench.command",
     "delete": "stream.cli.delete",
     "dlq": "stream.cli.dlq.commands",
+    "doctor": "stream.cli.doctor.command",
     "encoder": "stream.cli.encoder",
     "evaluate": "stream.cli.evaluate",
     "export": "stream.cli.export",

@@ -88,7 +88,7 @@ def send(
     try:
         with (
             Feeder(settings.bootstrap_servers, client_config=librdkafka_config(settings)) as feeder,
-            progress_bar("sent") as update,
+            progress_bar("sent", "events") as update,
             closing(plan.records(start)) as planned,
         ):
             reached = None if progress is None else progress.reached

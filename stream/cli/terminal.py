@@ -14,9 +14,13 @@ from typing import Any, Final, TextIO
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from stream.logs import ACTIVE, escaped
+
+#: Units of progress that are not counted one by one: bytes, and steps that mean nothing by themselves.
+MB: Final = "MB"
+PERCENT: Final = "%"
 
 
 class PlainConsole(Console):
@@ -61,20 +65,38 @@ def _takes_all(stream: TextIO) -> bool:
     return (stream.encoding or "").lower().replace("-", "") in ("utf8", "utf16", "utf32")
 
 
-@contextmanager
-def progress_bar(text: str) -> Iterator[Callable[[int, int | None], None]]:
-    """Yield ``update(done, total)``; a total of None means that it is not known."""
-    if not err.is_terminal:
-        last = [0]
+def amount(done: int, total: int | None, unit: str) -> str:
+    """How much is done, and of how much while that is more.
 
-        def remember(done: int, _: int | None) -> None:
-            last[0] = done
+    >>> amount(1200, 4000, "events"), amount(4_924_029, None, MB), amount(1, 8, PERCENT)
+    ('1,200 of 4,000 events', '4.9 MB', '12 %')
+    """
+    if unit == PERCENT:
+        return f"{100 * done // total} %" if total else ""
+    parts = [done] if total is None or done >= total else [done, total]
+    return f"{' of '.join(f'{n / 1e6:,.1f}' if unit == MB else f'{n:,}' for n in parts)} {unit}"
+
+
+@contextmanager
+def progress_bar(text: str, unit: str) -> Iterator[Callable[[int, int | None], None]]:
+    """Yield ``update(done, total)``; a total of None means that it is not known.
+
+    Args:
+        text: what goes on.
+        unit: what is counted, in the plural; `MB` where bytes are, `PERCENT` where steps are.
+    """
+    if not err.is_terminal:
+        last = [""]
+
+        def remember(done: int, total: int | None) -> None:
+            last[0] = amount(done, total, unit) if done else ""
 
         yield remember
         if last[0]:
-            err.print(f"{text}: {last[0]:,}")
+            err.print(f"{text}: {last[0]}")
         return
-    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+    shown = TextColumn("{task.fields[amount]}", markup=False)
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), shown)
     with Progress(*columns, TimeRemainingColumn(), console=err) as progress:
-        task = progress.add_task(text, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+        task = progress.add_task(text, total=None, amount="")
+        yield lambda done, total: progress.update(task, completed=done, total=total, amount=amount(done, total, unit))

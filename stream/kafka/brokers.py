@@ -5,6 +5,7 @@ busy. So what it does not tell is looked at over a connection of our own.
 """
 
 import logging
+import re
 import socket
 import ssl
 import struct
@@ -42,9 +43,18 @@ _LATER: Final = (
     KafkaError.INVALID_REPLICATION_FACTOR,
 )
 _OTHER_HOST: Final = (62, 64)  # X509_V_ERR_HOSTNAME_MISMATCH, X509_V_ERR_IP_ADDRESS_MISMATCH
+_EXPIRED: Final = 10  # X509_V_ERR_CERT_HAS_EXPIRED
 # ApiVersions, version 0, which every broker answers to every client; then Metadata, version 1, of no topic.
 _HELLO: Final = struct.pack(">ihhih", 10, 18, 0, 1, -1)
+#: An answer begins with the number of its request; one that is said to be larger is of somebody who speaks otherwise.
+_NUMBER: Final = struct.pack(">i", 1)
+_LARGEST_ANSWER: Final = 1 << 20
 _WHO: Final = struct.pack(">ihhihi", 14, 3, 1, 2, -1, 0)
+
+#: How the client begins to speak of a broker that it was told of: with its number behind the address.
+_LEARNED: Final = re.compile(
+    r"(?:\w+://)?(?P<address>\S+:\d+)/\d+: (?:Connect to|Failed to resolve|Connection setup timed out)"
+)
 
 _reached: set[tuple[tuple[str, Any], ...]] = set()
 
@@ -172,14 +182,25 @@ def reach(settings: Settings) -> None:
         ConfigError: they can't, and why.
         DeliveryError: no broker answers.
     """
-    config = librdkafka_config(settings)
-    if (key := tuple(sorted(config.items()))) not in _reached:
-        _first_contact(settings, config)
-        _reached.add(key)
+    if _key(librdkafka_config(settings)) not in _reached:
+        first_contact(settings, PATIENCE_S)
 
 
-def _first_contact(settings: Settings, config: Mapping[str, Any]) -> None:
-    tls = settings.tls_context()
+def _key(config: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted(config.items()))
+
+
+def first_contact(settings: Settings, patience_s: float) -> ClusterMetadata:
+    """What the brokers say of themselves and of all topics; blocking.
+
+    Args:
+        settings: where they are, and how to log in.
+        patience_s: how long to try while nothing says that it can't succeed.
+
+    Raises:
+        ConfigError: they can't be reached, and why.
+    """
+    config, tls = librdkafka_config(settings), settings.tls_context()
     troubles: list[KafkaError] = []
     try:
         client = AdminClient({**config, **_QUIET, "error_cb": troubles.append})
@@ -188,23 +209,26 @@ def _first_contact(settings: Settings, config: Mapping[str, Any]) -> None:
         raise ConfigError(msg) from exc
     begun, look_s, said = time.monotonic(), _FIRST_LOOK_S, "no answer"
     fault: str | None = None
+    astray: str | None = None
     while True:
         try:
-            client.list_topics(timeout=look_s)
+            cluster = client.list_topics(timeout=look_s)
         except KafkaException as exc:
             said = exc.args[0].str()
         else:
-            return
+            _reached.add(_key(config))
+            return cluster
         client.poll(0)
+        astray = next(filter(None, (_sent_astray(settings, trouble.str()) for trouble in troubles)), astray)
         if any(trouble.code() == KafkaError._ALL_BROKERS_DOWN for trouble in troubles):
             causes = _causes(settings, tls, troubles)
             fault = next(filter(None, causes), fault)
             if fault is not None and None not in causes:
                 raise ConfigError(fault)
             troubles.clear()  # of the others one may be on its way
-        left_s = begun + PATIENCE_S - time.monotonic()
+        left_s = begun + patience_s - time.monotonic()
         if left_s <= 0:
-            raise _no_answer(settings, said) if fault is None else ConfigError(fault)
+            raise _no_answer(settings, said) if not (fault or astray) else ConfigError(fault or astray)
         look_s = min(2 * look_s, left_s)
 
 
@@ -217,7 +241,29 @@ def _causes(settings: Settings, tls: ssl.SSLContext | None, troubles: Sequence[K
     for trouble in troubles:
         if trouble.code() == KafkaError._AUTHENTICATION:
             return [_refused_login(settings, trouble.str())]
-    return [_look_at(address.strip(), settings, tls) for address in settings.bootstrap_servers.split(",")]
+    return [look_at(address, settings, tls) for address in addresses(settings)]
+
+
+def addresses(settings: Settings) -> list[str]:
+    """Each of the bootstrap servers, host:port."""
+    return [address.strip() for address in settings.bootstrap_servers.split(",")]
+
+
+def host_and_port(address: str) -> tuple[str, int]:
+    """The parts of an address; ``ValueError`` where it is none."""
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def _sent_astray(settings: Settings, said: str) -> str | None:
+    """What to say of a broker that can't be reached under the address that it gave its clients; None for others."""
+    found = _LEARNED.match(said)
+    if found is None or found["address"] in addresses(settings):
+        return None
+    return (
+        f"{settings.bootstrap_servers} sends its clients to {found['address']}, where they reach nobody; correct the "
+        "broker's advertised.listeners, or open the way to it"
+    )
 
 
 def _refused_login(settings: Settings, said: str) -> str:
@@ -230,12 +276,11 @@ def _refused_login(settings: Settings, said: str) -> str:
     return f"{where} takes no login; set UEMB_SECURITY_PROTOCOL to {settings.security_protocol.removeprefix('SASL_')}"
 
 
-def _look_at(address: str, settings: Settings, tls: ssl.SSLContext | None) -> str | None:
+def look_at(address: str, settings: Settings, tls: ssl.SSLContext | None) -> str | None:
     """What one broker has against a client of these settings; None for nothing that lasts."""
-    host, _, port = address.rpartition(":")
-    host = host.strip("[]")
     try:
-        with socket.create_connection((host, int(port)), _PROBE_S) as connection:
+        host, port = host_and_port(address)
+        with socket.create_connection((host, port), _PROBE_S) as connection:
             if tls is None:
                 return _exchange(address, settings, connection)
             return _shake_hands(host, address, settings, tls, connection)
@@ -249,6 +294,8 @@ def _shake_hands(
     try:
         secured = tls.wrap_socket(connection, server_hostname=host)
     except ssl.SSLCertVerificationError as exc:
+        if exc.verify_code == _EXPIRED:
+            return f"the certificate of {address}, or of its CA, has expired; have whoever runs the brokers renew it"
         if exc.verify_code in _OTHER_HOST:
             return f"the certificate of {address} is for another host; name it in UEMB_BOOTSTRAP_SERVERS as that does"
         ca = "by no CA that this system knows" if settings.ssl_cafile is None else f"not by {settings.ssl_cafile}"
@@ -268,8 +315,10 @@ def _shake_hands(
 def _exchange(address: str, settings: Settings, connection: socket.socket) -> str | None:
     with connection.makefile("rb") as answers:
         connection.sendall(_HELLO)
-        if not _answered(answers):
+        if not (answer := _answered(answers)):
             return None if isinstance(connection, ssl.SSLSocket) else _plain_to_tls(address, settings)
+        if answer[:4] != _NUMBER:
+            return f"{address} does not speak Kafka's protocol; name a Kafka broker in UEMB_BOOTSTRAP_SERVERS"
         if settings.security_protocol.startswith("SASL"):
             return None
         connection.sendall(_WHO)
@@ -279,23 +328,48 @@ def _exchange(address: str, settings: Settings, connection: socket.socket) -> st
     return f"{address} demands a login; set UEMB_SECURITY_PROTOCOL to {secured}, and UEMB_SASL_USERNAME and _PASSWORD"
 
 
-def _answered(answers: BinaryIO) -> bool:
-    """Whether an answer came, which is read; False when the other side hung up, or sent an alert of TLS.
+def _answered(answers: BinaryIO) -> bytes:
+    """An answer, empty when the other side hung up, or sent an alert of TLS.
 
     Raises:
         TimeoutError: it does neither.
     """
     try:
         head = answers.read(4)
-        return len(head) == 4 and head[:2] != b"\x15\x03" and bool(answers.read(*struct.unpack(">i", head)))
+        if len(head) < 4 or head[:2] == b"\x15\x03":
+            return b""
+        (size,) = struct.unpack(">I", head)
+        return answers.read(size) if size <= _LARGEST_ANSWER else head
     except ConnectionResetError:
-        return False
+        return b""
+
+
+def certificate_and_levels(address: str, tls: ssl.SSLContext | None) -> tuple[bytes | None, dict[int, int]]:
+    """What a sound broker shows before any login: its certificate (DER), and the newest version of each request.
+
+    Raises:
+        OSError: it shows nothing.
+    """
+    host, port = host_and_port(address)
+    with socket.create_connection((host, port), _PROBE_S) as connection:
+        if tls is None:
+            return None, _levels(connection)
+        with tls.wrap_socket(connection, server_hostname=host) as secured:
+            return secured.getpeercert(binary_form=True), _levels(secured)
+
+
+def _levels(connection: socket.socket) -> dict[int, int]:
+    with connection.makefile("rb") as answers:
+        connection.sendall(_HELLO)
+        answer = _answered(answers)
+    told = answer[10:]  # behind correlation id, error code and a count: key, oldest and newest version of each
+    return {key: newest for key, _, newest in struct.iter_unpack(">hhh", told[: len(told) // 6 * 6])}
 
 
 def _plain_to_tls(address: str, settings: Settings) -> str | None:
     """What to say of a port that hangs up on plain text."""
-    host, _, port = address.rpartition(":")
-    if not speaks_tls(host.strip("[]"), int(port)):
+    if not speaks_tls(*host_and_port(address)):
         return None
     secured = settings.security_protocol.replace("PLAINTEXT", "SSL")
-    return f"{address} speaks TLS; set UEMB_SECURITY_PROTOCOL to {secured}, or to SASL_SSL if it demands a login"
+    perhaps = "" if secured == "SASL_SSL" else ", or to SASL_SSL if it demands a login"
+    return f"{address} speaks TLS; set UEMB_SECURITY_PROTOCOL to {secured}{perhaps}"

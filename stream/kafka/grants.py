@@ -82,6 +82,16 @@ def _verify(settings: Settings) -> list[Grant]:
     return [*_topics(["Read"], *topics), Grant(("Describe",), "group", settings.app_id)]
 
 
+def _doctor(settings: Settings) -> list[Grant]:
+    """What tells which of a worker's grants are missing; who runs it is the worker's own user."""
+    topics = [grant.name for grant in worker(settings) if _is_topic(grant)]
+    return [
+        *_topics(["Describe", "DescribeConfigs"], *topics),
+        *_topics(["Read"], settings.changelog_topic, settings.item_versions_topic),
+        Grant(("Describe",), "group", settings.app_id),
+    ]
+
+
 def _repartition(settings: Settings) -> list[Grant]:
     return [
         *_topics(["Alter"], *settings.event_topics),
@@ -110,6 +120,7 @@ NEEDS: Final[dict[str, Callable[[Settings], list[Grant]]]] = {
     "encoder": _items,
     "dlq": _dlq,
     "verify": _verify,
+    "doctor": _doctor,
     "repartition": _repartition,
     "bench": _bench,
 }

@@ -2,9 +2,18 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
-from confluent_kafka import OFFSET_INVALID, Consumer, KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka import (
+    OFFSET_INVALID,
+    Consumer,
+    IsolationLevel,
+    KafkaError,
+    KafkaException,
+    Message,
+    TopicPartition,
+)
+from confluent_kafka.admin import AdminClient, OffsetSpec
 
 from stream.config import Settings
 from stream.core.events import MAX_EXPANDED_BYTES
@@ -68,6 +77,32 @@ def whole(consumer: Consumer, topic: str, partition: int) -> Span | None:
     except KafkaException as exc:
         raise unreadable(topic, exc.args[0]) from exc
     return None if found is None else Span(topic, partition, *found)
+
+
+def log_ends(admin: AdminClient, places: Iterable[tuple[str, int]], spec: OffsetSpec | None = None) -> dict[Any, Any]:
+    """What brokers tell of the ends of partitions without a consumer, who would have them make the topic of groups.
+
+    Args:
+        admin: asks.
+        places: topic and partition of each.
+        spec: which place in the log, by default the next offset of what is committed.
+
+    Returns:
+        By place, an object with its `offset` and `timestamp` (ms, negative where there is no record).
+
+    Raises:
+        DeliveryError: a broker does not tell.
+        NotAllowed: a topic may not be described.
+    """
+    wanted = {TopicPartition(*place): spec or OffsetSpec.latest() for place in places}
+    asked = admin.list_offsets(wanted, isolation_level=IsolationLevel.READ_COMMITTED, request_timeout=TIMEOUT_S)
+    found = {}
+    for place, future in asked.items():
+        try:
+            found[place.topic, place.partition] = future.result()
+        except KafkaException as exc:
+            raise unreadable(place.topic, exc.args[0]) from exc
+    return found
 
 
 def _watermarks(consumer: Consumer, place: TopicPartition) -> tuple[int, int] | None:

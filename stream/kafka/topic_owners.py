@@ -14,7 +14,7 @@ from confluent_kafka import Consumer
 from stream.config import ITEM_STATUS, Settings
 from stream.core.json_records import decode_json, encode_json
 from stream.errors import ConfigError, DeliveryError, NotAllowed
-from stream.kafka.brokers import list_topics
+from stream.kafka.brokers import admin_client, list_topics
 from stream.kafka.log_reader import open_consumer, read, whole
 
 log = logging.getLogger(__name__)
@@ -50,12 +50,14 @@ def check_owners(settings: Settings) -> None:
     Raises:
         ConfigError: there is such an application, or no broker answers.
     """
+    known = list_topics(admin_client(settings), settings).topics
+    others = [name for name, topic in known.items() if name.endswith(ITEM_STATUS) and topic.error is None]
+    others = [name for name in others if name != settings.item_status_topic]
+    if not others:
+        return
     consumer = open_consumer(settings, "owners")
     try:
-        known = list_topics(consumer, settings).topics
-        for name, topic in known.items():
-            if not name.endswith(ITEM_STATUS) or name == settings.item_status_topic or topic.error is not None:
-                continue
+        for name in others:
             try:
                 theirs = _topics_of(consumer, name)
             except (DeliveryError, NotAllowed) as exc:

@@ -2,17 +2,17 @@
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from confluent_kafka import KafkaError, KafkaException, TopicCollection
-from confluent_kafka.admin import AclOperation, AdminClient, ConfigResource, NewTopic
+from confluent_kafka.admin import AclOperation, AdminClient, ClusterMetadata, ConfigResource, NewTopic
 
 from stream.config import Settings
 from stream.core.history_codec import max_state_bytes
-from stream.errors import NotAllowed, TopicMismatch, way_on
+from stream.errors import ConfigError, NotAllowed, TopicMismatch, way_on
 from stream.kafka.brokers import admin_client, list_topics, refused
 from stream.kafka.grants import REFUSED, TOPIC_REFUSED, worker
 
@@ -73,6 +73,70 @@ class Prepared:
     removed_kept_s: float = _REMOVED_KEPT_S
 
 
+@dataclass(frozen=True)
+class Survey:
+    """Topics as they are, beside what they must be like.
+
+    Attributes:
+        found: number of partitions of each topic that is there.
+        partitions: n of all input topics, the changelog and the output, as they are or would be made.
+        wanted: what each must be like.
+        configs: settings of those that are there, by topic and name, without those that this client may not be told.
+    """
+
+    found: Mapping[str, int]
+    partitions: int
+    wanted: Sequence[Wanted]
+    configs: Mapping[str, Mapping[str, str]]
+
+    @property
+    def there(self) -> list[Wanted]:
+        """Topics that exist."""
+        return [topic for topic in self.wanted if topic.name in self.found]
+
+    @property
+    def missing(self) -> list[Wanted]:
+        """Topics that a worker would make."""
+        return [topic for topic in self.wanted if topic.name not in self.found]
+
+    @property
+    def untold(self) -> list[str]:
+        """Topics that exist, whose settings this client may not be told."""
+        return [topic.name for topic in self.there if topic.name not in self.configs]
+
+    def troubles(self, settings: Settings) -> Iterator[ConfigError]:
+        """All that a worker refuses to start with."""
+        yield from _count_troubles(self.wanted, self.found)
+        yield from _config_troubles(settings, self.there, self.configs)
+
+
+def survey_topics(settings: Settings, admin: AdminClient, cluster: ClusterMetadata, dim: int) -> Survey:
+    """Look at all topics without changing any; blocking.
+
+    Args:
+        settings: names and limits.
+        admin: asks.
+        cluster: what the brokers say of all topics.
+        dim: dimension of the largest item space, which decides the size of an output record.
+
+    Raises:
+        ConfigError: the settings of a topic can't be read.
+    """
+    found = _partition_counts(cluster)
+    counts = {topic: found[topic] for topic in settings.event_topics if topic in found}
+    partitions = next(iter(counts.values())) if counts else settings.partitions
+    configs: dict[str, dict[str, str]] = {}
+    if is_administered(cluster):
+        configs = topic_configs(settings, admin, [name for name in _names(settings) if name in found])
+    limits = {name: int(configs[name]["max.message.bytes"]) for name in counts if name in configs}
+    return Survey(found, partitions, _wanted(settings, partitions, dim, limits), configs)
+
+
+def is_administered(cluster: ClusterMetadata) -> bool:
+    """Whether the brokers answer admin requests; the embedded one doesn't."""
+    return cluster.controller_id in cluster.brokers
+
+
 def prepare_topics(settings: Settings, dim: int) -> Prepared:
     """Create missing topics and check all; blocking.
 
@@ -86,38 +150,36 @@ def prepare_topics(settings: Settings, dim: int) -> Prepared:
         ConfigError: the broker can't be reached.
     """
     admin = admin_client(settings)
-    found = _partition_counts(admin, settings)
-    cluster = admin.list_topics(timeout=TIMEOUT_S)
-    administered = cluster.controller_id in cluster.brokers
-    if administered:
-        _check_grants(admin, settings)
-    counts = {topic: found[topic] for topic in settings.event_topics if topic in found}
-    partitions = next(iter(counts.values())) if counts else settings.partitions
-    if not administered:
+    cluster = list_topics(admin, settings)
+    if not is_administered(cluster):
         log.info("the broker answers no admin requests (embedded broker): topic settings are not checked")
         # asking for a topic's metadata creates it there
         found = {
             name: len(admin.list_topics(name, timeout=TIMEOUT_S).topics[name].partitions) for name in _names(settings)
         }
         partitions = found[settings.event_topics[0]]
-        _check_counts(_wanted(settings, partitions, dim, {}), found)
+        _refuse(_count_troubles(_wanted(settings, partitions, dim, {}), found))
         return Prepared(partitions, found[settings.dlq_topic], administered=False, largest_dim=_EMBEDDED_DIM)
-    configs = topic_configs(settings, admin, [name for name in _names(settings) if name in found])
-    limits = {name: int(configs[name]["max.message.bytes"]) for name in counts if name in configs}
-    wanted = _wanted(settings, partitions, dim, limits)
-    there, missing = ([w for w in wanted if (w.name in found) is known] for known in (True, False))
-    _check_counts(wanted, found)
-    _check_configs(settings, there, configs)  # a start that is refused creates nothing
-    _create(admin, missing, settings, partitions)
-    configs |= topic_configs(settings, admin, [w.name for w in missing])
-    _check_configs(settings, missing, configs)
-    if untold := [w.name for w in wanted if w.name not in configs]:
+    _check_grants(admin, settings)
+    survey = survey_topics(settings, admin, cluster, dim)
+    partitions, missing = survey.partitions, survey.missing
+    _refuse(survey.troubles(settings))  # a start that is refused creates nothing
+    create_topics(admin, missing, settings, partitions)
+    configs = {**survey.configs, **topic_configs(settings, admin, [w.name for w in missing])}
+    _refuse(_config_troubles(settings, missing, configs))
+    if untold := [w.name for w in survey.wanted if w.name not in configs]:
         log.warning("not allowed to DescribeConfigs topic %s: these settings are not checked", ", ".join(untold))
     changelog, output = configs.get(settings.changelog_topic, {}), configs.get(settings.output_topic, {})
     removed_kept_s = int(changelog.get("delete.retention.ms", 1000 * _REMOVED_KEPT_S)) / 1000
+    largest_dim = room_for_dims(settings, output)
+    letters = survey.found.get(settings.dlq_topic, partitions)
+    return Prepared(partitions, letters, True, largest_dim, removed_kept_s)
+
+
+def room_for_dims(settings: Settings, output: Mapping[str, str]) -> int:
+    """Dimensions that a record of the output topic has room for; `output` are the topic's settings."""
     room = int(output.get("max.message.bytes", _DEFAULT_LIMIT)) - _FRAME_BYTES
-    largest_dim = room // _bytes_per_dim(settings)
-    return Prepared(partitions, found.get(settings.dlq_topic, partitions), True, largest_dim, removed_kept_s)
+    return room // _bytes_per_dim(settings)
 
 
 def topic_partitions(settings: Settings, *topics: str) -> int | None:
@@ -128,7 +190,7 @@ def topic_partitions(settings: Settings, *topics: str) -> int | None:
         ConfigError: the broker can't be reached.
     """
     admin, names = admin_client(settings), topics or settings.event_topics
-    found = _partition_counts(admin, settings)
+    found = _partition_counts(list_topics(admin, settings))
     if (there := next((topic for topic in names if topic in found), None)) is not None:
         return found[there]
     for topic, description in _described(admin, names[:1]).items():
@@ -186,9 +248,14 @@ def _sized(config: Mapping[str, str], needed: int) -> dict[str, str]:
     return {**config, "max.message.bytes": str(needed)} if needed > 1_000_000 else dict(config)
 
 
-def _partition_counts(admin: AdminClient, settings: Settings) -> dict[str, int]:
-    topics = list_topics(admin, settings).topics
-    return {name: len(topic.partitions) for name, topic in topics.items() if topic.error is None}
+def _partition_counts(cluster: ClusterMetadata) -> dict[str, int]:
+    return {name: len(topic.partitions) for name, topic in cluster.topics.items() if topic.error is None}
+
+
+def _refuse(troubles: Iterable[ConfigError]) -> None:
+    """Raise the first."""
+    for trouble in troubles:
+        raise trouble
 
 
 def _described(admin: AdminClient, names: Iterable[str]) -> dict[str, Any]:
@@ -205,6 +272,11 @@ def _described(admin: AdminClient, names: Iterable[str]) -> dict[str, Any]:
     return found
 
 
+def hidden_topics(admin: AdminClient, names: Iterable[str]) -> set[str]:
+    """Those that may be there, and that this client may not see; blocking."""
+    return {name for name, description in _described(admin, names).items() if _is_hidden(description)}
+
+
 def _is_hidden(description: Any) -> bool:
     """Whether a topic, if it is there at all, may not be described, and so is in no list either."""
     return isinstance(description, KafkaError) and description.code() == TOPIC_REFUSED
@@ -216,6 +288,12 @@ def _check_grants(admin: AdminClient, settings: Settings) -> None:
     Raises:
         NotAllowed: all that is missing on topics that are there, or may be.
     """
+    if missing := missing_grants(admin, settings):
+        raise NotAllowed(", ".join(missing))
+
+
+def missing_grants(admin: AdminClient, settings: Settings) -> list[str]:
+    """Operations and name of each topic, there or not, with which a worker may not do what it must; blocking."""
     needed = {grant.name: grant.operations for grant in worker(settings) if grant.kind == "topic"}
     missing = []
     for name, description in _described(admin, needed).items():
@@ -226,11 +304,10 @@ def _check_grants(admin: AdminClient, settings: Settings) -> None:
             lacks = [op for op in needed[name] if AclOperation[op.upper()] not in allowed]
         if lacks:
             missing.append(f"{'/'.join(lacks)} topic {name}")
-    if missing:
-        raise NotAllowed(", ".join(missing))
+    return missing
 
 
-def _check_counts(wanted: list[Wanted], found: Mapping[str, int]) -> None:
+def _count_troubles(wanted: Sequence[Wanted], found: Mapping[str, int]) -> Iterator[ConfigError]:
     first = wanted[0]
     for topic in wanted:
         count = found.get(topic.name)
@@ -239,10 +316,25 @@ def _check_counts(wanted: list[Wanted], found: Mapping[str, int]) -> None:
                 f"{topic.role} {topic.name} has {count} partitions, {first.name} has {topic.partitions}; "
                 f"all input topics, the changelog and the output need the same number: {way_on(max(found.values()))}"
             )
-            raise TopicMismatch(msg)
+            yield TopicMismatch(msg)
 
 
-def _create(admin: AdminClient, topics: list[Wanted], settings: Settings, partitions: int) -> None:
+def create_topics(
+    admin: AdminClient, topics: Sequence[Wanted], settings: Settings, partitions: int, *, dry_run: bool = False
+) -> None:
+    """Make topics; blocking.
+
+    Args:
+        admin: orders them.
+        topics: what they must be like.
+        settings: how many replicas.
+        partitions: how many partitions, where a topic says nothing else.
+        dry_run: have the brokers only say whether they would.
+
+    Raises:
+        NotAllowed: one may not be made by this client.
+        ConfigError: the brokers refuse one.
+    """
     if not topics:
         return
     new = [
@@ -254,10 +346,12 @@ def _create(admin: AdminClient, topics: list[Wanted], settings: Settings, partit
         )
         for t in topics
     ]
-    for name, future in admin.create_topics(new, operation_timeout=TIMEOUT_S, request_timeout=TIMEOUT_S).items():
+    asked = admin.create_topics(new, operation_timeout=TIMEOUT_S, request_timeout=TIMEOUT_S, validate_only=dry_run)
+    for name, future in asked.items():
         try:
             future.result()
-            log.info("created topic %s", name)
+            if not dry_run:
+                log.info("created topic %s", name)
         except KafkaException as exc:
             if exc.args[0].code() in REFUSED:
                 raise NotAllowed(name, to="Create topic") from exc
@@ -296,34 +390,35 @@ def topic_configs(settings: Settings, admin: AdminClient, names: list[str]) -> d
     return out
 
 
-def _check_configs(settings: Settings, wanted: list[Wanted], configs: Mapping[str, Mapping[str, str]]) -> None:
+def _config_troubles(
+    settings: Settings, wanted: Sequence[Wanted], configs: Mapping[str, Mapping[str, str]]
+) -> Iterator[ConfigError]:
     for topic in wanted:
         if (config := configs.get(topic.name)) is None:
             if topic.name in settings.event_topics and settings.erasure_marker_retention_ms is not None:
-                raise NotAllowed(topic.name, to="DescribeConfigs topic")  # erased users might come back
+                yield NotAllowed(topic.name, to="DescribeConfigs topic")  # erased users might come back
             continue
         policy = set(config["cleanup.policy"].split(","))
         if topic.compacted is True and policy != {"compact"}:
             msg = f"{topic.role} {topic.name} has cleanup.policy={','.join(sorted(policy))}; it must be compact alone"
-            raise TopicMismatch(msg)
+            yield TopicMismatch(msg)
         if topic.compacted is False and "compact" in policy:
             msg = f"{topic.role} {topic.name} is compacted, which loses records of one key; set cleanup.policy=delete"
-            raise TopicMismatch(msg)
+            yield TopicMismatch(msg)
         if int(config["max.message.bytes"]) < topic.min_bytes:
             msg = (
                 f"{topic.role} {topic.name} has max.message.bytes={config['max.message.bytes']}; "
                 f"it needs at least {topic.min_bytes}"
             )
-            raise TopicMismatch(msg)
+            yield TopicMismatch(msg)
         if topic.name in settings.event_topics:
-            _check_markers_outlast(settings, topic.name, config)
+            yield from _marker_troubles(settings, topic.name, config)
 
 
-def _check_markers_outlast(settings: Settings, name: str, config: Mapping[str, str]) -> None:
+def _marker_troubles(settings: Settings, name: str, config: Mapping[str, str]) -> Iterator[TopicMismatch]:
     """Refuse to forget an erasure while a topic still holds events that it covers: a replay would bring the user back.
 
-    Raises:
-        TopicMismatch: an event topic keeps its records for longer than markers are kept, or for ever.
+    So it does where an event topic keeps its records for longer than markers are kept, or for ever.
     """
     kept_ms = settings.erasure_marker_retention_ms
     if kept_ms is None:
@@ -334,11 +429,11 @@ def _check_markers_outlast(settings: Settings, name: str, config: Mapping[str, s
             f"event topic {name} keeps its records for ever (retention.ms={retention_ms}), so that markers of erased "
             "users must be kept as well; set retention.ms, or unset UEMB_ERASURE_MARKER_RETENTION"
         )
-        raise TopicMismatch(msg)
-    if kept_ms < retention_ms + segment_ms:  # a segment goes when its newest record is old enough
+        yield TopicMismatch(msg)
+    elif kept_ms < retention_ms + segment_ms:  # a segment goes when its newest record is old enough
         msg = (
             f"UEMB_ERASURE_MARKER_RETENTION is {kept_ms / 1000:g} s, but event topic {name} keeps records for up to "
             f"{(retention_ms + segment_ms) / 1000:g} s (retention.ms + segment.ms), whose replay would bring erased "
             "users back; raise the one, or lower the others"
         )
-        raise TopicMismatch(msg)
+        yield TopicMismatch(msg)

@@ -61,6 +61,19 @@ class LiveSpaces:
             raise ConfigError(msg)
         self.spaces = await in_line(live, wanted, self.spaces, self.refused, self._open)
 
+    def check(self) -> None:
+        """See that there is one.
+
+        Raises:
+            ConfigError: there is nothing to make vectors of.
+        """
+        if not self.spaces:
+            msg = (
+                "UEMB_ITEMS is not set, and no item version is active; point it to an item space folder (make one with "
+                "`uemb items build`), or activate a version"
+            )
+            raise ConfigError(msg)
+
     async def _open(self, offset: int, record: ControlRecord) -> ItemSpace | None:
         """Load a version, None if it is refused.
 

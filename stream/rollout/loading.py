@@ -44,10 +44,23 @@ async def in_line(
 async def load_beside(
     folder: Path, load: Callable[[Path], _Loaded], timeout_s: float, error: type[UembError]
 ) -> _Loaded:
-    """Load a folder in a thread; one whose file system hangs is left to itself, and no exit waits for it.
+    """Load a folder in a thread; one whose file system hangs is left to itself.
 
     Raises:
         UembError: whatever `load` raises, and `error` if it did not come to an end in time.
+    """
+    try:
+        return await beside(lambda: load(folder), f"load {folder.name}", timeout_s)
+    except TimeoutError:
+        msg = f"{folder} was not loaded within {timeout_s:g} s; see its file system, or raise UEMB_ITEMS_TIMEOUT_S"
+        raise error(msg) from None
+
+
+async def beside(call: Callable[[], _Loaded], name: str, timeout_s: float) -> _Loaded:
+    """Call something in a thread of that name; one that hangs is left to itself, and no exit waits for it.
+
+    Raises:
+        TimeoutError: it did not come to an end in time.
     """
     loop = asyncio.get_running_loop()
     done: asyncio.Future[_Loaded] = loop.create_future()
@@ -64,16 +77,12 @@ async def load_beside(
         loaded: list[_Loaded] = []
         failed = None
         try:
-            loaded.append(load(folder))
+            loaded.append(call())
         except Exception as exc:  # noqa: BLE001 - it is raised where it is waited for
             failed = exc
         with suppress(RuntimeError):  # the loop has ended meanwhile
             loop.call_soon_threadsafe(tell, loaded, failed)
 
-    threading.Thread(target=run, name=f"load {folder.name}", daemon=True).start()
-    try:
-        async with asyncio.timeout(timeout_s):
-            return await done
-    except TimeoutError:
-        msg = f"{folder} was not loaded within {timeout_s:g} s; see its file system, or raise UEMB_ITEMS_TIMEOUT_S"
-        raise error(msg) from None
+    threading.Thread(target=run, name=name, daemon=True).start()
+    async with asyncio.timeout(timeout_s):
+        return await done

@@ -17,7 +17,6 @@ from typing import Final
 from stream.config import Settings
 from stream.core.records import encode
 from stream.core.space_engine import Pair, fallback_record
-from stream.errors import ConfigError
 from stream.items.space import ItemSpace
 from stream.kafka.clients import Clients
 from stream.keys import encoder_key, fallback_key, user_cache_key
@@ -107,12 +106,7 @@ class Rollout:
         self._live = LiveSpaces(self._settings, base, largest_dim)
         await self._control.start()
         await self._load()
-        if not self._live.spaces:
-            msg = (
-                "UEMB_ITEMS is not set, and no item version is active; point it to an item space folder (make one with "
-                "`uemb items build`), or activate a version"
-            )
-            raise ConfigError(msg)
+        self._live.check()
         if not self.pairs:
             for encoder in self._encoders.encoders.values():
                 encoder.check(next(iter(self._live.spaces.values())))

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,7 +19,7 @@ from threadpoolctl import threadpool_limits
 
 from stream.config import Settings
 from stream.core.counters import Counter
-from stream.errors import ConfigError, DeliveryError, Fenced, NotAllowed, StateError, StateMismatch, UembError, way_on
+from stream.errors import ConfigError, DeliveryError, Fenced, NotAllowed, StateError, UembError
 from stream.kafka.clients import Clients
 from stream.kafka.delivery import DurableMarks
 from stream.kafka.group import check_group
@@ -28,7 +28,6 @@ from stream.kafka.topic_owners import check_owners, topics_record
 from stream.kafka.topic_watch import WATCH_S, TopicWatch
 from stream.kafka.topics import Prepared, prepare_topics
 from stream.kafka.transport import BatchSchema
-from stream.keys import encoder_key
 from stream.kv.protocol import KVWriter, Meta
 from stream.kv.retrying import PatientKV
 from stream.kv.stores import check_place, open_writer
@@ -40,6 +39,7 @@ from stream.rollout.live_spaces import load_space
 from stream.rollout.records import Status
 from stream.rollout.rollout import Rollout
 from stream.worker.partitions import Partitions, Parts
+from stream.worker.registration import registered
 
 log = logging.getLogger(__name__)
 
@@ -164,7 +164,7 @@ class EmbeddingApp(faust.App):
         )
 
         def enter(meta: Meta) -> Meta:
-            return rollout.announce(_registered(settings, topics.partitions, meta))
+            return rollout.announce(registered(settings, topics.partitions, meta))
 
         parts = Parts(
             settings=settings,
@@ -183,7 +183,7 @@ class EmbeddingApp(faust.App):
             enter=enter,
         )
         self._ready = Ready(topics, kv, rollout, Partitions(parts), watch, enter)
-        await kv.update_meta(lambda meta: _registered(settings, topics.partitions, meta))
+        await kv.update_meta(lambda meta: registered(settings, topics.partitions, meta))
         await rollout.start(base, topics.partitions, topics.largest_dim)
         try:
             own = settings.state_dir / settings.app_id
@@ -353,23 +353,6 @@ class EmbeddingApp(faust.App):
 
     def _add(self, counter: Counter, by: int) -> None:
         self.counts[counter] += by
-
-
-def _registered(settings: Settings, partitions: int, meta: Meta) -> Meta:
-    """Enter this application into the store's shared record, or refuse a store that belongs to another."""
-    encoder = settings.versioned_encoder
-    if meta.app not in (None, settings.app_id):
-        msg = f"the key-value store belongs to application {meta.app!r}; choose another UEMB_KV_URL"
-        raise StateMismatch(msg)
-    if meta.partitions not in (None, partitions):
-        there, here = meta.partitions, partitions
-        msg = f"the key-value store has {there} partitions, the topics have {here}; {way_on(max(there, here))}"
-        raise StateMismatch(msg)
-    name = encoder_key(encoder.version)
-    if meta.encoders.get(name, encoder.hash) != encoder.hash:
-        msg = f"user version {encoder.version!r} names other parameters in the store; set a new UEMB_USER_VERSION"
-        raise StateMismatch(msg)
-    return replace(meta, app=settings.app_id, partitions=partitions)
 
 
 class HostedApp(EmbeddingApp):

@@ -14,6 +14,7 @@ from aiokafka.structs import TopicPartition
 from click.testing import CliRunner
 from confluent_kafka import KafkaException, Producer
 from confluent_kafka.admin import AdminClient
+from doctor import diagnose
 from kafka_broker import KafkaBroker, why_unavailable
 from odd_records import Sender
 from pipeline import Pipeline, erase
@@ -223,6 +224,46 @@ def test_partitions_are_raised_with_what_is_listed_and_no_less(
         assert "not allowed to " in said, said
     code, said = run(pipeline, "repartition", "--partitions", "6")
     assert code == 0, said
+
+
+def test_the_doctor_names_each_grant_that_is_missing(filled: Pipeline, acls: Acls) -> None:
+    settings = settings_of(filled)
+    needs = worker(settings)
+    acls.give([*needs, *worker_extras(settings)])
+    found = diagnose(filled.environment)
+    assert (found.code, found.wrong) == (0, [])
+    assert [line for line in found.of("skipped") if str(needs[-1]) in line]
+    for grant in single(needs):
+        if grant.kind != "transactional id":  # of which no broker tells before it is used
+            with acls.without([grant]):
+                found = diagnose(filled.environment)
+            assert found.code == 1, f"it does not miss {grant}"
+            assert [line for line in found.of("failed") if f"not allowed to {grant};" in line], found.wrong
+    with acls.without([grant for grant in worker_extras(settings) if grant.name == filled.output]):
+        found = diagnose(filled.environment)
+    (line,) = found.wrong
+    assert f"not allowed to DescribeConfigs topic {filled.output}: these settings are not checked" in line
+    another = {**filled.environment, "UEMB_OUTPUT_TOPIC": "grants.another"}
+    acls.give([Grant(("Read", "Write"), "topic", "grants.another")])
+    found = diagnose(another)
+    assert [line for line in found.of("failed") if "not allowed to Create topic grants.another" in line], found.wrong
+
+
+def test_the_doctor_needs_no_more_than_is_listed(filled: Pipeline, acls: Acls) -> None:
+    """With that it can tell all that the worker lacks, and looks at all the rest."""
+    settings = settings_of(filled)
+    needs = NEEDS["doctor"](settings)
+    acls.give(needs)
+    found = diagnose(filled.environment)
+    lacks = {f"{grant.kind} {grant.name}" for grant in worker(settings) if grant.kind != "transactional id"}
+    readable = {f"topic {settings.item_versions_topic}"}
+    told = " ".join(found.of("failed"))
+    assert {thing for thing in lacks if thing not in told} == readable, told
+    looked = {check: found.statuses[check] for check in ("topics", "topics' owner", "clock", "changelog", "versions")}
+    assert looked == dict.fromkeys(looked, "ok")
+    for grant in single(needs):
+        with acls.without([grant]):
+            assert diagnose(filled.environment).lines != found.lines, f"it does without {grant}"
 
 
 def test_the_list_is_printed(filled: Pipeline, run: Callable[..., tuple[int, str]]) -> None:

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,18 @@ from click.testing import CliRunner
 from kafka_broker import KafkaBroker, free_ports, why_unavailable
 from pipeline import Pipeline
 from redis_server import RedisServer
-from secured_broker import KEY_PASSWORD, PASSWORDS, SecuredBroker, make_certificate
+from secured_broker import (
+    BOTH,
+    CLIENT,
+    FAULTS,
+    KEY_PASSWORD,
+    LOGIN,
+    PASSWORDS,
+    SECRETS,
+    TLS,
+    SecuredBroker,
+    there,
+)
 
 from stream.cli.root import cli
 from stream.errors import UembError
@@ -29,8 +40,6 @@ def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecuredBroker]
         broker = SecuredBroker(folder)
     except FileNotFoundError:
         pytest.skip("no certificates: install openssl")
-    make_certificate(folder, "other")
-    (folder / "empty.pem").write_text("")
     with broker:
         yield broker
 
@@ -63,44 +72,6 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[
         return result.exit_code, result.output
 
     return run
-
-
-TLS = {"security_protocol": "SSL", "ssl_cafile": "server.pem"}
-LOGIN = {"security_protocol": "SASL_PLAINTEXT", "sasl_username": "admin", "sasl_password": PASSWORDS["admin"]}
-BOTH = {**LOGIN, **TLS, "security_protocol": "SASL_SSL"}
-OTHER = {"ssl_certfile": "other.pem", "ssl_keyfile": "other-key.pem"}
-CLIENT = {"ssl_certfile": "client.pem", "ssl_keyfile": "client-key.pem", "ssl_key_password": KEY_PASSWORD}
-#: Listener, settings, and what the one line says.
-FAULTS: Mapping[str, tuple[str, dict[str, str], str]] = {
-    "password": ("SASL", {**LOGIN, "sasl_password": "no"}, "UEMB_SASL_USERNAME and UEMB_SASL_PASSWORD"),
-    "no password": ("SASLSSL", {**BOTH, "sasl_password": ""}, "UEMB_SASL_USERNAME and UEMB_SASL_PASSWORD"),
-    "mechanism": ("SASL", {**LOGIN, "sasl_mechanism": "SCRAM-SHA-256"}, "UEMB_SASL_MECHANISM to one of: PLAIN"),
-    "no login": ("SASL", {}, "demands a login; set UEMB_SECURITY_PROTOCOL to SASL_PLAINTEXT"),
-    "no login in TLS": ("SASLSSL", TLS, "demands a login; set UEMB_SECURITY_PROTOCOL to SASL_SSL"),
-    "needless login": ("PLAINTEXT", LOGIN, "takes no login; set UEMB_SECURITY_PROTOCOL to PLAINTEXT"),
-    "needless login in TLS": ("SSL", BOTH, "takes no login; set UEMB_SECURITY_PROTOCOL to SSL"),
-    "plain text": ("SSL", {}, "speaks TLS; set UEMB_SECURITY_PROTOCOL to SSL"),
-    "plain text, login": ("SASLSSL", LOGIN, "speaks TLS; set UEMB_SECURITY_PROTOCOL to SASL_SSL"),
-    "TLS": ("PLAINTEXT", TLS, "speaks no TLS; set UEMB_SECURITY_PROTOCOL to PLAINTEXT"),
-    "TLS, login": ("SASL", BOTH, "speaks no TLS; set UEMB_SECURITY_PROTOCOL to SASL_PLAINTEXT"),
-    "no CA": ("SSL", {"security_protocol": "SSL"}, "by no CA that this system knows"),
-    "another CA": ("SSL", {**TLS, "ssl_cafile": "other.pem"}, "set UEMB_SSL_CAFILE to its CA's"),
-    "missing CA": ("SSL", {**TLS, "ssl_cafile": "none.pem"}, "UEMB_SSL_CAFILE: there is no file"),
-    "empty CA": ("SSL", {**TLS, "ssl_cafile": "empty.pem"}, "UEMB_SSL_CAFILE"),
-    "no certificate": ("MTLS", TLS, "set UEMB_SSL_CERTFILE and UEMB_SSL_KEYFILE"),
-    "another certificate": ("MTLS", {**TLS, **OTHER}, "refuses the certificate in UEMB_SSL_CERTFILE"),
-    "missing certificate": ("MTLS", {**TLS, **CLIENT, "ssl_certfile": "none.pem"}, "UEMB_SSL_CERTFILE"),
-    "missing key": ("MTLS", {**TLS, **CLIENT, "ssl_keyfile": "none.pem"}, "UEMB_SSL_KEYFILE"),
-    "another key": ("MTLS", {**TLS, **CLIENT, "ssl_keyfile": "other-key.pem"}, "that belong together"),
-    "key password": ("MTLS", {**TLS, **CLIENT, "ssl_key_password": "no"}, "UEMB_SSL_KEY_PASSWORD"),
-    "no key password": ("MTLS", {**TLS, **CLIENT, "ssl_key_password": ""}, "UEMB_SSL_KEY_PASSWORD"),
-}
-SECRETS = (*PASSWORDS.values(), KEY_PASSWORD)
-
-
-def there(folder: Path, settings: Mapping[str, str]) -> dict[str, str]:
-    """Settings, whose files lie in a folder."""
-    return {name: str(folder / value) if value.endswith(".pem") else value for name, value in settings.items()}
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic
+from doctor import diagnose
 from kafka_broker import KafkaBroker
 from pipeline import UEMB, Event, Pipeline, check_end_state, delete_topics, expected
 from topic_admin import delete_topic
@@ -206,7 +207,7 @@ def prefix() -> str:
 @pytest.fixture(scope="module")
 def started(
     kafka: KafkaBroker, item_folder: Path, prefix: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, tuple[Case, dict[str, str], Future[Ended]]]]:
+) -> Iterator[dict[str, tuple[Case, dict[str, str], dict[str, str], Future[Ended]]]]:
     """Starts of all `CASES`, under way while the tests run: one waits 20 s for a broker that isn't there."""
     folder = tmp_path_factory.mktemp("start")
     shutil.copytree(item_folder, folder / "damaged")
@@ -255,6 +256,7 @@ def started(
             name: (
                 case,
                 names[name],
+                environments[name],
                 pool.submit(start_and_wait if case.whole else check_topics_only, environments[name]),
             )
             for name, case in CASES.items()
@@ -349,8 +351,14 @@ def test_a_refused_worker_does_not_change_what_readers_follow(make_pipeline: Cal
         feeder.send([EventRow(*event) for event in events_of(range(1, 3), 3)])
     pipeline.until_committed()
     assert pipeline.stop() == 0
-    ended = start_and_wait({**pipeline.environment, "UEMB_HISTORY_LIMIT": "50"})
+    refused = {**pipeline.environment, "UEMB_HISTORY_LIMIT": "50"}
+    ended = start_and_wait(refused)
     assert "UEMB_HISTORY_LIMIT=100" in ended.stderr
+    found = diagnose(refused)
+    assert found.code == 1
+    (line,) = found.of("failed")
+    assert line.startswith("changelog: ")
+    assert "UEMB_HISTORY_LIMIT=100" in line
     with EmbeddingReader.open(pipeline.kv_url, timeout_s=1.0) as reader:
         found = reader.get("1")
     assert (found.status, found.reason, found.user_embedding_version) == ("ok", "", USER_VERSION)
@@ -433,10 +441,23 @@ def test_a_state_folder_that_a_paused_worker_holds(make_pipeline: Callable[..., 
     check_refusal(ended, str(pipeline.state), "UEMB_STATE_DIR", code=75, logged=True)
 
 
+#: What the doctor takes for wrong settings, and what no broker tells of beforehand.
+OF_SETTINGS = ("store_of_no_known_kind", "credentials_missing")
+TOLD_LATE = ("session_timeout_that_the_broker_refuses",)
+
+
 @pytest.mark.parametrize("name", sorted(CASES, key=lambda name: name == "no_broker"))
-def test_refused(name: str, started: Mapping[str, tuple[Case, dict[str, str], Future[Ended]]]) -> None:
-    case, names, starting = started[name]
+def test_refused_and_told_by_the_doctor(
+    name: str, started: Mapping[str, tuple[Case, dict[str, str], dict[str, str], Future[Ended]]]
+) -> None:
+    case, names, environment, starting = started[name]
     ended = starting.result()
     # what only the broker can refuse is refused while the worker runs, and logged
-    check_refusal(ended, *(what.format(**names) for what in case.says), code=case.code, logged=case.logged)
+    says = [what.format(**names) for what in case.says]
+    check_refusal(ended, *says, code=case.code, logged=case.logged)
     assert ended.took_s < 30
+    if name in TOLD_LATE:
+        return
+    found = diagnose(environment)
+    assert found.code == (2 if name in OF_SETTINGS else 1), found.lines
+    assert any(all(what in line for what in says) for line in found.of("failed")), found.wrong

@@ -102,6 +102,10 @@ def test_input_that_is_not_committed_is_busy(ended: Pipeline, films: Dataset) ->
     assert ended.verify()["busy"] == 0
 
 
+def test_progress_is_told_in_percent(ended: Pipeline) -> None:
+    assert ": 100 %\n" in ended.uemb("verify", "--partition", "0")
+
+
 def test_input_that_retention_took_is_not_demanded_but_what_is_left_is(
     films: Dataset, make_pipeline: Callable[..., Pipeline]
 ) -> None:

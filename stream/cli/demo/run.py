@@ -18,7 +18,7 @@ from rich.live import Live
 from rich.table import Table
 
 from stream.cli.demo.process import PARTITIONS, Pipeline, Stop, interruptible
-from stream.cli.terminal import PlainConsole, err, print_json, progress_bar
+from stream.cli.terminal import MB, PERCENT, PlainConsole, err, print_json, progress_bar
 from stream.config import ENV_PREFIX, Settings
 from stream.core.events import EventRow
 from stream.core.formulas import Float32
@@ -233,7 +233,7 @@ def _await_processed(pipeline: Pipeline, count: int, stop: Stop) -> None:
 
 
 def _load(settings: Settings, events_file: Path | None, shape: FileShape) -> Dataset:
-    with progress_bar("bytes of MovieLens-100K fetched" if events_file is None else f"reading {events_file}") as update:
+    with progress_bar("MovieLens-100K fetched" if events_file is None else f"reading {events_file}", MB) as update:
         data = load(settings.cache_dir, events_file, update, err.print, shape=shape)
     err.print(f"{data.name}: {len(data.events):,} events of {len({e.user_id for e in data.events}):,} users")
     return data
@@ -241,7 +241,7 @@ def _load(settings: Settings, events_file: Path | None, shape: FileShape) -> Dat
 
 def _build_items(data: Dataset, folder: Path) -> ItemSpace:
     dim = _DIM
-    with progress_bar("learning item vectors, steps") as update:
+    with progress_bar("learning item vectors", PERCENT) as update:
         while True:
             try:
                 space = build_space(data.events, folder, _ITEM_VERSION, dim=dim, on_progress=update, on_note=err.print)

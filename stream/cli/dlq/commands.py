@@ -99,7 +99,7 @@ def list_letters(
 
     wanted = _filter(reasons, topics, since, until, letters)
     groups: dict[tuple[str, str], list[int]] = defaultdict(list)
-    with progress_bar("dead letters read") as update:
+    with progress_bar("read", "dead letters") as update:
         for letter in read_letters(load_settings(), wanted, update):
             if not records:
                 groups[letter.reason or "not a letter", letter.text(Header.TOPIC)].append(letter.timestamp_ms)
@@ -192,7 +192,7 @@ def replay(
 
     settings = load_settings()
     wanted = _filter(reasons, topics, since, until, letters)
-    with progress_bar("dead letters read") as update, Replayer(settings, dry_run=dry_run) as replayer:
+    with progress_bar("read", "dead letters") as update, Replayer(settings, dry_run=dry_run) as replayer:
         report = replayer.replay(read_letters(settings, wanted, update))
     if as_json:
         print_json({"sent": report.sent, "dry_run": dry_run, "left": dict(report.left)})

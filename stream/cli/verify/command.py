@@ -5,7 +5,7 @@ import sys
 import click
 
 from stream.cli.rollouts import rollout_client
-from stream.cli.terminal import out, print_json, progress_bar
+from stream.cli.terminal import PERCENT, out, print_json, progress_bar
 from stream.cli.verify.run import Report, Verifier
 from stream.errors import ConfigError, ExitCode
 from stream.kv.stores import open_reader
@@ -59,7 +59,7 @@ def verify(
             if partitions and max(partitions) >= verifier.partitions:
                 msg = f"the topics have the partitions 0 to {verifier.partitions - 1}"
                 raise click.BadParameter(msg, param_hint="--partition")
-            with progress_bar(f"verified {name}, thousandths of a partition") as update:
+            with progress_bar(f"verified {name}", PERCENT) as update:
                 reports[name] = verifier.run(sorted(set(partitions)), update)
     finally:
         if reader is not None:

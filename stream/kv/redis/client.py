@@ -41,6 +41,7 @@ _AWAY: Final = {
     "TRYAGAIN": "is moving slots faster than they can be followed",
 }
 _CLUSTER: Final = ("MOVED", "ASK", "CROSSSLOT", "CLUSTERDOWN")
+_EXPIRED: Final = 10  # X509_V_ERR_CERT_HAS_EXPIRED
 _LOGIN: Final = ("WRONGPASS", "NOAUTH")
 
 
@@ -84,17 +85,40 @@ def connection_arguments(address: RedisAddress, timeout_s: float) -> dict[str, A
 
 def warn_of_eviction(info: Mapping[str, Any], where: str) -> None:
     """Warn of a server that may drop keys when memory is short; `info` is what it tells of itself."""
-    policy = info.get("maxmemory_policy")
+    if (risk := eviction_risk(info, where)) is not None:
+        log.log(logging.INFO if _policy(info) is None else logging.WARNING, "%s", risk)
+
+
+def eviction_risk(info: Mapping[str, Any], where: str) -> str | None:
+    """Why a server may drop keys when memory is short, and what to do; None where it won't."""
+    policy = _policy(info)
     if policy is None:
-        log.info("%s doesn't tell its maxmemory-policy; make sure that it is noeviction", where)
-    elif policy != "noeviction":
-        log.warning(
-            "%s has maxmemory-policy %s and may drop vectors and claims when memory (maxmemory %s) is short; set "
-            "maxmemory-policy noeviction",
-            where,
-            policy,
-            info.get("maxmemory_human", "unknown"),
-        )
+        return f"{where} doesn't tell its maxmemory-policy; make sure that it is noeviction"
+    if policy == "noeviction":
+        return None
+    return (
+        f"{where} has maxmemory-policy {policy} and may drop vectors and claims when memory (maxmemory "
+        f"{info.get('maxmemory_human', 'unknown')}) is short; set maxmemory-policy noeviction"
+    )
+
+
+def _policy(info: Mapping[str, Any]) -> Any:
+    return info.get("maxmemory_policy")
+
+
+def check_kind(info: Mapping[str, Any], address: RedisAddress) -> None:
+    """Refuse a server on which a store of this address can't be.
+
+    Raises:
+        StoreError: it is a replica.
+        ConfigError: it is part of a cluster.
+    """
+    if info.get("role") in ("slave", "replica"):
+        msg = f"the store at {address} {READ_ONLY}"
+        raise StoreError(msg)
+    if info.get("redis_mode") == "cluster":
+        msg = f"the store at {address} {IN_CLUSTER}"
+        raise ConfigError(msg)
 
 
 @contextmanager
@@ -150,6 +174,8 @@ def _mistrusted(exc: BaseException, address: RedisAddress) -> str | None:
         cause = cause.__cause__ or cause.__context__
     for one in causes:
         if isinstance(one, ssl.SSLCertVerificationError):
+            if one.verify_code == _EXPIRED:
+                return "has a certificate, or one of its CA, that has expired; renew it"
             ca = "by no CA that this system knows" if address.ca_file is None else f"not by {address.ca_file}"
             if "mismatch" in one.verify_message:
                 return "has a certificate for another host; name it in UEMB_KV_URL as that does"

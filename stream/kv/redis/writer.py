@@ -19,11 +19,11 @@ from redis.exceptions import NoScriptError, ReadOnlyError, RedisError, ResponseE
 
 from stream.core.records import PREFIX_BYTES
 from stream.core.watermark import decode_watermark
-from stream.errors import ConfigError, StoreError, StoreLost
+from stream.errors import StoreError, StoreLost
 from stream.keys import APP_KEY, CURRENT_KEY, META_KEY, epoch_key, rebuild_key, watermark_key
 from stream.kv.meta import decode_meta, encode_meta, encode_serving
 from stream.kv.protocol import Meta, fenced
-from stream.kv.redis.client import IN_CLUSTER, READ_ONLY, REPAIR, connection_arguments, translated, warn_of_eviction
+from stream.kv.redis.client import REPAIR, check_kind, connection_arguments, translated, warn_of_eviction
 from stream.kv.redis.scripts import FENCED, LOST, PUT, REMOVE, REMOVE_IF, REPLACE_META, Script
 from stream.kv.urls import RedisAddress
 
@@ -247,12 +247,7 @@ class RedisKV:
                 info = await self._client.info()
             except ResponseError:  # access lists may forbid it
                 info = {}
-        if info.get("role") in ("slave", "replica"):
-            msg = f"the store at {self._address} {READ_ONLY}"
-            raise StoreError(msg)
-        if info.get("redis_mode") == "cluster":
-            msg = f"the store at {self._address} {IN_CLUSTER}"
-            raise ConfigError(msg)
+        check_kind(info, self._address)
         warn_of_eviction(info, f"the store at {self._address}")
         self._checked = True
 

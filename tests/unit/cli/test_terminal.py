@@ -1,6 +1,10 @@
-"""Foreign text is only text: whatever an id holds, it is shown, and nothing in it acts on the terminal."""
+"""Foreign text is only text: whatever an id holds, it is shown, and nothing in it acts on the terminal.
+
+Progress is told in units that people count in.
+"""
 
 import asyncio
+import io
 import json
 import os
 import subprocess
@@ -13,7 +17,9 @@ from pipeline import UEMB
 from reader_store import META, PARTITIONS
 from strategies import acts
 
+from stream.cli import terminal
 from stream.cli.root import cli
+from stream.cli.terminal import MB, PERCENT, PlainConsole, amount, progress_bar
 from stream.kv.stores import open_writer
 from stream.logs import escaped
 
@@ -77,3 +83,47 @@ def test_text_that_the_locale_lacks_is_escaped(store: str) -> None:
             assert json.loads(ended.stdout)["user_id"] == "j\u00fcrgen"
         else:
             assert ended.stdout.startswith(rb"user j\xfcrgen: ")
+
+
+#: Done, of how much, in which unit, and how that is said.
+AMOUNTS = [
+    (0, None, "events", "0 events"),
+    (1234, None, "events", "1,234 events"),
+    (1234, 40_000, "events", "1,234 of 40,000 events"),
+    (40_000, 40_000, "users", "40,000 users"),
+    (1_500_000, 4_924_029, MB, "1.5 of 4.9 MB"),
+    (4_924_029, 4_924_029, MB, "4.9 MB"),
+    (999, 4000, PERCENT, "24 %"),
+    (4000, 4000, PERCENT, "100 %"),
+    (0, None, PERCENT, ""),
+]
+
+
+@pytest.mark.parametrize(("done", "total", "unit", "said"), AMOUNTS)
+def test_progress_is_told_in_peoples_units(done: int, total: int | None, unit: str, said: str) -> None:
+    assert amount(done, total, unit) == said
+
+
+@pytest.mark.parametrize(("done", "total", "unit", "said"), [a for a in AMOUNTS if a[0]])
+def test_progress_off_a_terminal_is_one_line(
+    done: int, total: int | None, unit: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with progress_bar("what goes on", unit) as update:
+        update(0, total)
+        update(done, total)
+    assert capsys.readouterr() == ("", f"what goes on: {said}\n")
+
+
+def test_nothing_done_is_no_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress_bar("what goes on", "events") as update:
+        update(0, 5)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_progress_on_a_terminal_has_its_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(terminal, "err", PlainConsole(file=screen, force_terminal=True, width=120))
+    with progress_bar("fetched [x]", MB) as update:
+        update(1_500_000, 4_924_029)
+    assert "fetched [x]" in screen.getvalue()
+    assert "1.5 of 4.9 MB" in screen.getvalue()

@@ -14,7 +14,7 @@ from kafka_broker import free_ports
 from kv_entries import entry
 from redis_server import RedisServer
 from redis_writers import CLAIM, at, claim, watermark
-from secured_broker import make_certificate
+from secured_broker import make_certificate, make_ended_certificate
 
 from stream.core.records import kv_prefix
 from stream.errors import ConfigError, StoreError, StoreLost
@@ -310,6 +310,21 @@ class TestTls:
                 await open_writer(wrong).update_meta(lambda meta: meta)
             with pytest.raises(ConfigError, match=why):
                 open_reader(wrong)
+
+    async def test_a_certificate_that_ended_is_called_so(
+        self, make_redis: Callable[..., RedisServer], tmp_path: Path
+    ) -> None:
+        (port,) = free_ports(1)
+        try:
+            ended, key = make_ended_certificate(tmp_path, "ended")
+        except FileNotFoundError:
+            pytest.skip("no certificates: install openssl")
+        make_redis(tls_port=str(port), tls_cert_file=str(ended), tls_key_file=str(key), tls_auth_clients="no")
+        url = f"rediss://127.0.0.1:{port}/0?ssl_ca_certs={ended}"
+        with pytest.raises(ConfigError, match="certificate, or one of its CA, that has expired; renew it"):
+            await open_writer(url).update_meta(lambda meta: meta)
+        with pytest.raises(ConfigError, match="expired"):
+            open_reader(url)
 
 
 def _run_until_killed(server: RedisServer) -> None:
