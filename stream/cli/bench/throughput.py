@@ -152,6 +152,7 @@ class Setup:
             "kv_url": self.kv_url(name),
             "state_dir": str(folder / f"state-{number}"),
             "log_level": "info",
+            "http": "127.0.0.1:0",
             **more,
         }
         environment = {ENV_PREFIX + key.upper(): value for key, value in own.items()}
