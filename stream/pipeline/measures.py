@@ -22,7 +22,8 @@ OF_EVENTS: Final = (
 OF_ERASURES: Final = (Counter.ERASURES, Counter.WITHDRAWN, Counter.REJECTED)
 
 _BATCH_BOUNDS: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000)
-_COSINE_BOUNDS: Final = (-0.5, 0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999, 1.0)
+#: Prometheus' client leaves sum and count out where a bound is negative.
+_COSINE_BOUNDS: Final = (0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999, 1.0)
 #: A batch may be minutes old after an outage, and its events days.
 _WAY_BOUNDS: Final = (*SECONDS[3:], 600.0, 3_600.0, 86_400.0)
 

@@ -80,7 +80,8 @@ class HttpServer:
             family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
             self._socket = socket.create_server((address.host, address.port), family=family, backlog=_BACKLOG)
         except OSError as exc:
-            msg = f"UEMB_HTTP={address}: can't listen there ({exc.strerror or exc}); choose another, or leave it empty"
+            why = (exc.strerror or str(exc)).partition(" (while")[0]  # Python names the address once more
+            msg = f"UEMB_HTTP={address}: can't listen there ({why}); choose another, or leave it empty"
             raise ConfigError(msg) from exc
         self.address = address._replace(port=self._socket.getsockname()[1])
         self._loop = asyncio.new_event_loop()
