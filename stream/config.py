@@ -7,7 +7,7 @@ import re
 import ssl
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, NamedTuple
 
 from pydantic import Field, SecretStr, ValidationError, field_serializer, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -32,6 +32,8 @@ LEARNED: Final = "learned"
 ITEM_STATUS: Final = "-item-status"
 #: From here on two names are alike; others with our prefix may be somebody's own, as those of a compose file are.
 _ALIKE: Final = 0.8
+_ADDRESS = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([A-Za-z0-9._-]+)):([0-9]{1,5})")
+MAX_PORT: Final = 65_535
 _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)([smhd]?)")
 _SECONDS: Final = {"": 1, "s": 1, "m": 60, "h": 3_600, "d": 86_400}
 _DATA: Final = Path("~/.local/share/user-embedding-stream")
@@ -40,6 +42,29 @@ Topics = Annotated[tuple[str, ...], NoDecode]
 Mapped = Annotated[dict[str, str], NoDecode]
 Numbers = Annotated[dict[str, float], NoDecode]
 Codes = Annotated[dict[str, int], NoDecode]
+
+
+class Address(NamedTuple):
+    """A host and a port, written ``host:port``, or ``[host]:port`` where the host is an address of IPv6."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Address":
+        """Read one.
+
+        Raises:
+            ValueError: the text is none.
+        """
+        found = _ADDRESS.fullmatch(text.strip())
+        if found is None or int(found[3]) > MAX_PORT:
+            msg = f"write host:port, with a port from 0 to {MAX_PORT}, like 127.0.0.1:9464"
+            raise ValueError(msg)
+        return cls(found[1] or found[2], int(found[3]))
 
 
 class Settings(BaseSettings):
@@ -125,6 +150,13 @@ class Settings(BaseSettings):
     hot_users: int = Field(10_000, ge=1, description="users kept in memory, all partitions together")
     kv_lock_patience_s: float = Field(30.0, ge=0, description="wait for another process to let go of a database")
     cache_dir: Path = Field(Path("~/.cache/user-embedding-stream"), description="downloads of the demo")
+    http: str = Field(
+        "127.0.0.1:9464",
+        description="where a worker serves metrics and health, host:port; 0 takes a free port; empty: nowhere",
+    )
+    ready_max_lag_s: float = Field(
+        30.0, gt=0, le=366 * 86_400, description="a worker that is further behind than this is not ready"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log line")
     log_format: LogForm = Field("text", description="log lines of a worker: text, or json with one object a line")
 
@@ -172,6 +204,11 @@ class Settings(BaseSettings):
         except ConfigError as exc:
             raise ValueError(str(exc)) from exc
         return value
+
+    @field_validator("http")
+    @classmethod
+    def _address(cls, value: str) -> str:
+        return str(Address.parse(value)) if value.strip() else ""
 
     @field_serializer("kv_url")
     def _without_password(self, value: str) -> str:
@@ -317,6 +354,11 @@ class Settings(BaseSettings):
             source=self.event_source,
             own_sources=frozenset(self.own_sources),
         )
+
+    @property
+    def http_address(self) -> Address | None:
+        """Where metrics and health are served; None: nowhere."""
+        return Address.parse(self.http) if self.http else None
 
     @property
     def erasure_marker_retention_ms(self) -> int | None:

@@ -72,6 +72,7 @@ class Pipeline:
             "UEMB_KV_URL": self.kv_url,
             "UEMB_STATE_DIR": str(self.state),
             "UEMB_SESSION_TIMEOUT_S": "2",
+            "UEMB_HTTP": "",
             **{f"UEMB_{name.upper()}": str(value) for name, value in settings.items()},
         }
         self.log = folder / "worker.log"

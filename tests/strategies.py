@@ -330,6 +330,7 @@ def acts(text: str) -> bool:
 
 
 def of_events(counts: Mapping[str, int]) -> dict[str, int]:
-    """What was counted of events, without what was counted of the vectors that they led to."""
+    """What was counted of events, without what was counted of their users and vectors."""
     of_vectors = {Counter.VECTORS, Counter.NEAR_CENTROID, Counter.FALLBACKS, Counter.ENCODER_ERRORS}
+    of_vectors |= {Counter.HOT_USERS_HITS, Counter.HOT_USERS_MISSES}
     return {name: n for name, n in counts.items() if name not in of_vectors}

@@ -31,7 +31,7 @@ def rebuild(partitions: tuple[int, ...], as_json: bool) -> None:
     The workers that own the partitions do it beside their events. Where none runs, this command runs one until all is
     done; it needs the worker's own settings.
     """
-    settings = load_settings()
+    settings = load_settings(http="")  # a worker that is run here is nobody's to watch
     store = open_writer(settings.kv_url)
     count = _partition_count(settings)
     wanted = sorted(set(partitions)) or list(range(count))

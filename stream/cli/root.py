@@ -28,6 +28,7 @@ _ELSEWHERE: Final = {
     "encoder": "stream.cli.encoder",
     "evaluate": "stream.cli.evaluate",
     "export": "stream.cli.export",
+    "health": "stream.cli.health",
     "items": "stream.cli.items",
     "kv": "stream.cli.kv",
     "repartition": "stream.cli.repartition",

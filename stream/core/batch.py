@@ -59,6 +59,9 @@ class StepResult:
         removals: keys to take out of the key-value store.
         forgotten: users to take out of the changelog, once their keys are out of the store.
         counts: what was counted.
+        published: how many vectors were published, by user version, item version and `VectorStatus`.
+        unknown_items: by user and item version, interactions that entered a history with items that the version lacks.
+        cosines: of a few users, between the vector that is published now and the one before.
     """
 
     states: dict[bytes, bytes] = field(default_factory=dict)
@@ -67,6 +70,9 @@ class StepResult:
     removals: list[bytes] = field(default_factory=list)
     forgotten: list[bytes] = field(default_factory=list)
     counts: dict[Counter, int] = field(default_factory=dict)
+    published: dict[tuple[str, str, int], int] = field(default_factory=dict)
+    unknown_items: dict[tuple[str, str], int] = field(default_factory=dict)
+    cosines: list[float] = field(default_factory=list)
 
 
 class BatchDecoder:

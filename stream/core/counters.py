@@ -33,6 +33,8 @@ class Counter(StrEnum):
     NEAR_CENTROID = "near_centroid", "of these, ones nearly the same for everybody: cosine to the centroid above 0.95"
     FALLBACKS = "fallbacks", "fallback vectors that were published"
     ENCODER_ERRORS = "encoder_errors", "vectors that a learned encoder failed to make; the fallback was published"
+    HOT_USERS_HITS = "hot_users_hits", "users of a batch who were in memory"
+    HOT_USERS_MISSES = "hot_users_misses", "users of a batch who were read from disk, or are new"
     ERASURES = "erasures", "erasures that took effect"
     WITHDRAWN = "withdrawn", "tombstones on the deletion topic"
     SENT_AGAIN = "sent_again", "states that were sent once more by a rebuild"

@@ -115,6 +115,9 @@ class Engine:
         result = StepResult(counts=batch.counts)
         self._load(stored)
         touched, states = self._fold(batch)
+        if touched:
+            batch.count(Counter.HOT_USERS_HITS, len(touched) - len(stored))
+            batch.count(Counter.HOT_USERS_MISSES, len(stored))
         touched = {key: touch for key, touch in touched.items() if touch.steps}
         for touch in touched.values():
             user, steps = touch.user, len(touch.steps)

@@ -28,6 +28,10 @@ from stream.keys import user_cache_key
 MAX_ROUNDS: Final = 8
 #: Cosine to the space's centroid from which on a vector is nearly the same for everybody: popularity has collapsed it.
 NEAR_CENTROID: Final = 0.95
+#: Of every so many steps, the vectors of so many users are compared with those before: an encoder makes each of these
+#: once more, which must cost next to nothing.
+_COMPARED_STEPS: Final = 8
+_COMPARED_USERS: Final = 16
 _STAYS: Final = 1 << 40
 
 Int64 = NDArray[np.int64]
@@ -68,6 +72,13 @@ class _Sums(NamedTuple):
     totals: Float64
     known: Int64
     newest: Int64
+
+
+class _Before(NamedTuple):
+    """Vectors [n, d] of some users before a step, and the places [n] of those that it publishes."""
+
+    vectors: Float32
+    places: Int64
 
 
 class Pair(NamedTuple):
@@ -126,6 +137,7 @@ class Publisher:
         self._row_weights: dict[int, list[float]] = {}  # the same; empty where all types weigh 1
         self._stored_rows = shared.rows_of(space)
         self._stored_weights = shared.weights_of(encoder.encoder.type_weights)
+        self._steps = 0
         self._weights = {b"\0" + t.encode(): w for t, w in encoder.encoder.type_weights.items() if w != 1.0}
 
     def key(self, user: bytes) -> bytes:
@@ -160,6 +172,7 @@ class Publisher:
     ) -> None:
         """Follow the touched users, and add the records of all `states` (user, touch, step) to `result`."""
         sums, totals, known, newest = computed = self._room(len(states))
+        unknown = 0
         rounds: list[list[tuple[Touch, int]]] = [[] for _ in range(MAX_ROUNDS)]
         others: dict[bytes, list[int]] = {}
         for place, (key, touch, _) in enumerate(states):
@@ -171,22 +184,32 @@ class Publisher:
             touch = touched[key]
             if touch.afresh:
                 steps = [states[place][2] for place in wanted]
-                sums[wanted], totals[wanted], known[wanted], newest[wanted] = self._afresh(touch, steps)
+                (sums[wanted], totals[wanted], known[wanted], newest[wanted]), lacking = self._afresh(touch, steps)
+                unknown += lacking
                 continue
             if len(wanted) < len(touch.steps):  # not after each element of an event, nor with `publish_latest`
                 place_of = {states[place][2]: place for place in wanted}
                 wanted = [place_of.get(step, -1) for step in range(len(touch.steps))]
             for step, place in enumerate(wanted):
                 rounds[step].append((touch, place))
+        self._steps += 1
+        before = self._before(rounds[0]) if self._steps % _COMPARED_STEPS == 0 else None
         for step, members in enumerate(rounds):
             if members:
-                slots, at = self._insert_round(members, step)
+                slots, at, lacking = self._insert_round(members, step)
+                unknown += lacking
                 slots, at = slots[at >= 0], at[at >= 0]
                 sums[at], totals[at], known[at] = self.sums.read(slots)
                 if self._newest:
                     newest[at] = [self._newest_of(self._rows[slot]) for slot in slots.tolist()]
         shown = [(key, touch.steps[step]) for key, touch, step in states]
-        self._emit(shown, computed, epoch, result)
+        vectors, status = self._emit(shown, computed, epoch, result)
+        if unknown:
+            result.unknown_items[self.versions] = result.unknown_items.get(self.versions, 0) + unknown
+        if before is not None:
+            is_own = status[before.places] == VectorStatus.OK
+            now = vectors[before.places[is_own]]
+            result.cosines += np.einsum("nd,nd->n", before.vectors[is_own], now).tolist()
 
     def publish_cold(
         self, users: Sequence[tuple[bytes, History]], columns: Columns, epoch: int, result: StepResult
@@ -208,7 +231,7 @@ class Publisher:
             user, history = users[place]
             shown.append((user, (history.count, history.as_of_ms, history.revision, None, (), 0)))
         computed = _Sums(sums[is_shown], totals[is_shown], known[is_shown], newest[is_shown])
-        status = self._emit(shown, computed, epoch, result)
+        _, status = self._emit(shown, computed, epoch, result)
         lengths = np.array([step[0] for _, step in shown], dtype=np.int64)
         items = int(lengths.sum())
         fallbacks = int(((status != VectorStatus.OK) & (lengths > 0)).sum())
@@ -225,8 +248,23 @@ class Publisher:
         found = list(islice((row for row in reversed(rows) if row >= 0), self._newest))
         return found + [-1] * (self._newest - len(found))
 
-    def _insert_round(self, members: Sequence[tuple[Touch, int]], step: int) -> tuple[Int64, Int64]:
-        """One step of many users; return their slots and places."""
+    def _before(self, members: Sequence[tuple[Touch, int]]) -> _Before | None:
+        """Vectors of a few of those who are about to be given an interaction, and have a vector of their own."""
+        some = [
+            (touch.user.slot, place)
+            for touch, place in members[:_COMPARED_USERS]
+            if place >= 0 and touch.steps[0][3] is not None
+        ]
+        if not some:
+            return None
+        slots, places = np.array(some).T
+        newest = np.array([self._newest_of(self._rows[slot]) for slot in slots.tolist()]).reshape(len(slots), -1)
+        vectors, status = finish(self._encoder.encoder, *self.sums.read(slots), newest, space=self.space)
+        is_own = status == VectorStatus.OK
+        return _Before(vectors[is_own], places[is_own])
+
+    def _insert_round(self, members: Sequence[tuple[Touch, int]], step: int) -> tuple[Int64, Int64, int]:
+        """One step of many users; return their slots, their places, and how many of the items the space lacks."""
         row_of = self._row_of
         count = len(members)
         slots = np.array([touch.user.slot for touch, _ in members])
@@ -234,12 +272,14 @@ class Publisher:
         new_rows, old_rows = np.full(count, -1), np.full(count, -1)
         new_weights, old_weights = np.ones(count), np.ones(count)
         new_ms, old_ms = np.zeros((2, count), dtype=np.int64) if self.by_time else (None, None)
+        unchanged = 0
         late: list[int] = []
         newer_rows: list[list[int]] = []
         newer_weights: list[list[float]] = []
         for i, (touch, _) in enumerate(members):
             _, _, _, added, gone, newer = touch.steps[step]
             if added is None:  # sent again, or an erasure that took nothing
+                unchanged += 1
                 continue
             rows = self._rows[touch.user.slot]
             if new_ms is not None and old_ms is not None:
@@ -267,10 +307,13 @@ class Publisher:
                         newer_weights.append([weights[n] for n in known])
         aside = Newer(np.array(late), newer_rows, newer_weights if self._weights else None) if late else None
         self.sums.insert(slots, Moved(new_rows, new_weights, new_ms), Moved(old_rows, old_weights, old_ms), newer=aside)
-        return slots, places
+        return slots, places, count - unchanged - int(np.count_nonzero(new_rows >= 0))
 
-    def _afresh(self, touch: Touch, wanted: Sequence[int]) -> _Sums:
-        """Sums of the wanted steps of one user from the interactions themselves; leaves the user's slot valid."""
+    def _afresh(self, touch: Touch, wanted: Sequence[int]) -> tuple[_Sums, int]:
+        """Sums of the wanted steps of one user from the interactions themselves; leaves the user's slot valid.
+
+        Also returns how many items that came in these steps the space lacks.
+        """
         user = touch.user
         arrived: dict[bytes, int] = {}
         left: dict[bytes, int] = {}
@@ -299,26 +342,30 @@ class Publisher:
             self._row_weights[user.slot] = weights[stays].tolist()
         newest_ms = 0 if times is None else int(times[stays & (rows >= 0)].max(initial=0))
         self.sums.put(user.slot, computed.sums[-1], computed.totals[-1], int(computed.known[-1]), newest_ms)
-        return computed
+        return computed, int(np.count_nonzero((rows < 0) & (arrivals >= 0)))
 
     def _count(self, vectors: Float32, status: NDArray[np.int8], shown: Sequence[bool], result: StepResult) -> None:
         """Count what is published: vectors, how many of them say little, and fallbacks; nothing of an empty history."""
-        own = status == VectorStatus.OK
-        near = own & (vectors @ self.space.fallback > NEAR_CENTROID)
+        near = (status == VectorStatus.OK) & (vectors @ self.space.fallback > NEAR_CENTROID)
+        of_each = np.bincount(status[np.array(shown, dtype=np.bool_)], minlength=len(REASONS)).tolist()
         some = {
-            Counter.VECTORS: own,
-            Counter.NEAR_CENTROID: near,
-            Counter.FALLBACKS: ~own & np.array(shown, dtype=np.bool_),
-            Counter.ENCODER_ERRORS: status == VectorStatus.ENCODER_ERROR,
+            Counter.VECTORS: of_each[VectorStatus.OK],
+            Counter.NEAR_CENTROID: int(np.count_nonzero(near)),
+            Counter.FALLBACKS: sum(of_each) - of_each[VectorStatus.OK],
+            Counter.ENCODER_ERRORS: of_each[VectorStatus.ENCODER_ERROR],
         }
-        for counter, which in some.items():
-            if n := int(np.count_nonzero(which)):
+        for counter, n in some.items():
+            if n:
                 result.counts[counter] = result.counts.get(counter, 0) + n
+        for kind, n in enumerate(of_each):
+            if n:
+                what = (*self.versions, kind)
+                result.published[what] = result.published.get(what, 0) + n
 
     def _emit(
         self, shown: Sequence[tuple[bytes, Step]], computed: _Sums, epoch: int, result: StepResult
-    ) -> NDArray[np.int8]:
-        """Add records of users after a step each, in order; return the `VectorStatus` of each."""
+    ) -> tuple[Float32, NDArray[np.int8]]:
+        """Add records of users after a step each, in order; return the vectors, and the `VectorStatus` of each."""
         vectors, status = finish(self._encoder.encoder, *computed, space=self.space)
         self._count(vectors, status, [bool(step[0]) for _, step in shown], result)
         norms = np.sqrt(np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64)).tolist()
@@ -354,7 +401,7 @@ class Publisher:
                 result.output.append((key, json.dumps(to_json(record)).encode()))
             else:
                 result.output.append((key, body))
-        return status
+        return vectors, status
 
 
 def fallback_record(space: Space, encoder: VersionedEncoder) -> EmbeddingRecord:

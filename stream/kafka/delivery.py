@@ -26,6 +26,7 @@ class RecordBatch:
         seeks: how often the consumer had been positioned anew when they were fetched.
         number: position of this batch among all fetched from the partition since then, from 0.
         start: offset at which the partition was positioned then.
+        fetched_s: when they were fetched (monotonic s); None where nobody asks how long they take.
     """
 
     topic: str
@@ -34,6 +35,7 @@ class RecordBatch:
     seeks: int
     number: int
     start: int
+    fetched_s: float | None = None
 
     @property
     def next_offset(self) -> int:
@@ -196,7 +198,7 @@ class DurableMarks:
         """Next offset to commit of each topic and partition."""
         return {
             (topic, partition): offset
-            for (topic, partition), offset in self._marks.items()
+            for (topic, partition), offset in list(self._marks.items())  # metrics ask from another thread
             if topic in self._proven or not self._wrong[topic]
         }
 

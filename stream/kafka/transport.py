@@ -273,6 +273,7 @@ class Consumer(driver.Consumer):
         self._revocations = 0
         self.fetches = 0
         self._commits_failed = False
+        self._committed_s: dict[TP, float] = {}
         super().__init__(*args, **kwargs)
 
     def _new_consumer_thread(self) -> ConsumerThread:
@@ -353,15 +354,16 @@ class Consumer(driver.Consumer):
             run.fetches = fetch.number + 1
             due.append((tp, run, fetch.records))
         longest = max((len(records) for _, _, records in due), default=0)
+        now_s = time.monotonic()
         return [
-            (tp, self._batch(tp, run, records[start : start + BATCH_RECORDS]))
+            (tp, self._batch(tp, run, records[start : start + BATCH_RECORDS], now_s))
             for start in range(0, longest, BATCH_RECORDS)
             for tp, run, records in due
             if start < len(records)
         ]
 
-    def _batch(self, tp: TP, run: Run, records: Sequence[ConsumerRecord]) -> RecordBatch:
-        batch = RecordBatch(tp.topic, tp.partition, records, run.seeks, run.batches, run.start)
+    def _batch(self, tp: TP, run: Run, records: Sequence[ConsumerRecord], fetched_s: float) -> RecordBatch:
+        batch = RecordBatch(tp.topic, tp.partition, records, run.seeks, run.batches, run.start, fetched_s)
         run.batches += 1
         return batch
 
@@ -457,6 +459,20 @@ class Consumer(driver.Consumer):
         taken = self._thread.taken(tp)
         return taken.end or 0 if (run := self._runs.get(tp)) and run.seeks == taken.seeks else 0
 
+    def started_at(self, tp: TP) -> int | None:
+        """Offset at which a partition was positioned last; None before that."""
+        run = self._runs.get(tp)
+        return None if run is None else run.start
+
+    def committed_offset(self, tp: TP) -> int | None:
+        """Offset that was committed last, None without one."""
+        offset: int | None = self._committed_offset.get(tp)
+        return offset
+
+    def committed_s(self, tp: TP) -> float | None:
+        """When this worker last committed an offset of a partition (monotonic s); None if it never did."""
+        return self._committed_s.get(tp)
+
     def fetched_ms(self, tp: TP) -> int | None:
         """When the last fetch of a partition was answered, in epoch ms; None when not assigned, or not known yet."""
         state = self._state(tp)
@@ -507,6 +523,7 @@ class Consumer(driver.Consumer):
             return False
         still = self.assignment()
         self._committed_offset.update({tp: offset for tp, offset in due.items() if tp in still})
+        self._committed_s.update(dict.fromkeys(due, time.monotonic()))
         self.app.monitor.on_tp_commit(due)
         return True
 

@@ -2,14 +2,17 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final, TypeVar
 
-from stream.errors import StoreError
+from stream.errors import StoreError, StoreLocked, StoreLost
 from stream.kv.protocol import KVWriter, Meta
 
 log = logging.getLogger(__name__)
 
+#: Kinds of errors, as they are counted: another process holds the database, it lost what it had, and all others.
+LOCKED, LOST, FAILED = KINDS = ("locked", "lost", "failed")
 _PAUSES_S: Final = (0.05, 1.0)
 _T = TypeVar("_T")
 
@@ -20,12 +23,27 @@ class PatientKV:
     Args:
         store: the store itself.
         patience_s: how long one call may keep failing.
+
+    Attributes:
+        errors: answers that were errors, by kind.
     """
 
     def __init__(self, store: KVWriter, patience_s: float) -> None:
         self._store = store
         self._patience_s = patience_s
         self._away_since: float | None = None
+        self._calls: dict[object, float] = {}
+        self.errors = dict.fromkeys(KINDS, 0)
+
+    @property
+    def is_away(self) -> bool:
+        """Whether its last answer was an error."""
+        return self._away_since is not None
+
+    @property
+    def waits_since_s(self) -> float | None:
+        """Since when a call is without an answer (monotonic s), of all that are; None without one."""
+        return min(list(self._calls.values()), default=None)
 
     async def update_meta(self, change: Callable[[Meta], Meta]) -> Meta:
         """See `KVWriter`."""
@@ -80,12 +98,21 @@ class PatientKV:
         await self._store.close()
 
     async def _insist(self, call: Callable[[], Awaitable[_T]]) -> _T:
+        call_id = object()
+        self._calls[call_id] = time.monotonic()
+        try:
+            return await self._insist_on(call)
+        finally:
+            del self._calls[call_id]
+
+    async def _insist_on(self, call: Callable[[], Awaitable[_T]]) -> _T:
         clock = asyncio.get_running_loop().time
         give_up_at, pause_s = clock() + self._patience_s, _PAUSES_S[0]
         while True:
             try:
                 result = await call()
             except StoreError as exc:
+                self.errors[_kind(exc)] += 1
                 if not exc.retriable or clock() >= give_up_at:
                     raise
                 if self._away_since is None:
@@ -98,3 +125,7 @@ class PatientKV:
                 return result
             await asyncio.sleep(min(pause_s, max(0.0, give_up_at - clock())))
             pause_s = min(2 * pause_s, _PAUSES_S[1])
+
+
+def _kind(exc: StoreError) -> str:
+    return LOCKED if isinstance(exc, StoreLocked) else LOST if isinstance(exc, StoreLost) else FAILED

@@ -8,9 +8,10 @@ crash can take back what somebody has seen.
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Final, Protocol
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple, Protocol
 
 from stream.core.batch import StepResult
 from stream.core.events import Reject
@@ -21,12 +22,18 @@ from stream.kafka.delivery import DurableMarks, RecordBatch
 from stream.kafka.producer import acknowledged
 from stream.keys import watermark_key
 from stream.kv.protocol import KVWriter
-from stream.pipeline.watermark import Progress, Standing
+from stream.pipeline.activity import Activity
+from stream.pipeline.measures import Measures
+from stream.pipeline.watermark import Progress, Standing, now_ms
 
 log = logging.getLogger(__name__)
 
 #: Steps that wait in a lane before the agent has to wait; bounds memory and what a crash repeats.
 LANE_DEPTH: Final = 4
+
+#: What a lane waits for, as its activity has it. Both may be away for a while, and give up by themselves.
+BROKERS: Final = "the brokers"
+STORE: Final = "the store"
 
 #: Called with the name of each stage that was just passed; tests stop the process there.
 OnStage = Callable[[str, RecordBatch | None, StepResult], None]
@@ -53,12 +60,14 @@ class Work:
         rejects: index and reason of each record of the batch that was turned away.
         result: what the step caused.
         durable: done when all of it is durable, where somebody waits for that.
+        queued_s: since when it waits (monotonic s).
     """
 
     batch: RecordBatch | None
     rejects: Sequence[tuple[int, Reject]]
     result: StepResult
     durable: asyncio.Future[None] | None = None
+    queued_s: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,11 @@ class Lane:
         changelog_at: called with the changelog offset below which local state is complete.
         reclaim: claims the partition in a store that was wiped, and has it rebuilt.
         standing: how far the partition is behind, for the watermark.
+        measures: told of how long it takes.
         on_stage: see `OnStage`.
+
+    Attributes:
+        activity: what it is at.
     """
 
     def __init__(
@@ -100,17 +113,20 @@ class Lane:
         changelog_at: Callable[[int], None],
         reclaim: Callable[[], Awaitable[None]],
         standing: Standing,
+        measures: Measures,
         on_stage: OnStage,
     ) -> None:
         self.partition = partition
         self.progress = progress
+        self.standing = standing
+        self.activity = Activity()
         self._to = to
         self._producer = producer
         self._kv = kv
         self._marks = marks
         self._changelog_at = changelog_at
         self._reclaim = reclaim
-        self._standing = standing
+        self._measures = measures
         self._on_stage = on_stage
         self._queue: asyncio.Queue[Work] = asyncio.Queue(LANE_DEPTH)
         self._watermark_key = watermark_key(partition).encode()
@@ -126,7 +142,9 @@ class Lane:
             works = [await self._queue.get()]
             while not self._queue.empty():
                 works.append(self._queue.get_nowait())
+            self.activity.begin()
             await self._make_durable(works)
+            self.activity.rest()
             for _ in works:
                 self._queue.task_done()
 
@@ -141,7 +159,10 @@ class Lane:
             self._queue.task_done()
 
     async def _make_durable(self, works: Sequence[Work]) -> None:
-        to = self._to
+        to, measures = self._to, self._measures
+        for work in works:
+            measures.passed("queue", work.queued_s)
+        begun_s = time.monotonic()
         states: dict[bytes, bytes] = {}
         entries: dict[bytes, bytes] = {}
         for work in works:  # of a user that is in several steps, the last state is what counts
@@ -149,27 +170,39 @@ class Lane:
             entries.update(work.result.entries)
         changelog: list[OutRecord] = [(user, state, []) for user, state in states.items()]
         sent = self._producer.send_records(to.changelog, self.partition, changelog)
+        self.activity.begin(BROKERS)
         offset = await acknowledged(sent, to.changelog)
         if offset >= 0:
-            self._standing.acknowledged()
+            self.standing.acknowledged()
             self._changelog_at(offset + 1)
+        logged_s = measures.passed("changelog", begun_s)
         self._passed("changelog", works)
         output: list[OutRecord] = [(key, value, []) for work in works for key, value in work.result.output]
         sent = self._producer.send_records(to.output, self.partition, output)
         for work in works:
             if work.batch is not None:
                 self.progress.took_in(work.batch)
+        self.activity.begin(STORE)
         await self._store(entries)
         if removals := [key for work in works for key in work.result.removals]:
+            self.activity.begin(STORE)
             await self._kv.remove(self.partition, removals, self.progress.epoch)
+        stored_s, stored_ms = measures.passed("kv", logged_s), now_ms()
+        for work in works:
+            if work.batch is not None:
+                measures.readable(work.batch, stored_ms)
         self._passed("kv", works)
+        self.activity.begin(BROKERS)
         for work in works:
             await self._dead_letters(work)
         await acknowledged(sent, to.output)
+        measures.passed("output", stored_s)
         self._passed("output", works)
         await self._forget([user for work in works for user in work.result.forgotten], works)
+        self.activity.begin()
         for work in works:
             if work.batch is not None:
+                measures.durable(work.batch)
                 self._marks.mark(work.batch.topic, self.partition, work.batch.next_offset)
             if work.durable is not None and not work.durable.cancelled():
                 work.durable.set_result(None)
@@ -192,7 +225,7 @@ class Lane:
     def _watermark(self) -> dict[bytes, bytes]:
         if not self.progress.whole:
             return {}
-        return {self._watermark_key: self.progress.entry(self._standing)}
+        return {self._watermark_key: self.progress.entry(self.standing)}
 
     async def _store(self, entries: Mapping[bytes, bytes]) -> None:
         """Write entries and the watermark; into a store that has lost what it held, once it is claimed anew."""
@@ -226,6 +259,15 @@ class Lane:
             references = [dead_letter(batch, i, reject, 0) for i, reject in work.rejects]
             futures = self._producer.send_unfenced(to.dead_letters, partition, references)
             await acknowledged(futures, to.dead_letters)
+        self._measures.dead_letters += len(letters)
+
+
+class LaneState(NamedTuple):
+    """What a lane is at, and whether its task has ended."""
+
+    partition: int
+    activity: Activity
+    has_ended: bool
 
 
 class Lanes:
@@ -259,6 +301,12 @@ class Lanes:
         await asyncio.gather(*tasks, return_exceptions=True)
         for lane in lanes:
             lane.abandon()
+
+    def states(self) -> list[LaneState]:
+        """Of each lane; may be asked from another thread."""
+        tasks = dict(self._tasks)
+        lanes = dict(self._lanes)
+        return [LaneState(p, lane.activity, tasks[p].done()) for p, lane in lanes.items() if p in tasks]
 
     async def heartbeat(self) -> None:
         """Write the watermarks of idle partitions."""

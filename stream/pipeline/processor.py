@@ -1,6 +1,7 @@
 """The agent's work on one fetched batch: decode, fold, store locally, queue for durability. Order, nothing else."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -12,7 +13,9 @@ from stream.core.history_codec import marker_erased_at
 from stream.core.space_engine import Coverage
 from stream.errors import OwnershipError
 from stream.kafka.delivery import BatchMissing, DeliveryChain, DurableMarks, GivenOut, RecordBatch
+from stream.pipeline.activity import Activity
 from stream.pipeline.lanes import Lanes, OnStage, Work
+from stream.pipeline.measures import Measures
 from stream.pipeline.table import PartitionDB
 from stream.pipeline.watermark import Progress
 
@@ -50,10 +53,14 @@ class BatchProcessor:
         deletion_topic: the topic whose records are erasures.
         lanes: where finished steps go.
         marks: told of records on wrong partitions.
-        count: adds to the worker's counters.
+        measures: told of what is done.
         on_stage: see `stream.pipeline.lanes.OnStage`.
         read_again: called with topic, partition, offset and the run's count of seeks, to have the partition read again
             from the offset.
+
+    Attributes:
+        owned: the partitions of this worker.
+        activity: what the agent is at.
     """
 
     def __init__(
@@ -61,15 +68,16 @@ class BatchProcessor:
         deletion_topic: str,
         lanes: Lanes,
         marks: DurableMarks,
-        count: Callable[[Counter, int], None],
+        measures: Measures,
         on_stage: OnStage,
         read_again: Callable[[str, int, int, int], Awaitable[None]],
     ) -> None:
         self.owned: dict[int, Owned] = {}
+        self.activity = Activity()
         self._deletion_topic = deletion_topic
         self._lanes = lanes
         self._marks = marks
-        self._count = count
+        self._measures = measures
         self._on_stage = on_stage
         self._read_again = read_again
         self._chain = DeliveryChain()
@@ -83,11 +91,14 @@ class BatchProcessor:
 
     async def process(self, batch: RecordBatch) -> None:
         """Process a batch that Faust delivered; returns when it is queued, not when it is durable."""
+        self.activity.begin()
         try:
             if self._chain.check(batch):
                 await self.step(batch)
         except BatchMissing as missing:
             await self._read_again(batch.topic, batch.partition, missing.due, batch.seeks)
+        finally:
+            self.activity.rest()
 
     async def look_for_missing(
         self, given_out: Mapping[tuple[str, int], GivenOut], fetches: int, *, buffered: bool
@@ -108,20 +119,26 @@ class BatchProcessor:
         if owned is None:
             msg = f"a batch of {batch.topic}-{batch.partition} arrived, but this worker does not own the partition"
             raise OwnershipError(msg)
-        engine = owned.engine
+        engine, measures, is_erasures = owned.engine, self._measures, batch.topic == self._deletion_topic
+        self.activity.begin("its turn")
         async with owned.turn:
-            if batch.topic == self._deletion_topic:
+            self.activity.begin()
+            began_s = time.monotonic()
+            if is_erasures:
                 decoded = engine.decode_deletions(batch.records)
             else:
                 decoded = engine.decode_events(batch.topic, batch.records)
+            decoded_s = measures.passed("decode", began_s)
             wrong = sum(reject.reason is Reason.WRONG_PARTITION for _, reject in decoded.rejects)
             self._marks.saw(batch.topic, decoded.placed, wrong)
             result = self._apply(owned, decoded, engine.missing(decoded))
-            if batch.topic == self._deletion_topic:
+            if is_erasures:
                 _erase_left_behind(owned, decoded, result)
             self._on_stage("local", batch, result)
-            self._count_all(result)
-            self._count(Counter.RECORDS, len(batch.records))
+            measures.passed("apply", decoded_s)
+            measures.took(batch, decoded, is_erasures=is_erasures)
+            measures.caused(result)
+            self.activity.begin("room in the lane")
             await self._lanes[batch.partition].put(Work(batch, decoded.rejects, result))
 
     async def resend(self, owned: Owned, users: Sequence[bytes]) -> asyncio.Future[None]:
@@ -132,7 +149,7 @@ class BatchProcessor:
             result = self._apply(owned, again, missing)
             owned.engine.forget(missing)  # they were not in use, and shall not push out those that are
             self._on_stage("local", None, result)
-            self._count(Counter.SENT_AGAIN, len(users))
+            self._measures.count(Counter.SENT_AGAIN, len(users))
             return await self._queue(owned, result)
 
     async def embed(
@@ -175,18 +192,14 @@ class BatchProcessor:
             if markers:
                 await (await self._queue(owned, owned.engine.end_markers(markers, owned.left_behind())))
                 owned.db.put(dict.fromkeys(markers), owned.changelog_offset)
-                self._count(Counter.MARKERS_ENDED, len(markers))
+                self._measures.count(Counter.MARKERS_ENDED, len(markers))
         return len(markers)
 
     async def _queue(self, owned: Owned, result: StepResult) -> asyncio.Future[None]:
-        self._count_all(result)
+        self._measures.caused(result)
         durable: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         await self._lanes[owned.partition].put(Work(None, (), result, durable))
         return durable
-
-    def _count_all(self, result: StepResult) -> None:
-        for counter, n in result.counts.items():
-            self._count(counter, n)
 
     def _apply(self, owned: Owned, batch: Batch, missing: Sequence[bytes]) -> StepResult:
         stored = dict(zip(missing, owned.db.get(missing), strict=True))

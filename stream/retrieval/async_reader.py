@@ -7,6 +7,7 @@ faults of its own.
 """
 
 import asyncio
+import time
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Final, Unpack
@@ -48,7 +49,7 @@ class AsyncEmbeddingReader:
 
         Raises:
             StoreError: the store can't be reached, or has no vector to fall back to, and there is no `fallback`.
-            ConfigError: the URL, a version's name or the fallback can't be right.
+            ConfigError: the URL, a version's name, the fallback or the registry can't be right.
         """
         parse_kv_url(kv_url)
         return await asyncio.to_thread(lambda: cls(lambda: open_reader(kv_url), **options))
@@ -67,12 +68,14 @@ class AsyncEmbeddingReader:
 
     async def get(self, user_id: int | str) -> UserEmbedding:
         """The user's vector, or the fallback with its reason; never raises."""
-        return self._state.counted.add(await self._lookup([user_id], self._state.view()))[0]
+        began_s = time.monotonic()
+        return self._state.given_out(await self._lookup([user_id], self._state.view()), began_s)[0]
 
     async def get_pair(self, user_id: int | str, item_emb_version: str, user_emb_version: str) -> UserEmbedding:
         """Like `get`, of exactly this pair of versions."""
+        began_s = time.monotonic()
         view = self._state.view((user_emb_version, item_emb_version))
-        return self._state.counted.add(await self._lookup([user_id], view))[0]
+        return self._state.given_out(await self._lookup([user_id], view), began_s)[0]
 
     async def get_many(self, user_ids: Iterable[int | str]) -> tuple[Float32, list[UserEmbedding]]:
         """Vectors of many users, all of one pair of versions; never raises.
@@ -80,8 +83,9 @@ class AsyncEmbeddingReader:
         Returns:
             float32 [n, d], and n answers in the order of `user_ids`.
         """
+        began_s = time.monotonic()
         view = self._state.view()
-        answers = self._state.counted.add(await self._lookup(list(user_ids), view))
+        answers = self._state.given_out(await self._lookup(list(user_ids), view), began_s)
         return stacked(answers, view), answers
 
     async def _lookup(self, user_ids: Sequence[int | str], view: View) -> list[UserEmbedding]:
@@ -116,8 +120,8 @@ async def get_or_build_user_embedding_async(
     history_ts: Sequence[int] | None = None,
 ) -> UserEmbedding:
     """`stream.retrieval.get_or_build_user_embedding` for an event loop; see there for the arguments."""
-    state = reader._state
+    began_s, state = time.monotonic(), reader._state
     view = state.view((user_emb_version, item_emb_version))
     stored = (await reader._lookup([user_id], view))[0]
     request = Request(history, items, encoder, history_types, history_ts)
-    return state.counted.add([request.answer(stored, view)])[0]
+    return state.given_out([request.answer(stored, view)], began_s)[0]

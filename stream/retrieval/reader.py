@@ -20,6 +20,7 @@ from stream.kv.lookups import STORE_DOWN
 from stream.kv.protocol import KVReader
 from stream.kv.stores import open_reader
 from stream.kv.urls import parse_kv_url
+from stream.metrics import Registry
 from stream.retrieval.answers import UserEmbedding, View, stacked
 from stream.retrieval.cold_start import Request
 from stream.retrieval.reader_core import ReaderOptions, ReaderState
@@ -47,6 +48,7 @@ class EmbeddingReader:
         max_lag_s: float | None = None,
         timeout_s: float = 0.02,
         clock: Callable[[], float] = time.time,
+        registry: Registry | None = None,
     ) -> "EmbeddingReader":
         """Open the store at `kv_url`; in a server that forks, in each worker process.
 
@@ -60,10 +62,11 @@ class EmbeddingReader:
             timeout_s: longest wait of one call for the store. A store that failed, or took longer, counts as down for
                 a second: calls are then answered at once, and after it one of them tries again.
             clock: wall clock in epoch seconds.
+            registry: a ``prometheus_client.CollectorRegistry`` that is told of answers and times; readers may share it.
 
         Raises:
             StoreError: the store can't be reached, or has no vector to fall back to, and there is no `fallback`.
-            ConfigError: the URL, a version's name or the fallback can't be right.
+            ConfigError: the URL, a version's name, the fallback or the registry can't be right.
         """
         parse_kv_url(kv_url)
         return cls(
@@ -74,6 +77,7 @@ class EmbeddingReader:
             max_lag_s=max_lag_s,
             timeout_s=timeout_s,
             clock=clock,
+            registry=registry,
         )
 
     def __enter__(self) -> "EmbeddingReader":
@@ -88,12 +92,14 @@ class EmbeddingReader:
 
     def get(self, user_id: int | str) -> UserEmbedding:
         """The user's vector, or the fallback with its reason; never raises."""
-        return self._state.counted.add(self._lookup([user_id], self._state.view()))[0]
+        began_s = time.monotonic()
+        return self._state.given_out(self._lookup([user_id], self._state.view()), began_s)[0]
 
     def get_pair(self, user_id: int | str, item_emb_version: str, user_emb_version: str) -> UserEmbedding:
         """Like `get`, of exactly this pair of versions."""
+        began_s = time.monotonic()
         view = self._state.view((user_emb_version, item_emb_version))
-        return self._state.counted.add(self._lookup([user_id], view))[0]
+        return self._state.given_out(self._lookup([user_id], view), began_s)[0]
 
     def get_many(self, user_ids: Iterable[int | str]) -> tuple[Float32, list[UserEmbedding]]:
         """Vectors of many users, all of one pair of versions; never raises.
@@ -101,8 +107,9 @@ class EmbeddingReader:
         Returns:
             float32 [n, d], and n answers in the order of `user_ids`.
         """
+        began_s = time.monotonic()
         view = self._state.view()
-        answers = self._state.counted.add(self._lookup(list(user_ids), view))
+        answers = self._state.given_out(self._lookup(list(user_ids), view), began_s)
         return stacked(answers, view), answers
 
     def _lookup(self, user_ids: Sequence[int | str], view: View) -> list[UserEmbedding]:
@@ -141,8 +148,8 @@ def get_or_build_user_embedding(
         history_types: the type of each interaction, for an encoder that weighs types; None weighs all alike.
         history_ts: the event time of each (ms), which an encoder that goes by time can't do without.
     """
-    state = reader._state
+    began_s, state = time.monotonic(), reader._state
     view = state.view((user_emb_version, item_emb_version))
     stored = reader._lookup([user_id], view)[0]
     request = Request(history, items, encoder, history_types, history_ts)
-    return state.counted.add([request.answer(stored, view)])[0]
+    return state.given_out([request.answer(stored, view)], began_s)[0]

@@ -22,6 +22,7 @@ from stream.keys import canonical_id, check_version_name, user_cache_key
 from stream.kv.lookups import STORE_DOWN, BoundedLookups, Entry, Lookup, Trouble
 from stream.kv.outages import DOWN_S
 from stream.kv.protocol import KVReader, Meta
+from stream.metrics import Registry
 from stream.retrieval.answers import (
     Pair,
     UserEmbedding,
@@ -33,6 +34,7 @@ from stream.retrieval.answers import (
     record_vector,
 )
 from stream.retrieval.fallback_count import FallbackCount
+from stream.retrieval.reader_metrics import metrics_of
 from stream.retrieval.staleness import Judge
 
 _VIEWS: Final = 256
@@ -52,6 +54,7 @@ class ReaderOptions(TypedDict, total=False):
     max_lag_s: float | None
     timeout_s: float
     clock: Callable[[], float]
+    registry: Registry | None
 
 
 class Call(NamedTuple):
@@ -90,6 +93,7 @@ class ReaderState:
         max_lag_s: float | None = None,
         timeout_s: float = 0.02,
         clock: Callable[[], float] = time.time,
+        registry: Registry | None = None,
     ) -> None:
         self._connect = connect
         self._pins = (_checked_name(user_version), _checked_name(item_version))
@@ -97,6 +101,7 @@ class ReaderState:
         self._judge = Judge(max_lag_s, clock)
         self._views: dict[Pair, View] = {}
         self.counted = FallbackCount()
+        self._metrics = None if registry is None else metrics_of(registry)
         self._closed = threading.Event()
         self._connecting = threading.Lock()
         self._store: KVReader | None = None
@@ -140,6 +145,12 @@ class ReaderState:
             for name, fresh in zip(call.names, freshness, strict=True)
         ]
 
+    def given_out(self, answers: list[UserEmbedding], began_s: float) -> list[UserEmbedding]:
+        """Count what is about to be given out, of a call that began then (monotonic s)."""
+        if self._metrics is not None:
+            self._metrics.add(answers, began_s)
+        return self.counted.add(answers)
+
     def close(self) -> None:
         """Let go of the store; any number of times."""
         with self._connecting:
@@ -152,6 +163,8 @@ class ReaderState:
         """In a child process: answer without the store, whose threads stayed in the parent, and leave it alone."""
         self.bounded.after_fork()
         self.counted.after_fork()
+        if self._metrics is not None:
+            self._metrics.after_fork()
         self._connecting = threading.Lock()
         self._closed = threading.Event()
         self._closed.set()

@@ -85,6 +85,7 @@ class Rollout:
         self._tasks: list[asyncio.Task[None]] = []
         self._work: asyncio.Task[None] | None = None
         self._served: Serving | None = None
+        self._current: Serving | None = None
         self._forgotten: set[str] = set()
 
     # -- start and stop -------------------------------------------------------------------------------------------
@@ -136,6 +137,26 @@ class Rollout:
         """The pairs that vectors are published of: every encoder in every space that it is of any use in."""
         encoders = self._encoders.encoders.values()
         return [Pair(encoder, space) for encoder in encoders for space in self.spaces if encoder.fits(space)]
+
+    @property
+    def serving(self) -> Serving | None:
+        """The pair that readers follow, as this worker last saw it in the store; None before it looked."""
+        return self._current
+
+    def saw(self, meta: Meta) -> None:
+        """Take note of the store's shared record."""
+        self._current = meta.current
+
+    def covered(self) -> dict[Versions, int]:
+        """Of each pair that vectors are published of, how many partitions cover it; may be asked from another thread.
+
+        These are partitions of the whole application, as their owners tell on the status topic.
+        """
+        stage = self._control.coverage.stage
+        return {
+            pair.versions: sum(stage(*pair.versions, partition) == "covered" for partition in range(self.partitions))
+            for pair in self.pairs
+        }
 
     # -- partitions -----------------------------------------------------------------------------------------------
 
@@ -316,6 +337,7 @@ class Rollout:
             return replace(meta, current=target)
 
         after = await self._kv.update_meta(change)
+        self.saw(after)
         if outlived and after.current is not None:
             log.warning(
                 "%s was made anew since the store's item version was activated; %s is served until another is "

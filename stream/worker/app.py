@@ -4,7 +4,6 @@
 """
 
 import asyncio
-import collections
 import contextlib
 import logging
 import os
@@ -28,22 +27,28 @@ from stream.kafka.topic_owners import check_owners, topics_record
 from stream.kafka.topic_watch import WATCH_S, TopicWatch
 from stream.kafka.topics import Prepared, prepare_topics
 from stream.kafka.transport import BatchSchema
-from stream.kv.protocol import KVWriter, Meta
+from stream.kv.protocol import Meta
 from stream.kv.retrying import PatientKV
 from stream.kv.stores import check_place, open_writer
 from stream.logs import log_config, log_what_python_prints, print_error
 from stream.pipeline.lanes import Lanes, OnStage
+from stream.pipeline.measures import Measures
 from stream.pipeline.processor import BatchProcessor
 from stream.pipeline.table import TABLE, HistoryTable, TableManager
 from stream.rollout.live_spaces import load_space
 from stream.rollout.records import Status
 from stream.rollout.rollout import Rollout
+from stream.worker.health import Health, Pulse
+from stream.worker.http import HttpServer
+from stream.worker.input_lag import InputLag
+from stream.worker.pages import pages
 from stream.worker.partitions import Partitions, Parts
 from stream.worker.registration import registered
 
 log = logging.getLogger(__name__)
 
 HEARTBEAT_S: Final = 1.0
+LAG_S: Final = 1.0
 TOO_LATE: Final = "the worker did not stop in time; what was not committed is processed again"
 REPORT_S: Final = 10.0
 #: Batches that wait for the agent; each is a whole fetch of a partition.
@@ -66,7 +71,7 @@ class Ready:
     """
 
     topics: Prepared
-    kv: KVWriter
+    kv: PatientKV
     rollout: Rollout
     partitions: Partitions
     watch: TopicWatch | None
@@ -80,9 +85,13 @@ class EmbeddingApp(faust.App):
         settings: what to run.
         on_stage: called after each stage of a batch's way to durability; tests stop the process there.
         logging_config: for Faust's own command, which sets up the log by itself; None for its way.
+
+    Attributes:
+        See `stream.worker.health.Vitals`.
     """
 
     logger = FAUST_LOG
+    input_lag: InputLag
 
     def __init__(
         self,
@@ -92,14 +101,19 @@ class EmbeddingApp(faust.App):
     ) -> None:
         self.settings = settings
         self.clients = Clients(settings, self._on_refusal)
-        self.counts: collections.Counter[Counter] = collections.Counter()
+        self.measures = Measures()
         self.failure: BaseException | None = None
         self.failed = asyncio.Event()
         self.marks = DurableMarks()
         self.lanes = Lanes(self.crash)
         self.processor = BatchProcessor(
-            settings.deletion_topic, self.lanes, self.marks, self._add, on_stage, self._read_again
+            settings.deletion_topic, self.lanes, self.marks, self.measures, on_stage, self._read_again
         )
+        self.pulse = Pulse()
+        self.has_assignment = False
+        self._agent: asyncio.Task[Any] | None = None
+        self._http: HttpServer | None = None
+        self._watching: list[asyncio.Task[None]] = []
         self._on_stage = on_stage
         self._stream: Any = None
         self._ready: Ready | None = None
@@ -150,6 +164,7 @@ class EmbeddingApp(faust.App):
     async def on_first_start(self) -> None:
         """Check items, topics and the store before the group is joined."""
         settings = self.settings
+        self._serve_http()
         # Our products are small: BLAS threads cost up to 20 times what they save, and a core of the neighbours'.
         threadpool_limits(limits=1, user_api="blas")
         base = None if settings.items is None else await load_space(settings.items, settings.items_timeout_s)
@@ -159,9 +174,7 @@ class EmbeddingApp(faust.App):
         check_place(settings.kv_url)
         store = open_writer(settings.kv_url, lock_patience_s=settings.kv_lock_patience_s)
         kv = PatientKV(store, settings.delivery_timeout_s)
-        rollout = Rollout(
-            settings, self.clients, kv, self.processor, self._tell, lambda: self.counts[Counter.RECORDS], self.crash
-        )
+        rollout = Rollout(settings, self.clients, kv, self.processor, self._tell, self._records, self.crash)
 
         def enter(meta: Meta) -> Meta:
             return rollout.announce(registered(settings, topics.partitions, meta))
@@ -178,6 +191,7 @@ class EmbeddingApp(faust.App):
             lanes=self.lanes,
             marks=self.marks,
             processor=self.processor,
+            measures=self.measures,
             on_stage=self._on_stage,
             on_error=self.crash,
             enter=enter,
@@ -201,6 +215,20 @@ class EmbeddingApp(faust.App):
             ", ".join(f"{s.version} ({len(s)} items, {s.dim} dims)" for s in rollout.spaces),
         )
 
+    def _serve_http(self) -> None:
+        """Tell of metrics and health from here on: a start may take long, too."""
+        settings, address = self.settings, self.settings.http_address
+        if address is None:
+            return
+        topics = [*settings.event_topics, settings.deletion_topic]
+        self.input_lag = InputLag(self.consumer, self.marks, topics, lambda: dict(self.processor.owned))
+        self._http = HttpServer(address, pages(self, Health(self)))
+        log.info("metrics and health: http://%s/metrics, /healthz, /readyz", self._http.address)
+        self._watching = [
+            asyncio.create_task(self.pulse.run(self._keeps_waiting), name="pulse"),
+            asyncio.create_task(self._watch_lag(), name="input-lag"),
+        ]
+
     def _check_group(self, topics: Prepared) -> TopicWatch:
         """See that nobody else uses our group and topics; return what looks at the topics while this worker runs."""
         check_group(self.settings)
@@ -219,13 +247,19 @@ class EmbeddingApp(faust.App):
 
     async def on_stop(self) -> None:
         """Let Faust drain and commit, then close every database."""
-        if self._ready is None:
+        try:
+            if self._ready is None:
+                await super().on_stop()
+                return
+            await self._ready.rollout.stop()
             await super().on_stop()
-            return
-        await self._ready.rollout.stop()
-        await super().on_stop()
-        await self._ready.partitions.give_up()
-        await self._ready.kv.close()
+            await self._ready.partitions.give_up()
+            await self._ready.kv.close()
+        finally:
+            for task in self._watching:
+                task.cancel()
+            if self._http is not None:
+                self._http.stop()
 
     async def on_started_init_extra_tasks(self) -> None:
         """Start background work once the first assignment is taken."""
@@ -246,6 +280,26 @@ class EmbeddingApp(faust.App):
             msg = "the worker has not started yet"
             raise StateError(msg)
         return self._ready
+
+    @property
+    def kv(self) -> PatientKV | None:
+        """See the class."""
+        return None if self._ready is None else self._ready.kv
+
+    @property
+    def rollout(self) -> Rollout | None:
+        """See the class."""
+        return None if self._ready is None else self._ready.rollout
+
+    @property
+    def restoring(self) -> Mapping[int, int | None]:
+        """See the class."""
+        return {} if self._ready is None else dict(self._ready.partitions.restoring)
+
+    @property
+    def agent_has_ended(self) -> bool:
+        """See the class."""
+        return self._agent is not None and self._agent.done()
 
     async def crash(self, reason: BaseException) -> None:
         """Stop the worker with a non-zero exit (law 6); Faust's own faults end here too."""
@@ -278,6 +332,8 @@ class EmbeddingApp(faust.App):
     async def take_partitions(self, partitions: Sequence[int], standbys: Sequence[int]) -> None:
         """Take what the group assigned, before events flow."""
         ready = self.ready
+        self.has_assignment = False
+        self.measures.assignments += 1
         try:
             if not self._owned_up and ready.topics.administered:
                 await self._say_on_status_topic(*topics_record(self.settings))
@@ -285,13 +341,15 @@ class EmbeddingApp(faust.App):
             await ready.partitions.take(partitions, standbys)
             self.clients.be_patient()
             if partitions:
-                await ready.kv.update_meta(ready.enter)
+                ready.rollout.saw(await ready.kv.update_meta(ready.enter))
+            self.has_assignment = True
         except asyncio.CancelledError:
             if not self.rebalancing:
                 raise
             log.info("the assignment changed while partitions were being restored; starting over")
 
     async def _on_revoked(self, app: Any, revoked: set[Any], **_: Any) -> None:
+        self.has_assignment = False
         await self.ready.partitions.give_up()
 
     async def drain(self) -> None:
@@ -305,7 +363,7 @@ class EmbeddingApp(faust.App):
     # -- running --------------------------------------------------------------------------------------------------
 
     async def _embed(self, stream: Any) -> None:
-        self._stream = stream
+        self._stream, self._agent = stream, asyncio.current_task()
         try:
             async for batch in stream:
                 await self.processor.process(batch)
@@ -327,8 +385,20 @@ class EmbeddingApp(faust.App):
 
     async def _look_for_missing(self) -> None:
         if self._stream is not None:
-            consumer, buffered = self.consumer, not self._stream.channel.queue.empty()
-            await self.processor.look_for_missing(consumer.given_out(), consumer.fetches, buffered=buffered)
+            consumer = self.consumer
+            await self.processor.look_for_missing(consumer.given_out(), consumer.fetches, buffered=self._has_buffered())
+
+    def _has_buffered(self) -> bool:
+        return self._stream is not None and not self._stream.channel.queue.empty()
+
+    def _keeps_waiting(self) -> bool:
+        return self.processor.activity.since_s is None and self._has_buffered()
+
+    async def _watch_lag(self) -> None:
+        while True:
+            await asyncio.sleep(LAG_S)
+            self.input_lag.note()
+            await self.input_lag.ask()
 
     async def _watch_topics(self, watch: TopicWatch) -> None:
         while not self.should_stop:
@@ -339,20 +409,20 @@ class EmbeddingApp(faust.App):
                 await self.crash(exc)
 
     async def _report(self) -> None:
-        before = self.counts.copy()
+        before = self.measures.counts.copy()
         while not self.should_stop:
             await self.sleep(REPORT_S)
-            if self.counts != before:
-                log.info("processed %s", ", ".join(f"{k} {v}" for k, v in sorted(self.counts.items()) if v))
-                before = self.counts.copy()
+            if self.measures.counts != before:
+                before = self.measures.counts.copy()
+                log.info("processed %s", ", ".join(f"{k} {v}" for k, v in sorted(before.items()) if v))
 
     async def _read_again(self, topic: str, partition: int, offset: int, seeks: int) -> None:
-        self._add(Counter.GAPS, 1)
+        self.measures.count(Counter.GAPS, 1)
         log.warning("of %s-%s not all arrived that was fetched; reading on from offset %s", topic, partition, offset)
         await self.consumer.read_again(TP(topic, partition), offset, seeks)
 
-    def _add(self, counter: Counter, by: int) -> None:
-        self.counts[counter] += by
+    def _records(self) -> int:
+        return self.measures.counts[Counter.RECORDS]
 
 
 class HostedApp(EmbeddingApp):

@@ -45,9 +45,16 @@ class Restorer:
         self._clients = clients
 
     async def read(
-        self, topic: str, partition: int, start: int, handle: Callable[[list[Any]], Awaitable[None] | None]
+        self,
+        topic: str,
+        partition: int,
+        start: int,
+        handle: Callable[[list[Any]], Awaitable[None] | None],
+        on_progress: Callable[[int], None] = lambda _: None,
     ) -> int:
         """Pass all committed records from `start` to the present end to `handle`, in chunks; return that end.
+
+        `on_progress` is told how far off the end is, in offsets.
 
         Raises:
             DeliveryError: the log yields nothing for `STALL_S` seconds before its end.
@@ -65,6 +72,7 @@ class Restorer:
             loop = asyncio.get_running_loop()
             moved_at = loop.time()
             while position < end:
+                on_progress(end - position)
                 fetched = await consumer.getmany(tp, timeout_ms=_POLL_MS, max_records=_CHUNK_RECORDS)
                 records = [r for r in fetched.get(tp, ()) if r.offset < end]
                 if records and (waiting := handle(records)) is not None:
@@ -75,6 +83,7 @@ class Restorer:
                 elif loop.time() - moved_at > STALL_S:
                     msg = f"{topic}-{partition} can't be read past offset {position} of {end}; see the brokers' logs"
                     raise DeliveryError(msg)
+            on_progress(0)
             return end
         finally:
             await consumer.stop()
@@ -125,11 +134,13 @@ async def restore_and_claim(
     store: HistoryStore,
     kv: KVWriter,
     send: Send,
+    on_progress: Callable[[int], None] = lambda _: None,
     max_age_s: float = inf,
 ) -> tuple[PartitionDB, int, int]:
     """Bring the local table up to the changelog's end and claim the partition.
 
-    Local state older than `max_age_s` is not used: the changelog may have forgotten what it still holds.
+    Local state older than `max_age_s` is not used: the changelog may have forgotten what it still holds. `on_progress`
+    is told how many records of the changelog are still to be read.
 
     Returns:
         The open database, the new epoch, and that of the claim before, 0 for none.
@@ -154,13 +165,13 @@ async def restore_and_claim(
         highest = max(highest, *(record_epoch(r) for r in records if r.value != mine), 0)
         count += len(records)
 
-    end = await restorer.read(topic, partition, db.changelog_offset, handle)
+    end = await restorer.read(topic, partition, db.changelog_offset, handle, on_progress)
     if db.changelog_offset > end:
         log.warning("%s-%s ends before local state: topic recreated or truncated; restoring anew", topic, partition)
         highest = max(highest, Claim.decode(db.claim).epoch if db.claim else 0)
         store.wipe(partition)
         db = store.open(partition)
-        end = await restorer.read(topic, partition, 0, handle)
+        end = await restorer.read(topic, partition, 0, handle, on_progress)
     for _ in range(MAX_CLAIMS):
         claim = Claim.decode(db.claim) if db.claim else None
         if claim is not None:

@@ -23,6 +23,7 @@ from stream.kafka.transport import Consumer
 from stream.keys import epoch_key, watermark_key
 from stream.kv.protocol import KVWriter, Meta
 from stream.pipeline.lanes import Destinations, Lane, Lanes, OnStage
+from stream.pipeline.measures import Measures
 from stream.pipeline.processor import BatchProcessor, Owned
 from stream.pipeline.table import HistoryStore
 from stream.pipeline.watermark import Progress, Standing, now_ms
@@ -50,16 +51,22 @@ class Parts:
     lanes: Lanes
     marks: DurableMarks
     processor: BatchProcessor
+    measures: Measures
     on_stage: OnStage
     on_error: Callable[[BaseException], Awaitable[None]]
     enter: Callable[[Meta], Meta]  # this worker in the store's shared record
 
 
 class Partitions:
-    """Takes and gives up partitions as the group assigns them."""
+    """Takes and gives up partitions as the group assigns them.
+
+    Attributes:
+        restoring: of each partition that is being taken, records of the changelog to be read; None: not known yet.
+    """
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
+        self.restoring: dict[int, int | None] = {}
         max_age_s = parts.topics.removed_kept_s
         self._standbys = Standbys(parts.settings, parts.clients, parts.store, parts.on_error, max_age_s)
         self._taking: asyncio.Future[Any] | None = None
@@ -80,6 +87,7 @@ class Partitions:
         parts.consumer.check_assignment(self._input_topics, partitions)
         await parts.rollout.prepare()
         share = max(64, parts.settings.hot_users // max(1, len(partitions)))
+        self.restoring = dict.fromkeys(partitions)
         self._taking = asyncio.gather(*(self._take(partition, share) for partition in partitions))
         await self._taking
         parts.rollout.begin()
@@ -94,6 +102,7 @@ class Partitions:
         await parts.rollout.give_up()
         tasks = [*self._rebuilds.values(), *(task for task in (self._taking, self._expiry) if task is not None)]
         self._taking, self._rebuilds, self._expiry = None, {}, None
+        self.restoring = {}
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -122,6 +131,7 @@ class Partitions:
 
     async def _take(self, partition: int, hot_users: int) -> None:
         parts, settings = self._parts, self._parts.settings
+        restoring = self.restoring
         await parts.producer.take(partition, [settings.changelog_topic, settings.output_topic])
         db, epoch, earlier_epoch = await restore_and_claim(
             partition,
@@ -131,8 +141,10 @@ class Partitions:
             store=parts.store,
             kv=parts.kv,
             send=self._send_one,
+            on_progress=lambda left: restoring.update({partition: left}),
             max_age_s=parts.topics.removed_kept_s,
         )
+        parts.measures.claims += 1
         engine = Engine(
             parts.rollout.pairs,
             settings.rules,
@@ -157,6 +169,7 @@ class Partitions:
         parts.lanes.start(self._lane(owned))
         start = (committed[settings.deletion_topic] or 0) if earlier_epoch else 0
         await self._apply_erasures(partition, start)
+        restoring.pop(partition, None)
         if not progress.whole:
             self._start_rebuild(owned)
 
@@ -252,6 +265,7 @@ class Partitions:
             changelog_at=owned.changelog_at,
             reclaim=lambda: self._reclaim(owned),
             standing=Standing(parts.consumer, [TP(topic, partition) for topic in self._input_topics]),
+            measures=parts.measures,
             on_stage=parts.on_stage,
         )
 

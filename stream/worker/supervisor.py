@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from stream.config import ENV_PREFIX, Settings
+from stream.config import ENV_PREFIX, MAX_PORT, Settings
 from stream.errors import ConfigError, ExitCode
 from stream.logs import print_error
 
@@ -53,13 +53,17 @@ class Child:
 
 
 def worker_processes(settings: Settings, count: int) -> list[Child]:
-    """The workers of a host, each with a folder of its own and its part of the users that are kept in memory.
+    """The workers of a host, each with a folder and a port of its own, and its part of the users that are in memory.
 
     Raises:
-        ConfigError: there is less than one user for each of them.
+        ConfigError: there is less than one user for each of them, or no port.
     """
     if settings.hot_users < count:
         msg = f"UEMB_HOT_USERS={settings.hot_users} can't be shared by {count} processes; raise it"
+        raise ConfigError(msg)
+    http = settings.http_address
+    if http is not None and http.port + count - 1 > MAX_PORT:
+        msg = f"UEMB_HTTP={http}: {count} processes take as many ports from there on, and there are none; lower it"
         raise ConfigError(msg)
     children = []
     for number in range(count):
@@ -69,6 +73,8 @@ def worker_processes(settings: Settings, count: int) -> list[Child]:
         }
         if settings.group_instance_id is not None:
             own[f"{ENV_PREFIX}GROUP_INSTANCE_ID"] = f"{settings.group_instance_id}-{number}"
+        if http is not None and http.port:
+            own[f"{ENV_PREFIX}HTTP"] = str(http._replace(port=http.port + number))
         command = [sys.executable, "-c", "from stream.cli import main; main()", "worker", "--child", str(number)]
         children.append(Child(command, {**os.environ, **own}))
     return children

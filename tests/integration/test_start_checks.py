@@ -247,6 +247,7 @@ def started(
             "UEMB_KV_URL": f"rocksdb://{folder}/kv",
             "UEMB_STATE_DIR": str(folder / "state"),
             "UEMB_LOG_LEVEL": "warning",
+            "UEMB_HTTP": "",
             **{k: v.format(**names[name]) for k, v in case.settings.items()},
         }
     admin = AdminClient({"bootstrap.servers": kafka.bootstrap, "log_level": 2})

@@ -95,6 +95,13 @@ def test_every_setting_is_explained() -> None:
         ({"group_instance_id": "user-embeddings"}, "group_instance_id", "user-embeddings"),
         ({"group_instance_id": ""}, "group_instance_id", None),
         ({"stop_timeout_s": "50"}, "stop_timeout_s", 50.0),
+        ({}, "http_address", ("127.0.0.1", 9464)),
+        ({"http": ""}, "http_address", None),
+        ({"http": " "}, "http_address", None),
+        ({"http": "0.0.0.0:0"}, "http_address", ("0.0.0.0", 0)),
+        ({"http": "[::1]:9464"}, "http_address", ("::1", 9464)),
+        ({"http": "[::1]:9464"}, "http", "[::1]:9464"),
+        ({"http": "worker-1.local:65535"}, "http_address", ("worker-1.local", 65_535)),
     ],
 )
 def test_a_value_as_it_is_written(load: Loader, variables: Mapping[str, str], name: str, value: object) -> None:
@@ -180,6 +187,12 @@ WRONG: dict[str, tuple[dict[str, str], str, str]] = {
     "kv_relative": ({"kv_url": "rocksdb://kv"}, "KV_URL", "absolute"),
     "kv_redis_db": ({"kv_url": "redis://host/first"}, "KV_URL", "number of a database"),
     "kv_empty": ({"kv_url": ""}, "KV_URL", "rocksdb:///"),
+    "http_port_alone": ({"http": "9464"}, "HTTP", "like 127.0.0.1:9464"),
+    "http_no_port": ({"http": "127.0.0.1"}, "HTTP", "like 127.0.0.1:9464"),
+    "http_large_port": ({"http": "127.0.0.1:65536"}, "HTTP", "65535"),
+    "http_ipv6_bare": ({"http": "::1:9464"}, "HTTP", "host:port"),
+    "http_url": ({"http": "http://127.0.0.1:9464"}, "HTTP", "host:port"),
+    "ready_0": ({"ready_max_lag_s": "0"}, "READY_MAX_LAG_S", "greater than 0"),
     "no_brokers": ({"bootstrap_servers": ""}, "BOOTSTRAP_SERVERS", ""),
     "home_of_nobody": ({"state_dir": "~nobody-of-that-name/state"}, "STATE_DIR", ""),
 }

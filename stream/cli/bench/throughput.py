@@ -154,6 +154,7 @@ class Setup:
             "log_level": "info",
             "log_format": "text",
             "group_instance_id": "",  # one of the environment's would be that of all
+            "http": "127.0.0.1:0",
             **more,
         }
         environment = {ENV_PREFIX + key.upper(): value for key, value in own.items()}

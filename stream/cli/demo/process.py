@@ -40,6 +40,7 @@ class Pipeline:
             f"{ENV_PREFIX}ITEMS": str(items),
             f"{ENV_PREFIX}KV_URL": self.kv_url,
             f"{ENV_PREFIX}STATE_DIR": str(folder / "state"),
+            f"{ENV_PREFIX}HTTP": "",
         }
         # A session of its own: Ctrl-C reaches this process only, which stops the worker in order.
         self._process = subprocess.Popen(

@@ -29,14 +29,14 @@ from strategies import (
 
 from stream.core.batch import Batch, Op
 from stream.core.counters import Counter
-from stream.core.encoders import AvgEncoder, MixEncoder, VersionedEncoder
+from stream.core.encoders import AvgEncoder, MixEncoder, VectorStatus, VersionedEncoder
 from stream.core.engine import Engine
 from stream.core.events import EventRules, Reason
 from stream.core.exposure import Exposure
 from stream.core.history import History
 from stream.core.history_codec import HistoryCodec, sort_key, stored_order
 from stream.core.records import decode, kv_entry, to_json
-from stream.core.space_engine import Pair
+from stream.core.space_engine import _COMPARED_STEPS, _COMPARED_USERS, MAX_ROUNDS, Pair
 from stream.errors import StateError
 from stream.keys import partition_of
 
@@ -591,6 +591,69 @@ def test_an_erased_user_s_tombstone_is_neither_a_vector_nor_a_fallback() -> None
     assert {name: d.counts[name] for name in (Counter.VECTORS, Counter.FALLBACKS)} == {
         name: before[name] for name in (Counter.VECTORS, Counter.FALLBACKS)
     }
+
+
+def test_vectors_are_counted_by_pair_and_by_what_they_are() -> None:
+    other = random_space("items_v2", 4, known=["a"])
+    d = driver(spaces=[SPACE, other])
+    result = d.apply(view("u", "a"), view("u", "b", 1), view("v", "a"))
+    version = d.encoder.version
+    assert result.published == {
+        (version, "items_v1", VectorStatus.OK): 1,
+        (version, "items_v1", VectorStatus.TOO_SHORT_HISTORY): 2,
+        (version, "items_v2", VectorStatus.TOO_SHORT_HISTORY): 3,
+    }
+    assert d.apply(Erase("u", T0 + 5 * MINUTE)).published == {}, "a tombstone is no vector"
+
+
+@pytest.mark.parametrize("publish_latest", [False, True])
+@pytest.mark.parametrize("each", [1, MAX_ROUNDS, 3 * MAX_ROUNDS])
+def test_items_that_a_version_lacks_are_counted_once_for_each_interaction(each: int, publish_latest: bool) -> None:
+    """However they come in: one after another, many of a user at a time, late, and again."""
+    other = random_space("items_v2", 4, known=["a"])
+    d = driver(spaces=[SPACE, other], publish_latest=publish_latest)
+    version = d.encoder.version
+    lacked = {(version, "items_v1"): each, (version, "items_v2"): 2 * each}
+    events = [view("u", item, n) for n in range(each) for item in (5, "unheard")]
+    assert d.apply(*events).unknown_items == lacked
+    assert d.apply(*events).unknown_items == {}, "these are known"
+    late = [view("u", "unheard", -1 - n) for n in range(each)]
+    assert d.apply(*late).unknown_items == dict.fromkeys(lacked, each)
+
+
+def test_a_few_vectors_are_compared_with_those_before() -> None:
+    d = driver()
+    d.apply(*(view(user, item) for user in range(40) for item in (1, 2)))
+    compared = []
+    for n in range(2 * _COMPARED_STEPS):
+        before = {user: d.record(user).vector for user in range(40)}
+        result = d.apply(*(view(user, 3 + n, 1 + n) for user in range(40)))
+        if result.cosines:
+            compared.append(n)
+            assert len(result.cosines) == _COMPARED_USERS
+            now = [float(before[user] @ d.record(user).vector) for user in range(_COMPARED_USERS)]
+            assert result.cosines == pytest.approx(now, abs=1e-6)
+    assert len(compared) == 2, "a step in eight"
+
+
+def test_nothing_is_compared_of_those_who_had_no_vector_or_get_no_interaction() -> None:
+    d = driver()
+    same = [view(user, item) for user in range(5) for item in (1, 2)]
+    for n in range(_COMPARED_STEPS - 1):
+        d.apply(view("other", n, n))
+    new = [view(100, 1, 3), view(100, 2, 4)]
+    assert d.apply(*new).cosines == [], "a step that compares"
+    d.apply(*same)
+    for _ in range(2 * _COMPARED_STEPS):
+        assert d.apply(*same).cosines == []
+
+
+def test_users_in_memory_and_from_disk_are_counted() -> None:
+    d = driver(hot_users=2)
+    for users, hits, misses in (((1, 2), 0, 2), ((1, 2, 2), 2, 0), ((2, 3, 4), 1, 2), ((1,), 0, 1)):
+        counts = d.apply(*(view(user, 1) for user in users)).counts
+        assert (counts[Counter.HOT_USERS_HITS], counts[Counter.HOT_USERS_MISSES]) == (hits, misses), users
+    assert Counter.HOT_USERS_HITS not in d.feed(TOPIC, [Message(b"1", b"no JSON")]).counts
 
 
 def event_from(source: object, n: int) -> SimpleNamespace:

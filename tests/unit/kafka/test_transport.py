@@ -382,6 +382,7 @@ class Commits(Flow):
         self.asked: list[dict[Any, int]] = []
         self._commits_failed = False
         self._committed_offset = {PLACE: 5}
+        self._committed_s: dict[Any, float] = {}
         self.app.settings = SimpleNamespace(delivery_timeout_s=0.05)
         self.app.monitor.on_tp_commit = lambda _: None
 

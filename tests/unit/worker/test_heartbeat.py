@@ -15,6 +15,7 @@ from stream.errors import StoreError, StoreLost
 from stream.kafka.delivery import DurableMarks, RecordBatch
 from stream.keys import watermark_key
 from stream.pipeline.lanes import Destinations, Lane, Lanes, Work
+from stream.pipeline.measures import Measures
 from stream.pipeline.watermark import Progress, Standing
 from stream.worker.app import EmbeddingApp
 from stream.worker.partitions import Partitions
@@ -89,6 +90,7 @@ def lane(
         changelog_at=lambda offset: None,
         reclaim=reclaim,
         standing=Standing(Fetches(), [TP("events", partition)], lambda: 0),
+        measures=Measures(),
         on_stage=lambda stage, batch, result: None,
     )
 

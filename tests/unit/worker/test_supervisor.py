@@ -157,5 +157,22 @@ def test_each_has_a_folder_and_a_name_of_its_own_and_its_part_of_the_memory(
     ]
     assert [child.environment["UEMB_GROUP_INSTANCE_ID"] for child in children] == ["host-7-0", "host-7-1", "host-7-2"]
     assert {child.environment["UEMB_HOT_USERS"] for child in children} == {"3"}
+    assert [child.environment["UEMB_HTTP"] for child in children] == [f"127.0.0.1:{9464 + n}" for n in range(3)]
     with pytest.raises(ConfigError, match="can't be shared by 11 processes"):
         worker_processes(load_settings(), 11)
+
+
+@pytest.mark.parametrize("http", ["", "127.0.0.1:0"])
+def test_processes_that_listen_nowhere_or_anywhere_are_told_the_same(
+    http: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UEMB_STATE_DIR", str(tmp_path))
+    monkeypatch.setenv("UEMB_HTTP", http)
+    assert {child.environment["UEMB_HTTP"] for child in worker_processes(load_settings(), 3)} == {http}
+
+
+def test_there_must_be_a_port_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UEMB_HTTP", "[::1]:65534")
+    assert worker_processes(load_settings(), 2)[1].environment["UEMB_HTTP"] == "[::1]:65535"
+    with pytest.raises(ConfigError, match=r"UEMB_HTTP=\[::1\]:65534: 3 processes"):
+        worker_processes(load_settings(), 3)

@@ -1,0 +1,34 @@
+"""What a worker tells over HTTP: its metrics, whether it is alive, whether it is ready."""
+
+import json
+from collections.abc import Callable, Mapping
+
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.exposition import choose_encoder
+
+from stream.metrics import Collector
+from stream.worker.health import Health, Vitals
+from stream.worker.http import Answer, Page
+from stream.worker.metrics import METRICS, WorkerMetrics
+
+
+def pages(of: Vitals, health: Health) -> dict[str, Page]:
+    """The pages of a worker, by path."""
+    registry = CollectorRegistry()
+    registry.register(Collector(METRICS, WorkerMetrics(of).read))
+    ProcessCollector(registry=registry)
+
+    def metrics(headers: Mapping[str, str]) -> Answer:
+        encode, content_type = choose_encoder(headers.get("accept", ""))
+        return Answer(200, encode(registry), content_type)
+
+    return {"/metrics": metrics, "/healthz": _verdict(health.dead), "/readyz": _verdict(health.not_ready)}
+
+
+def _verdict(reasons_against: Callable[[], list[str]]) -> Page:
+    def page(_: Mapping[str, str]) -> Answer:
+        reasons = reasons_against()
+        body = json.dumps({"ok": not reasons, "reasons": reasons}) + "\n"
+        return Answer(503 if reasons else 200, body.encode(), "application/json")
+
+    return page
