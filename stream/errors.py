@@ -29,7 +29,7 @@ class ExitCode(IntEnum):
     """How a worker, or a command, ends: whoever started it decides by that whether to start it again."""
 
     OK = 0
-    #: A fault of ours, or damage that no start mends. What `uemb verify` finds, too.
+    #: A fault of ours, or damage that no start mends. What `uemb verify`, `doctor` and `health` find, too.
     FAULT = 1
     #: Usage and configuration: another start ends the same way.
     WRONG = 2

@@ -2,11 +2,13 @@
 
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from kafka_broker import KafkaBroker
+import pytest
+from kafka_broker import KafkaBroker, why_unavailable
 
 #: Users of PLAIN and their passwords; `app` may do nothing until it is granted.
 PASSWORDS: Final = {"admin": "admin-secret-1", "app": "app-secret-2"}
@@ -165,3 +167,16 @@ def _openssl(*words: object) -> None:
     if openssl is None:
         raise FileNotFoundError("openssl")
     subprocess.run([openssl, *map(str, words)], check=True, capture_output=True, timeout=30)
+
+
+@contextmanager
+def running_secured_broker(folder: Path) -> Iterator[SecuredBroker]:
+    """A broker that keeps its certificates in a folder; skips the test where it can't be had."""
+    if reason := why_unavailable():
+        pytest.skip(reason)
+    try:
+        broker = SecuredBroker(folder)
+    except FileNotFoundError:
+        pytest.skip("no certificates: install openssl")
+    with broker:
+        yield broker

@@ -9,6 +9,7 @@ import click
 
 from stream.cli.terminal import out, print_json
 from stream.config import Address, load_settings
+from stream.errors import ExitCode
 
 #: As long as a probe waits as a rule.
 _PATIENCE_S: Final = 5.0
@@ -26,7 +27,7 @@ def health(ready: bool, address: str | None, as_json: bool) -> None:
     else:
         what = "ready" if ready else "alive"
         out.print(what if verdict["ok"] else f"not {what}: {'; '.join(map(str, verdict['reasons']))}")
-    sys.exit(0 if verdict["ok"] else 1)
+    sys.exit(ExitCode.OK if verdict["ok"] else ExitCode.FAULT)
 
 
 def _address(given: str | None) -> Address:

@@ -135,7 +135,7 @@ class Rollout:
     @property
     def pairs(self) -> list[Pair]:
         """The pairs that vectors are published of: every encoder in every space that it is of any use in."""
-        encoders = self._encoders.encoders.values()
+        encoders = list(self._encoders.encoders.values())  # at once: metrics ask from another thread
         return [Pair(encoder, space) for encoder in encoders for space in self.spaces if encoder.fits(space)]
 
     @property

@@ -19,12 +19,23 @@ from acl_admin import Acls
 from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient, NewTopic
 from doctor import Diagnosis, diagnose
-from kafka_broker import KafkaBroker, free_ports, why_unavailable
+from kafka_broker import KafkaBroker, free_ports
 from onnx_models import linear
 from pipeline import Pipeline
 from redis_cluster import RedisCluster
 from redis_server import RedisServer
-from secured_broker import BOTH, CLIENT, FAULTS, LOGIN, PASSWORDS, SECRETS, TLS, SecuredBroker, there
+from secured_broker import (
+    BOTH,
+    CLIENT,
+    FAULTS,
+    LOGIN,
+    PASSWORDS,
+    SECRETS,
+    TLS,
+    SecuredBroker,
+    running_secured_broker,
+    there,
+)
 
 from stream.config import load_settings
 from stream.core.encoders import MadeFor
@@ -43,26 +54,14 @@ NOW_MS = time.time_ns() // 1_000_000
 @pytest.fixture(scope="module")
 def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaBroker]:
     """A broker with a listener of each kind."""
-    if reason := why_unavailable():
-        pytest.skip(reason)
-    try:
-        broker = SecuredBroker(tmp_path_factory.mktemp("secured"))
-    except FileNotFoundError:
-        pytest.skip("no certificates: install openssl")
-    with broker:
+    with running_secured_broker(tmp_path_factory.mktemp("secured")) as broker:
         yield broker
 
 
 @pytest.fixture
 def unused(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecuredBroker]:
     """One of this test's own."""
-    if reason := why_unavailable():
-        pytest.skip(reason)
-    try:
-        broker = SecuredBroker(tmp_path_factory.mktemp("unused"))
-    except FileNotFoundError:
-        pytest.skip("no certificates: install openssl")
-    with broker:
+    with running_secured_broker(tmp_path_factory.mktemp("unused")) as broker:
         yield broker
 
 

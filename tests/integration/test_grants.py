@@ -15,10 +15,10 @@ from click.testing import CliRunner
 from confluent_kafka import KafkaException, Producer
 from confluent_kafka.admin import AdminClient
 from doctor import diagnose
-from kafka_broker import KafkaBroker, why_unavailable
+from kafka_broker import KafkaBroker
 from odd_records import Sender
 from pipeline import Pipeline, erase
-from secured_broker import PASSWORDS, SecuredBroker
+from secured_broker import PASSWORDS, SecuredBroker, running_secured_broker
 
 from stream.cli.dlq.replay import Replayer
 from stream.cli.root import cli
@@ -41,13 +41,7 @@ UNCHECKED_WORKER = [sys.executable, str(Path(__file__).parent.parent / "faults" 
 @pytest.fixture(scope="module")
 def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaBroker]:
     """A broker with an access list; who comes over PLAINTEXT may do all."""
-    if reason := why_unavailable():
-        pytest.skip(reason)
-    try:
-        broker = SecuredBroker(tmp_path_factory.mktemp("secured"))
-    except FileNotFoundError:
-        pytest.skip("no certificates: install openssl")
-    with broker:
+    with running_secured_broker(tmp_path_factory.mktemp("secured")) as broker:
         yield broker
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from kafka_broker import KafkaBroker, free_ports, why_unavailable
+from kafka_broker import KafkaBroker, free_ports
 from pipeline import Pipeline
 from redis_server import RedisServer
 from secured_broker import (
@@ -20,6 +20,7 @@ from secured_broker import (
     SECRETS,
     TLS,
     SecuredBroker,
+    running_secured_broker,
     there,
 )
 
@@ -33,14 +34,7 @@ from stream.kafka import brokers
 @pytest.fixture(scope="module")
 def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecuredBroker]:
     """A broker with a listener of each kind."""
-    if reason := why_unavailable():
-        pytest.skip(reason)
-    folder = tmp_path_factory.mktemp("secured")
-    try:
-        broker = SecuredBroker(folder)
-    except FileNotFoundError:
-        pytest.skip("no certificates: install openssl")
-    with broker:
+    with running_secured_broker(tmp_path_factory.mktemp("secured")) as broker:
         yield broker
 
 

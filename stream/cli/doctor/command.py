@@ -14,7 +14,6 @@ from stream.config import load_settings, misspelt, settings_faults
 from stream.errors import ExitCode
 from stream.findings import Finding, Status, failed, ok, skipped, warning
 
-SICK: Final = 1
 _SETTINGS: Final = "settings"
 
 
@@ -37,7 +36,7 @@ def doctor(as_json: bool) -> None:
     if (_SETTINGS, Status.FAILED) in [(name, finding.status) for name, finding in found]:
         sys.exit(ExitCode.WRONG)
     if Status.FAILED in statuses:
-        sys.exit(SICK)
+        sys.exit(ExitCode.FAULT)
 
 
 async def _checked(as_json: bool) -> list[tuple[str, Finding]]:
