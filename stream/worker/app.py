@@ -112,6 +112,7 @@ class EmbeddingApp(faust.App):
         self.pulse = Pulse()
         self.has_assignment = False
         self._agent: asyncio.Task[Any] | None = None
+        self._taking: asyncio.Task[None] | None = None
         self._http: HttpServer | None = None
         self._watching: list[asyncio.Task[None]] = []
         self._on_stage = on_stage
@@ -331,25 +332,33 @@ class EmbeddingApp(faust.App):
 
     async def take_partitions(self, partitions: Sequence[int], standbys: Sequence[int]) -> None:
         """Take what the group assigned, before events flow."""
-        ready = self.ready
         self.has_assignment = False
         self.measures.assignments += 1
+        self._taking = asyncio.create_task(self._take(partitions, standbys), name="take-partitions")
         try:
-            if not self._owned_up and ready.topics.administered:
-                await self._say_on_status_topic(*topics_record(self.settings))
-                self._owned_up = True
-            await ready.partitions.take(partitions, standbys)
-            self.clients.be_patient()
-            if partitions:
-                ready.rollout.saw(await ready.kv.update_meta(ready.enter))
-            self.has_assignment = True
+            await self._taking
         except asyncio.CancelledError:
             if not self.rebalancing:
                 raise
             log.info("the assignment changed while partitions were being restored; starting over")
 
+    async def _take(self, partitions: Sequence[int], standbys: Sequence[int]) -> None:
+        ready = self.ready
+        if not self._owned_up and ready.topics.administered:
+            await self._say_on_status_topic(*topics_record(self.settings))
+            self._owned_up = True
+        await ready.partitions.take(partitions, standbys)
+        self.clients.be_patient()
+        if partitions:
+            ready.rollout.saw(await ready.kv.update_meta(ready.enter))
+        self.has_assignment = True
+
     async def _on_revoked(self, app: Any, revoked: set[Any], **_: Any) -> None:
+        """Give up what is owned, and what is being taken, however far that is: the next owner may come at once."""
         self.has_assignment = False
+        if (taking := self._taking) is not None:
+            taking.cancel()
+            await asyncio.gather(taking, return_exceptions=True)
         await self.ready.partitions.give_up()
 
     async def drain(self) -> None:

@@ -116,8 +116,8 @@ class Partitions:
                 log.warning("partition %s: %s", partition.partition, exc)
         await parts.producer.give_up_all()
         for number in parts.store.open_partitions:  # also those that were being taken
+            await parts.kv.close_partition(number)  # first: should this be cut short, the number is still to be found
             parts.store.close(number)
-            await parts.kv.close_partition(number)
 
     async def heartbeat(self) -> None:
         """Write the watermarks of idle partitions, and see whether somebody asks for a rebuild."""

@@ -199,6 +199,8 @@ def test_a_partition_without_a_leader_is_waited_for(kafka: KafkaBroker, unique: 
     """For a moment after a pause that took longer than its session the broker leads nothing."""
     create_topic(kafka.bootstrap, unique, 1)
     consumer = open_consumer(Settings(bootstrap_servers=kafka.bootstrap), "look")
+    while whole(consumer, unique, 0) is None:  # until the broker tells of it, before which there is no partition
+        time.sleep(0.05)
     with paused(kafka, 4):
         pass
     until = time.monotonic() + 3

@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from stream.kv.rocksdb.layout import partition_path
 from stream.pipeline.table import CLAIM_KEY
 
 USER_VERSION = load_settings().versioned_encoder.version
+SLOW_TO_TAKE = Path(__file__).parents[1] / "faults" / "slow_to_take.py"
 REBUILDS = "lacks committed writes"
 
 
@@ -88,6 +90,24 @@ def test_three_workers_under_a_rolling_restart(
     assert min(map(len, claims.values())) >= 7
     for worker in workers:
         assert worker.stop() == 0
+
+
+def test_an_assignment_that_changes_before_a_partition_was_taken_is_not_taken(
+    make_workers: Callable[..., list[Pipeline]], tmp_path: Path
+) -> None:
+    """Two owners would fence each other, and both end."""
+    first, second = make_workers(2)
+    go = tmp_path / "go"
+    first.start([sys.executable, str(SLOW_TO_TAKE), str(go)])
+    first.until(lambda: "held back" in first.log.read_text(), "it has all partitions, and takes none")
+    second.start()
+    second.until(lambda: second.log.read_text().count("claimed epoch") == 2, "it has taken its half")
+    go.touch()
+    first.until(lambda: first.log.read_text().count("claimed epoch") == 2, "it has taken the other half")
+    assert second.log.read_text().count("claimed epoch") == 2
+    check_owners(first)
+    assert first.stop() == 0
+    assert second.stop() == 0
 
 
 @pytest.mark.parametrize(
