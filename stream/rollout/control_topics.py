@@ -5,7 +5,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
-from aiokafka.errors import OffsetOutOfRangeError
+from aiokafka.errors import ConsumerStoppedError, OffsetOutOfRangeError
 from aiokafka.structs import TopicPartition
 
 from stream.config import Settings
@@ -48,6 +48,7 @@ class ControlTopics:
         self._task: asyncio.Task[None] | None = None
         self._moved = asyncio.Condition()
         self._ended = False
+        self._stopping = False
 
     async def start(self) -> None:
         """Read both topics to their present ends, and follow them from there.
@@ -64,7 +65,8 @@ class ControlTopics:
         await self.catch_up()
 
     async def stop(self) -> None:
-        """Stop following."""
+        """Stop following; also while `start` is under way, which then fails."""
+        self._stopping = True
         task, self._task = self._task, None
         if task is not None:
             task.cancel()
@@ -117,6 +119,9 @@ class ControlTopics:
         except OffsetOutOfRangeError as exc:
             topics = " and ".join(sorted(tp.topic for tp in exc.args[0]))
             await self._on_error(OwnershipError(f"{topics}: made anew, or cut, under this worker; start it again"))
+        except ConsumerStoppedError as exc:
+            if not self._stopping:  # else this was begun by a start that was overtaken
+                await self._on_error(exc)
         except Exception as exc:  # noqa: BLE001 - a worker that no longer hears of versions must not go on
             await self._on_error(exc)
         finally:
