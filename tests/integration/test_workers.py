@@ -319,9 +319,10 @@ def test_a_standby_takes_over(films: Dataset, space: ItemSpace, make_workers: Ca
         second.until_epochs_rise(before)
     second.until_committed()
     log = second.log.read_text()[already:]
-    restored = [int(n) for n in re.findall(r"restored (\d+) records", log)]
-    # all four partitions at the take-over, of some 45,000 changelog records; what a copy lacks is a second's worth
-    assert len(restored) == 4
-    assert sum(restored) < 5_000, restored
+    restored = [(int(p), int(n)) for p, n in re.findall(r"partition (\d+): restored (\d+) records", log)]
+    # all four partitions at the take-over, of some 45,000 changelog records; what a copy lacks is a second's worth. On
+    # a busy machine the group may have dropped a worker by itself before: then some were claimed more than once
+    assert {partition for partition, _ in restored} == {0, 1, 2, 3}
+    assert sum(n for _, n in restored) < 5_000, restored
     check_all(second, films.events[:50_000], space)
     assert second.stop() == 0
