@@ -46,7 +46,7 @@ from stream.kafka.client_internals import (
     read_batches_as,
 )
 from stream.kafka.delivery import GivenOut, RecordBatch
-from stream.kafka.fetch_pace import FetchPace, Hold
+from stream.kafka.fetch_pace import SHORT_MS, FetchPace, Hold
 from stream.kafka.host import Host
 from stream.kafka.producer import FAUST_LOG, Producer
 
@@ -139,6 +139,10 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
         hold_fetches(self._ensure_consumer(), self._hold)
         if self.app.settings.group_instance_id is not None:
             heed_instance(self._ensure_consumer(), self._on_instance_taken)
+
+    def hold_no_fetch_for_long(self) -> None:
+        """See `Consumer`."""
+        self._pace.idle_ms = SHORT_MS
 
     def _on_instance_taken(self) -> None:
         self._instance_taken = True
@@ -458,6 +462,10 @@ class Consumer(driver.Consumer):
             return int(state.highwater)
         taken = self._thread.taken(tp)
         return taken.end or 0 if (run := self._runs.get(tp)) and run.seeks == taken.seeks else 0
+
+    def hold_no_fetch_for_long(self) -> None:
+        """Before it starts, of a broker that answers a fetch not when a record comes but when the time is up."""
+        self._thread.hold_no_fetch_for_long()
 
     def started_at(self, tp: TP) -> int | None:
         """Offset at which a partition was positioned last; None before that."""

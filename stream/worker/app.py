@@ -172,6 +172,8 @@ class EmbeddingApp(faust.App):
         topics = await asyncio.to_thread(prepare_topics, settings, base.dim if base else 1)
         self.conf.topic_partitions = topics.partitions
         watch = await asyncio.to_thread(self._check_group, topics) if topics.administered else None
+        if not topics.administered:
+            self.consumer.hold_no_fetch_for_long()
         check_place(settings.kv_url)
         store = open_writer(settings.kv_url, lock_patience_s=settings.kv_lock_patience_s)
         kv = PatientKV(store, settings.delivery_timeout_s)
