@@ -19,7 +19,8 @@ def test_an_idle_worker_is_answered_at_once_and_asks_seldom() -> None:
     pace = FetchPace()
     assert pace.hold(0.0, is_partial=False) == Hold(IDLE_MS, 1)
     pace.took(1, 0.0)
-    assert pace.hold(0.0, is_partial=False) == Hold(IDLE_MS, 1)
+    holds = [pace.hold(0.0, is_partial=False) for _ in range(3)]
+    assert holds == [Hold(SHORT_MS, 1), Hold(IDLE_MS, 1), Hold(IDLE_MS, 1)], "an event is often followed by another"
 
 
 def test_a_broker_that_answers_when_the_time_is_up_is_given_little() -> None:
@@ -44,6 +45,7 @@ def test_a_burst_is_forgotten() -> None:
     pace = FetchPace()
     pace.took(10_000, 5.0)
     assert pace.hold(5.0, is_partial=False).wait_ms == GATHER_MS
+    pace.hold(5.75, is_partial=False)
     assert pace.hold(5.75, is_partial=False) == Hold(IDLE_MS, 1), "however large it was"
 
 
