@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from types import ModuleType
 from typing import Any, ClassVar, Final, NamedTuple, Protocol
 
 import numpy as np
@@ -15,7 +14,6 @@ from numpy.typing import NDArray
 from stream.core import formulas
 from stream.core.formulas import DEGENERATE_NORM, WEIGHT_EPS, Float32, Float64, weighted_mean
 from stream.core.space import Space
-from stream.core.sums import DecayedSums, FadingSums, RunningSums
 from stream.errors import SpaceMismatch
 from stream.keys import check_version_name
 
@@ -255,15 +253,6 @@ def make_encoder(name: str, params: Mapping[str, float], type_weights: Mapping[s
         msg = "a half-life must be at least a second (0.0003 hours), and at most a thousand years"
         raise ValueError(msg)
     return kinds[name](**params, type_weights=dict(type_weights))
-
-
-def running_sums(
-    space: Space, encoder: Encoder, history_limit: int, capacity: int, kernels: ModuleType | None = None
-) -> RunningSums:
-    """The sums that an encoder combines; `kernels` as of `DecayedSums`."""
-    if encoder.by_time:
-        return FadingSums(space.history_vectors, encoder.decays, capacity, kernels)
-    return DecayedSums(space.history_vectors, encoder.decays, history_limit, capacity, kernels)
 
 
 def encoder_hash(encoder: Encoder, history_limit: int) -> str:

@@ -4,24 +4,28 @@ A step has three parts, so that its caller can read all missing states with one 
 `decode_deletions`), `Engine.missing`, `Engine.apply`.
 """
 
-from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import islice
 from typing import Final
 
+import numpy as np
+
+from stream.core import kernels
 from stream.core.batch import Batch, BatchDecoder, Record, StepResult
 from stream.core.counters import Counter
 from stream.core.events import EventDecoder, EventRules
-from stream.core.history import History, Outcome
-from stream.core.history_codec import NEVER, HistoryCodec, key_ts_ms, stored_order
-from stream.core.space_engine import MAX_ROUNDS, Coverage, Pair, Publisher, Touch, User
-from stream.core.stored_columns import SharedColumns
+from stream.core.history_codec import NEVER, HistoryCodec, stored_order
+from stream.core.hot_users import Folded, HotUsers
+from stream.core.kinds import Kinds
+from stream.core.space_engine import Coverage, Pair, Publisher, Step
 
-#: An event that is older than so many others of its user is not added to running sums: summing afresh is cheaper.
-MAX_NEWER: Final = 64
-#: A slot is summed afresh after so many incremental updates, so that rounding can't build up over years.
-MAX_AGE: Final = 100_000
-_FIRST_SLOTS: Final = 1024
+#: Counters of what came of interactions and erasures.
+_COUNTED: Final = {
+    kernels.APPLIED: Counter.APPLIED,
+    kernels.DUPLICATE: Counter.DUPLICATE,
+    kernels.TOO_OLD: Counter.TOO_OLD,
+    kernels.ERASED: Counter.ERASED,
+    kernels.ERASURE: Counter.ERASURES,
+}
 
 
 class Engine:
@@ -36,7 +40,7 @@ class Engine:
         publish_latest: publish only a batch's last state of each user instead of one record per applied event.
         json_output: write JSON instead of Avro to the output topic.
         decoder: shared with the engines of other partitions, so that its memo is held once.
-        columns: the same; it reads stored states.
+        kinds: the same.
     """
 
     def __init__(
@@ -50,21 +54,17 @@ class Engine:
         publish_latest: bool = False,
         json_output: bool = False,
         decoder: EventDecoder | None = None,
-        columns: SharedColumns | None = None,
+        kinds: Kinds | None = None,
     ) -> None:
         self.history_limit = pairs[0].encoder.history_limit
-        self._columns = columns or SharedColumns(HistoryCodec(rules.types))
-        self.codec = self._columns.codec
-        self.hot_users = hot_users
         self.publish_latest = publish_latest
         self.json_output = json_output
-        self._users: dict[bytes, User] = {}  # least recently used first
+        self._kinds = kinds or Kinds(HistoryCodec(rules.types))
+        self._forgotten = self._kinds.forgotten
+        self._users = HotUsers(self._kinds, self.history_limit, hot_users)
         self._first_revision = 0
-        self._decoder = BatchDecoder(decoder or EventDecoder(rules), partition, partitions, self._users)
-        self._capacity = min(hot_users, _FIRST_SLOTS)
-        self._free = list(range(self._capacity))
+        self._decoder = BatchDecoder(decoder or EventDecoder(rules), partition, partitions, self._users.slots)
         self._publishers: list[Publisher] = []
-        self._by_time = False
         self.serve(pairs)
 
     def serve(self, pairs: Sequence[Pair]) -> None:
@@ -75,13 +75,12 @@ class Engine:
         """
         kept = {publisher.versions: publisher for publisher in self._publishers}
         if any(pair.versions not in kept for pair in pairs):
-            self.forget(list(self._users))  # a new pair has no sums of theirs
+            self.forget(list(self._users.slots))  # a new pair has no sums of theirs
         self._publishers = [
             kept.get(pair.versions)
-            or Publisher(pair, self._columns, capacity=self._capacity, json_output=self.json_output)
+            or Publisher(pair, self._kinds, capacity=self._users.capacity, json_output=self.json_output)
             for pair in pairs
         ]
-        self._by_time = any(publisher.by_time for publisher in self._publishers)
 
     @property
     def versions(self) -> tuple[tuple[str, str], ...]:
@@ -97,8 +96,12 @@ class Engine:
         return self._decoder.deletions(records)
 
     def missing(self, batch: Batch) -> list[bytes]:
-        """Users of the batch whose stored state `apply` needs."""
-        users = self._users
+        """Users of the batch whose stored state `apply` needs, which must come next."""
+        self._kinds.make_room()
+        if self._forgotten != self._kinds.forgotten:
+            self._forgotten = self._kinds.forgotten
+            self.forget(list(self._users.slots))  # their numbers mean nothing any more
+        users = self._users.slots
         return list({op.user: None for op in batch.ops if op.user not in users})
 
     def apply(self, batch: Batch, stored: Mapping[bytes, bytes | None], epoch: int) -> StepResult:
@@ -114,21 +117,50 @@ class Engine:
         """
         result = StepResult(counts=batch.counts)
         self._load(stored)
-        touched, states = self._fold(batch)
-        if touched:
-            batch.count(Counter.HOT_USERS_HITS, len(touched) - len(stored))
-            batch.count(Counter.HOT_USERS_MISSES, len(stored))
-        touched = {key: touch for key, touch in touched.items() if touch.steps}
-        for touch in touched.values():
-            user, steps = touch.user, len(touch.steps)
-            touch.afresh = not touch.plain or steps > MAX_ROUNDS or user.age >= MAX_AGE
-            user.age = 0 if touch.afresh else user.age + steps
-        for publisher in self._publishers:
-            publisher.publish(touched, states, epoch, result)
-        for key, touch in touched.items():
-            result.states[key] = touch.user.history.encode(epoch)
-        self._evict()
+        if not batch.ops:
+            return result
+        users = self._users
+        folded = users.fold(batch.ops)
+        for outcome, n in enumerate(np.bincount(folded.outcomes).tolist()):
+            if n and outcome in _COUNTED:
+                batch.count(_COUNTED[outcome], n)
+        slots = dict(zip(folded.users, folded.slots.tolist(), strict=True))
+        batch.count(Counter.HOT_USERS_HITS, len(slots) - len(stored))
+        batch.count(Counter.HOT_USERS_MISSES, len(stored))
+        step = self._step(folded)
+        if step.users:
+            for publisher in self._publishers:
+                publisher.publish(step, epoch, result)
+            result.states = users.states({user: slots[user] for user in step.users}, epoch)
+        users.evict()
         return result
+
+    def _step(self, folded: Folded) -> Step:
+        """What sums have to follow, and the states to publish.
+
+        These are the ones after each event that changed a history; then once that of who is to be sent again.
+        """
+        outcomes, slots = folded.outcomes, folded.slots
+        is_news = (outcomes == kernels.APPLIED) | (outcomes == kernels.ERASURE)
+        at = np.flatnonzero(is_news)
+        if len(at):  # of several interactions of one event the last
+            at = at[np.append(np.diff(folded.events[at]) > 0, True)]
+        if self.publish_latest:
+            _, last = np.unique(slots[at][::-1], return_index=True)
+            at = at[np.sort(len(at) - 1 - last)]
+        is_again = (outcomes == kernels.DUPLICATE) | (outcomes == kernels.KNOWN)
+        if is_again.any():
+            again = np.flatnonzero(is_again & ~np.isin(slots, slots[is_news]) & self._users.exist(slots))
+            _, first = np.unique(slots[again], return_index=True)
+            at = np.concatenate([at, again[np.sort(first)]])
+        shown = np.full(len(slots), -1)
+        shown[at] = np.arange(len(at))
+        moved = np.flatnonzero(is_news | (shown >= 0))
+        return Step(
+            [folded.users[n] for n in at.tolist()], folded.lengths[at], folded.as_of[at], folded.revisions[at],
+            slots[moved], folded.numbers[moved], folded.at_ms[moved], folded.places[moved], folded.gone[moved],
+            shown[moved],
+        )  # fmt: skip
 
     def embed(
         self, stored: Mapping[bytes, bytes], versions: tuple[str, str], epoch: int
@@ -145,13 +177,11 @@ class Engine:
         Raises:
             StateError: a stored state can't be read.
         """
+        self._kinds.make_room()
         result = StepResult()
         publisher = next(p for p in self._publishers if p.versions == versions)
-        histories, columns = self._columns.reader.read(
-            list(stored.values()), self.history_limit, times=publisher.by_time
-        )
-        users = list(zip(stored, histories, strict=True))
-        return result, publisher.publish_cold(users, columns, epoch, result)
+        columns = self._kinds.read(list(stored.values()), self.history_limit)
+        return result, publisher.publish_cold(list(stored), columns, epoch, result)
 
     def end_markers(self, markers: Mapping[bytes, bytes], left_behind: Sequence[bytes] = ()) -> StepResult:
         """What takes the markers of erased users out of every place.
@@ -170,104 +200,18 @@ class Engine:
         others = [prefix + user for user in markers for prefix in left_behind]
         return StepResult(output=[(key, None) for key in others], removals=[*keys, *others], forgotten=list(markers))
 
-    def _fold(self, batch: Batch) -> tuple[dict[bytes, Touch], list[tuple[bytes, Touch, int]]]:
-        """Apply the operations; return the touched users and the states to publish as (user, touch, step index)."""
-        touched: dict[bytes, Touch] = {}
-        states: list[tuple[bytes, Touch, int]] = []
-        outcomes = dict.fromkeys(Outcome, 0)
-        erasures = 0
-        for key, what in batch.ops:
-            touch = touched.get(key)
-            if touch is None:
-                touch = touched[key] = Touch(self._user(key))
-            if type(what) is bytes:
-                if not _add(touch, what, outcomes):
-                    continue
-            elif type(what) is tuple:  # one event: one state is published, that after all of it
-                if not sum([_add(touch, one, outcomes) for one in what]):
-                    continue
-            elif type(what) is int:
-                history = touch.user.history
-                news, gone = history.erase(what)
-                if not news:
-                    touch.again = True
-                    continue
-                erasures += 1
-                touch.plain &= not gone
-                touch.steps.append((history.count, history.as_of_ms, history.revision, None, gone, 0))
-            else:
-                touch.again = True
-                continue
-            states.append((key, touch, len(touch.steps) - 1))
-        for key, touch in touched.items():
-            if touch.again and not touch.steps:
-                history = touch.user.history
-                if history.count or history.erased_at != NEVER:  # else there is no such user
-                    states.append((key, touch, 0))
-                    touch.steps.append((history.count, history.as_of_ms, history.revision, None, (), 0))
-        if self.publish_latest:
-            states = [s for s in states if s[2] == len(s[1].steps) - 1]
-        for outcome, n in outcomes.items():
-            if n:
-                batch.count(Counter[outcome.name], n)
-        if erasures:
-            batch.count(Counter.ERASURES, erasures)
-        return touched, states
-
-    def _user(self, key: bytes) -> User:
-        user = self._users[key] = self._users.pop(key)  # the most recently used
-        return user
-
     def _load(self, stored: Mapping[bytes, bytes | None]) -> None:
         """Take users into memory, and make their running sums."""
         if not stored:
             return
-        read = {key: state for key, state in stored.items() if state is not None}
-        histories, columns = self._columns.reader.read(list(read.values()), self.history_limit, times=self._by_time)
-        users = dict(zip(read, histories, strict=True))
-        for key, state in stored.items():
-            if state is None:
-                users[key] = History(self.codec, self.history_limit, revision=self._first_revision)
-        slots = [self._slot() for _ in users]
-        self._users.update((key, User(users[key], slot)) for key, slot in zip(users, slots, strict=True))
-        columns = columns.followed_by(len(users) - len(read))
+        read = {user: state for user, state in stored.items() if state is not None}
+        new = [user for user, state in stored.items() if state is None]
+        columns = self._kinds.read(list(read.values()), self.history_limit)
+        columns = columns.followed_by(len(new), self._first_revision, NEVER)
+        slots = self._users.load([*read, *new], columns)
         for publisher in self._publishers:
-            publisher.load(slots, columns)
-
-    def _slot(self) -> int:
-        if not self._free:
-            larger = 2 * self._capacity
-            for publisher in self._publishers:
-                publisher.sums.grow(larger)
-            self._free = list(range(self._capacity, larger))
-            self._capacity = larger
-        return self._free.pop()
+            publisher.load(slots, columns, self._users.capacity)
 
     def forget(self, users: Iterable[bytes]) -> None:
         """Drop users from memory; what is stored has all of them."""
-        for key in users:
-            user = self._users.pop(key, None)
-            if user is not None:
-                self._free.append(user.slot)
-
-    def _evict(self) -> None:
-        excess = len(self._users) - self.hot_users
-        if excess > 0:
-            self.forget(list(islice(self._users, excess)))
-
-
-def _add(touch: Touch, what: bytes, outcomes: dict[Outcome, int]) -> bool:
-    """Add an interaction to a touched user's history; return whether that is a step."""
-    history = touch.user.history
-    outcome, evicted = history.add(what)
-    outcomes[outcome] += 1
-    if outcome is not Outcome.APPLIED:
-        touch.again |= outcome is Outcome.DUPLICATE
-        return False
-    newer = 0
-    if history.newest is not what:
-        newer = history.count - 1 - bisect_left(history.keys, what)
-        touch.plain &= newer <= MAX_NEWER
-    gone: Sequence[bytes] = () if evicted is None else (evicted,)
-    touch.steps.append((history.count, key_ts_ms(history.newest), history.revision, what, gone, newer))
-    return True
+        self._users.forget(users)

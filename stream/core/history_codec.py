@@ -1,12 +1,10 @@
 """How histories are stored: sort keys of interactions, and the binary layout with permanent type codes."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from typing import Final
 from uuid import UUID
-
-import numpy as np
-from numpy.typing import NDArray
 
 from stream.core.varint import read_varint, varint
 from stream.errors import StateError, StateMismatch
@@ -23,7 +21,6 @@ _INTEGER = re.compile(rb"0|-?[1-9][0-9]{0,18}")
 _UUID = re.compile(rb"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 _TAG_INTEGER, _TAG_UUID, _TAG_TEXT = 0, 1, 2
 _MEMO_LIMIT: Final = 1 << 18
-_STAMP: Final = np.arange(TS_BYTES)
 DAMAGED: Final = "a stored history is damaged; wipe the partition's state so that it is restored from the changelog"
 
 
@@ -62,15 +59,18 @@ class HistoryCodec:
         self._tails: dict[bytes, bytes] = {}
         self._suffixes: dict[bytes, bytes] = {}
 
-    def _tail(self, suffix: bytes) -> bytes:
+    def body(self, suffix: bytes) -> bytes:
+        """Stored type and item of an interaction, given as the end of its sort key."""
         item, _, type_name = suffix.partition(b"\0")
         body = varint(self._code_of[type_name])
         if _INTEGER.fullmatch(item) and INT64_MIN <= (number := int(item)) <= INT64_MAX:
-            body += bytes([_TAG_INTEGER]) + varint((number << 1) ^ (number >> 63))
-        elif _UUID.fullmatch(item):
-            body += bytes([_TAG_UUID]) + UUID(item.decode()).bytes
-        else:
-            body += bytes([_TAG_TEXT]) + item
+            return body + bytes([_TAG_INTEGER]) + varint((number << 1) ^ (number >> 63))
+        if _UUID.fullmatch(item):
+            return body + bytes([_TAG_UUID]) + UUID(item.decode()).bytes
+        return body + bytes([_TAG_TEXT]) + item
+
+    def _tail(self, suffix: bytes) -> bytes:
+        body = self.body(suffix)
         tail = varint(len(body)) + body
         if len(self._tails) >= _MEMO_LIMIT:
             self._tails.clear()
@@ -100,11 +100,6 @@ class HistoryCodec:
         self._suffixes[body] = suffix
         return suffix
 
-    def entry(self, key: bytes) -> bytes:
-        """Stored bytes of one interaction."""
-        suffix = key[TS_BYTES:]
-        return key[:TS_BYTES] + (self._tails.get(suffix) or self._tail(suffix))
-
     def entries(self, keys: Iterable[bytes]) -> bytes:
         """Stored bytes of many interactions."""
         tails, tail = self._tails, self._tail
@@ -121,57 +116,22 @@ class HistoryCodec:
         except (IndexError, KeyError, ValueError) as exc:
             raise StateError(DAMAGED) from exc
 
-    def bodies(self, entries: bytes) -> tuple[list[bytes], bytes]:
-        """Type and item (see `item_and_type`) of each entry, oldest first, and the newest one's sort key.
-
-        Raises:
-            StateError: these are no entries in their order.
-        """
-        bodies: list[bytes] = []
-        pos, end, stamp = 0, len(entries), b""
-        try:
-            while pos < end:
-                start = pos + TS_BYTES + 1
-                size = entries[start - 1]
-                if size > 0x7F:
-                    size, start = read_varint(entries, start - 1)
-                before, stamp = stamp, entries[pos : pos + TS_BYTES]
-                pos = start + size
-                body = entries[start:pos]
-                if stamp <= before and (stamp < before or self._suffix(body) <= self._suffix(bodies[-1])):
-                    raise ValueError
-                bodies.append(body)
-            if pos != end:
-                raise ValueError
-            return bodies, stamp + self._suffix(bodies[-1]) if bodies else b""
-        except (IndexError, KeyError, ValueError) as exc:
-            raise StateError(DAMAGED) from exc
-
     def keys(self, entries: bytes) -> list[bytes]:
-        """Sort keys of entries.
+        """Sort keys of entries, oldest first.
 
         Raises:
-            StateError: no worker writes such entries.
+            StateError: no worker writes such entries, or not in this order.
         """
         keys, pos, end = [], 0, len(entries)
         try:
             while pos < end:
                 key, pos = self._key(entries, pos)
                 keys.append(key)
+            if pos != end or any(later <= earlier for earlier, later in pairwise(keys)):
+                raise ValueError
         except (IndexError, KeyError, ValueError) as exc:
             raise StateError(DAMAGED) from exc
         return keys
-
-    def first(self, entries: bytes) -> tuple[bytes, int]:
-        """Sort key of the oldest entry, and how many bytes it takes.
-
-        Raises:
-            StateError: no worker writes such an entry.
-        """
-        try:
-            return self._key(entries, 0)
-        except (IndexError, KeyError, ValueError) as exc:
-            raise StateError(DAMAGED) from exc
 
     def _key(self, entries: bytes, pos: int) -> tuple[bytes, int]:
         """Sort key of the entry at `pos`, and where the next one begins."""
@@ -181,16 +141,6 @@ class HistoryCodec:
             size, start = read_varint(entries, start - 1)
         body = entries[start : start + size]
         return entries[pos : pos + TS_BYTES] + self._suffix(body), start + size
-
-
-def stored_times(data: bytes, bodies: Sequence[bytes]) -> NDArray[np.int64]:
-    """Event time (ms) of each interaction [n] of a sound stored state, given what `HistoryCodec.bodies` read of it."""
-    sizes = np.fromiter(map(len, bodies), dtype=np.int64, count=len(bodies))
-    steps = sizes + (TS_BYTES + 1) + (sizes > 0x7F)  # the length takes two bytes then, for ids have at most 256
-    starts = HEADER_BYTES + steps.cumsum() - steps
-    stamps = np.zeros((len(bodies), 8), dtype=np.uint8)
-    stamps[:, 8 - TS_BYTES :] = np.frombuffer(data, dtype=np.uint8)[starts[:, None] + _STAMP]
-    return stamps.view(">i8")[:, 0].astype(np.int64)
 
 
 def check_layout(data: bytes) -> None:

@@ -1,6 +1,6 @@
-"""Loops that numpy has no operation for, compiled by numba: stored histories to columns, and sums of whole histories.
+"""Loops that numpy has no operation for, compiled by numba: what the batch step does for each interaction.
 
-Without numba the step takes the plain ways of `stored_columns` and `sums`, which say the same.
+They see users as slots of arrays, and an interaction's item and type as a number: see `stream.core.kinds`.
 """
 
 import math
@@ -10,24 +10,41 @@ from typing import Any, Final
 import numpy as np
 from numba import njit, types
 
-from stream.core.history_codec import HEADER_BYTES, TS_BYTES
+from stream.core.history_codec import HEADER_BYTES, LAYOUT_VERSION, TS_BYTES
+
+#: What is to be done to a user.
+ADD: Final = 0
+ERASE: Final = 1
+SEND_AGAIN: Final = 2
+
+#: What came of it.
+APPLIED: Final = 0
+DUPLICATE: Final = 1
+TOO_OLD: Final = 2
+ERASED: Final = 3
+ERASURE: Final = 4
+KNOWN: Final = 5  # an erasure that changed nothing, or a wish to be sent again
 
 _FNV_START: Final = np.uint64(0xCBF29CE484222325)
 _FNV_PRIME: Final = np.uint64(0x100000001B3)
 _SHIFT: Final = np.uint64(32)
+_PREFIX_BYTES: Final = 16
 
 
 def _array(of: Any, ndim: int, *, read_only: bool = False) -> Any:
     return types.Array(of, ndim, "C", readonly=read_only)
 
 
+_INT = types.int64
 _BYTES = _array(types.uint8, 1, read_only=True)
-_U8 = _array(types.uint8, 1)
-_I64, _I64_2 = (_array(types.int64, n) for n in (1, 2))
-_PAIR: Any = types.UniTuple(types.int64, 2)  # type: ignore[no-untyped-call]
-_I32 = _array(types.int32, 1)
+_U8, _U8_2 = (_array(types.uint8, n) for n in (1, 2))
+_I8 = _array(types.int8, 1)
+_I32, _I32_2 = (_array(types.int32, n) for n in (1, 2))
+_I64, _I64_2 = (_array(_INT, n) for n in (1, 2))
 _F64, _F64_2, _F64_3 = (_array(types.float64, n) for n in (1, 2, 3))
 _ROWS = _array(types.float32, 2, read_only=True)
+_PAIR: Any = types.UniTuple(types.int64, 2)  # type: ignore[no-untyped-call]
+_BLOCK: Any = types.Tuple((_U8, _I64))  # type: ignore[no-untyped-call]
 
 
 def _compiled(signature: Any) -> Callable[[Any], Any]:
@@ -40,7 +57,10 @@ def _compiled(signature: Any) -> Callable[[Any], Any]:
     return compile_it
 
 
-@_compiled(types.uint64(_BYTES, types.int64, types.int64))
+# -- kinds of interactions -----------------------------------------------------------------------------------------
+
+
+@_compiled(types.uint64(_BYTES, _INT, _INT))
 def hash_of(data, at, size):  # type: ignore[no-untyped-def]
     """FNV-1a of some bytes, its halves folded so that low bits depend on all."""
     found = _FNV_START
@@ -49,7 +69,7 @@ def hash_of(data, at, size):  # type: ignore[no-untyped-def]
     return found ^ (found >> _SHIFT)
 
 
-@_compiled(types.int64(_BYTES, types.int64, types.int64, types.uint64, _I32, _U8, _I64))
+@_compiled(_INT(_BYTES, _INT, _INT, types.uint64, _I32, _U8, _I64))
 def find(data, at, size, hashed, table, pool, pool_at):  # type: ignore[no-untyped-def]
     """Number of some bytes in an open hash table [power of two], or the free place for them as ``-1 - place``."""
     mask = table.shape[0] - 1
@@ -70,7 +90,7 @@ def find(data, at, size, hashed, table, pool, pool_at):  # type: ignore[no-untyp
         place = (place + 1) & mask
 
 
-@_compiled(types.int64(_I32, _U8, _I64, types.int64))
+@_compiled(_INT(_I32, _U8, _I64, _INT))
 def fill(table, pool, pool_at, count):  # type: ignore[no-untyped-def]
     """Enter the first `count` bodies of a pool into an empty table."""
     for number in range(count):
@@ -80,7 +100,7 @@ def fill(table, pool, pool_at, count):  # type: ignore[no-untyped-def]
     return count
 
 
-@_compiled(types.boolean(_U8, _I64, types.int64, types.int64))
+@_compiled(types.boolean(_U8, _I64, _INT, _INT))
 def is_before(pool, pool_at, first, second):  # type: ignore[no-untyped-def]
     """Whether the first of two byte strings of a pool comes before the second."""
     a, b = pool_at[first], pool_at[second]
@@ -91,11 +111,48 @@ def is_before(pool, pool_at, first, second):  # type: ignore[no-untyped-def]
     return a_size < b_size
 
 
-@_compiled(_PAIR(_BYTES, _I64, _I64, _I32, _U8, _I64, _U8, _I64, _I64, _I32, _I64, _I64_2))
+# -- stored states -------------------------------------------------------------------------------------------------
+
+
+@_compiled(_INT(_BYTES, _INT, _INT))
+def _big_endian(data, at, size):  # type: ignore[no-untyped-def]
+    value = np.int64(0)
+    for i in range(at, at + size):
+        value = (value << 8) | np.int64(data[i])
+    return value
+
+
+@_compiled(types.void(_U8, _INT, _INT, _INT))
+def _put_big_endian(data, at, size, value):  # type: ignore[no-untyped-def]
+    for i in range(at + size - 1, at - 1, -1):
+        data[i] = np.uint8(value & 0xFF)
+        value >>= 8
+
+
+@_compiled(_INT(_U8, _INT, _INT))
+def _put_varint(data, at, value):  # type: ignore[no-untyped-def]
+    """Write a number that is not negative, seven bits a byte; return the place after it."""
+    while value > 0x7F:
+        data[at] = np.uint8(value & 0x7F | 0x80)
+        value >>= 7
+        at += 1
+    data[at] = np.uint8(value)
+    return at + 1
+
+
+@_compiled(_INT(_U8, _INT, _BYTES, _INT, _INT))
+def _put(data, at, source, start, size):  # type: ignore[no-untyped-def]
+    """Copy bytes; return the place after them."""
+    for i in range(size):
+        data[at + i] = source[start + i]
+    return at + size
+
+
+@_compiled(_PAIR(_BYTES, _I64, _I64, _I32, _U8, _I64, _U8, _I64, _I64, _I32, _I64, _I64, _I64_2))
 def read_states(  # type: ignore[no-untyped-def]
-    data, bounds, base, table, pool, pool_at, order, order_at, times, numbers, newest, unknown
+    data, bounds, base, table, pool, pool_at, order, order_at, times, numbers, revisions, erased_at, unknown
 ):
-    """Entries of stored states.
+    """Headers and entries of stored states.
 
     Args:
         data: the states, one behind the other, each at least a header.
@@ -108,7 +165,8 @@ def read_states(  # type: ignore[no-untyped-def]
         order_at: where each begins and the last ends.
         times: written, event time of each entry (ms) [n].
         numbers: written, number of each entry's body [n], -1 where it isn't known.
-        newest: written, where each state's newest entry begins [m].
+        revisions: written, of each state [m].
+        erased_at: written, of each state (ms) [m].
         unknown: written, start and size of the bodies that are not known [n, 2].
 
     Returns:
@@ -116,16 +174,15 @@ def read_states(  # type: ignore[no-untyped-def]
     """
     missing = 0
     for state in range(bounds.shape[0] - 1):
+        revisions[state] = _big_endian(data, bounds[state] + 9, 8)
+        erased_at[state] = _big_endian(data, bounds[state] + 17, 8)
         at, end = bounds[state] + HEADER_BYTES, bounds[state + 1]
         entry, last = base[state], base[state + 1]
         before = np.int64(-1)
         while at < end:
             if entry >= last or at + TS_BYTES + 1 > end:
                 return state, missing
-            newest[state] = at
-            time = np.int64(0)
-            for i in range(TS_BYTES):
-                time = (time << 8) | np.int64(data[at + i])
+            time = _big_endian(data, at, TS_BYTES)
             size = np.int64(data[at + TS_BYTES])
             at += TS_BYTES + 1
             if size > 0x7F:
@@ -155,38 +212,416 @@ def read_states(  # type: ignore[no-untyped-def]
     return -1, missing
 
 
-@_compiled(types.void(_I32, _I64, _F64, _I64, _F64, _F64_2, _ROWS, _F64_3, _F64_2, _I64, _I64))
-def sum_states(rows, base, weights, times, decays, powers, vectors, sums, totals, known, newest_ms):  # type: ignore[no-untyped-def]
-    """Weighted sums of whole histories.
+@_compiled(_BLOCK(_I64, _INT, _I64_2, _I32_2, _I64, _I64, _I64, _U8, _I64))
+def write_states(slots, epoch, times, numbers, counts, revisions, erased_at, pool, pool_at):  # type: ignore[no-untyped-def]
+    """Stored states of some slots [m], one behind the other; where each begins and the last ends [m + 1].
 
     Args:
-        rows: of each entry, oldest first [n], -1 where the space lacks the item.
-        base: where each history begins and the last ends [m + 1].
-        weights: of each entry [n], or none [0]: all weigh 1.
-        times: of each entry (ms) [n], where sums go by time, else none [0].
+        slots: whose.
+        epoch: under which they are written.
+        times: event times by slot, oldest first [S, L].
+        numbers: item and type of each [S, L].
+        counts: how many a slot has [S].
+        revisions: of each slot [S].
+        erased_at: of each slot (ms) [S].
+        pool: stored item and type by number.
+        pool_at: where each begins and the last ends.
+    """
+    bounds = np.zeros(slots.shape[0] + 1, dtype=np.int64)
+    for i in range(slots.shape[0]):
+        slot = slots[i]
+        size = np.int64(HEADER_BYTES)
+        for entry in range(counts[slot]):
+            number = numbers[slot, entry]
+            body = pool_at[number + 1] - pool_at[number]
+            size += TS_BYTES + 1 + body + (body > 0x7F)
+        bounds[i + 1] = bounds[i] + size
+    data = np.empty(bounds[-1], dtype=np.uint8)
+    for i in range(slots.shape[0]):
+        slot, at = slots[i], bounds[i]
+        data[at] = LAYOUT_VERSION
+        _put_big_endian(data, at + 1, 8, epoch)
+        _put_big_endian(data, at + 9, 8, revisions[slot])
+        _put_big_endian(data, at + 17, 8, erased_at[slot])
+        _put_big_endian(data, at + 25, 2, counts[slot])
+        at += HEADER_BYTES
+        for entry in range(counts[slot]):
+            _put_big_endian(data, at, TS_BYTES, times[slot, entry])
+            at += TS_BYTES
+            number = numbers[slot, entry]
+            start = pool_at[number]
+            size = pool_at[number + 1] - start
+            at = _put_varint(data, at, size)
+            for n in range(size):
+                data[at + n] = pool[start + n]
+            at += size
+    return data, bounds
+
+
+# -- histories in memory -------------------------------------------------------------------------------------------
+
+
+@_compiled(types.void(_I64, _I64, _I64, _I32, _I64_2, _I32_2, _I64))
+def place_histories(slots, base, from_times, from_numbers, times, numbers, counts):  # type: ignore[no-untyped-def]
+    """Copy histories that lie one behind the other [m] to their slots."""
+    for i in range(slots.shape[0]):
+        slot, start = slots[i], base[i]
+        counts[slot] = base[i + 1] - start
+        for entry in range(counts[slot]):
+            times[slot, entry] = from_times[start + entry]
+            numbers[slot, entry] = from_numbers[start + entry]
+
+
+@_compiled(
+    types.void(_I64, _I8, _I64, _I32, _U8, _I64, _I64_2, _I32_2, _I64, _I64, _I64, _I8, _I64, _I64, _I64, _I64, _I64)
+)
+def fold(  # type: ignore[no-untyped-def]
+    slots, what, at_ms, kinds, order, order_at, times, numbers, counts, revisions, erased_at,
+    outcomes, places, gone, lengths, as_of, revised,
+):  # fmt: skip
+    """Do to histories what is to be done, one after the other: the loop of `stream.core.history.History`.
+
+    Args:
+        slots: whose history [n].
+        what: `ADD`, `ERASE` or `SEND_AGAIN` [n].
+        at_ms: event time of what is added, or of the erasure [n].
+        kinds: number of the item and type that are added [n].
+        order: item and type by number, in which interactions of one time are ordered.
+        order_at: where each begins and the last ends.
+        times: changed, event times by slot, oldest first [S, L].
+        numbers: changed, item and type of each [S, L].
+        counts: changed [S].
+        revisions: changed [S].
+        erased_at: changed [S].
+        outcomes: written, what came of each [n].
+        places: written, how many interactions are older than what was added [n].
+        gone: written, how many left the old end [n].
+        lengths: written, how long the history is then [n].
+        as_of: written, when its newest interaction was, -1 without one [n].
+        revised: written, its revision then [n].
+    """
+    limit = times.shape[1]
+    for n in range(slots.shape[0]):
+        slot, at, kind, count = slots[n], at_ms[n], kinds[n], counts[slots[n]]
+        if what[n] == ADD:
+            if at <= erased_at[slot]:
+                outcomes[n] = ERASED
+            else:
+                place = count
+                while place > 0:
+                    other = numbers[slot, place - 1]
+                    if times[slot, place - 1] < at or (
+                        times[slot, place - 1] == at
+                        and (other == kind or is_before(order, order_at, np.int64(other), np.int64(kind)))
+                    ):
+                        break
+                    place -= 1
+                if place > 0 and times[slot, place - 1] == at and numbers[slot, place - 1] == kind:
+                    outcomes[n] = DUPLICATE
+                elif place == 0 and count == limit:
+                    outcomes[n] = TOO_OLD
+                else:
+                    if count == limit:
+                        for entry in range(1, place):
+                            times[slot, entry - 1] = times[slot, entry]
+                            numbers[slot, entry - 1] = numbers[slot, entry]
+                        place -= 1
+                        gone[n] = 1
+                    else:
+                        for entry in range(count, place, -1):
+                            times[slot, entry] = times[slot, entry - 1]
+                            numbers[slot, entry] = numbers[slot, entry - 1]
+                        count += 1
+                    times[slot, place], numbers[slot, place] = at, kind
+                    outcomes[n], places[n] = APPLIED, place
+                    revisions[slot] += 1
+        elif what[n] == ERASE and at > erased_at[slot]:
+            erased_at[slot] = at
+            cut = 0
+            while cut < count and times[slot, cut] <= at:
+                cut += 1
+            for entry in range(cut, count):
+                times[slot, entry - cut] = times[slot, entry]
+                numbers[slot, entry - cut] = numbers[slot, entry]
+            count -= cut
+            outcomes[n], gone[n] = ERASURE, cut
+            revisions[slot] += 1
+        else:
+            outcomes[n] = KNOWN
+        counts[slot] = count
+        lengths[n], revised[n] = count, revisions[slot]
+        as_of[n] = times[slot, count - 1] if count else -1
+
+
+# -- sums of rows --------------------------------------------------------------------------------------------------
+
+
+@_compiled(_PAIR(_I32_2, _F64_2, _I64_2, _INT, _INT, _INT, _F64, _F64_2, _ROWS, _F64_3, _F64_2, types.int64))
+def sum_one(rows, weights, times, of, start, end, decays, powers, vectors, sums, totals, to):  # type: ignore[no-untyped-def]
+    """Weighted sum of a history's known rows.
+
+    Args:
+        rows: of histories [m, n], oldest first, -1 where the space lacks the item.
+        weights: of each [m, n], or none [m, 0]: all weigh 1.
+        times: of each (ms) [m, n], where sums go by time, else none [m, 0].
+        of: which of them.
+        start: where it begins there.
+        end: where it ends.
         decays: of each sum [K], per ms where they go by time.
         powers: ``exp(-decay_k · r)`` [K, ranks], where sums go by rank.
         vectors: rows of the space.
+        sums: written [M, K, d].
+        totals: written, sums of the weights [M, K].
+        to: where in these.
+
+    Returns:
+        How many rows there are, and the time of the newest where sums go by time.
+    """
+    weighted, by_time = weights.shape[1] > 0, times.shape[1] > 0
+    rank, newest_ms = np.int64(0), np.int64(0)
+    for k in range(decays.shape[0]):
+        totals[to, k] = 0.0
+        for d in range(vectors.shape[1]):
+            sums[to, k, d] = 0.0
+    for entry in range(end - 1, start - 1, -1):
+        row = rows[of, entry]
+        if row < 0:
+            continue
+        if by_time and rank == 0:
+            newest_ms = times[of, entry]
+        for k in range(decays.shape[0]):
+            factor = math.exp(-decays[k] * (newest_ms - times[of, entry])) if by_time else powers[k, rank]
+            if weighted:
+                factor *= weights[of, entry]
+            totals[to, k] += factor
+            for d in range(vectors.shape[1]):
+                sums[to, k, d] += factor * vectors[row, d]
+        rank += 1
+    return rank, newest_ms
+
+
+@_compiled(types.void(_I32_2, _I64, _F64_2, _I64_2, _F64, _F64_2, _ROWS, _F64_3, _F64_2, _I64, _I64))
+def sum_histories(rows, base, weights, times, decays, powers, vectors, sums, totals, known, newest_ms):  # type: ignore[no-untyped-def]
+    """Weighted sums of whole histories that lie one behind the other: of each what `sum_one` says.
+
+    Args:
+        rows: as of `sum_one`, all in one [1, n].
+        base: where each history begins and the last ends [m + 1].
+        weights: as of `sum_one` [1, n] or [1, 0].
+        times: as of `sum_one` [1, n] or [1, 0].
+        decays: as of `sum_one`.
+        powers: as of `sum_one`.
+        vectors: as of `sum_one`.
         sums: written [m, K, d].
-        totals: written, sums of the weights [m, K].
+        totals: written [m, K].
         known: written, how many rows there are [m].
         newest_ms: written, time of the newest known item [m], where sums go by time.
     """
-    by_time = times.shape[0] > 0
-    for state in range(base.shape[0] - 1):
-        rank = 0
-        for entry in range(base[state + 1] - 1, base[state] - 1, -1):
-            row = rows[entry]
-            if row < 0:
-                continue
-            if by_time and rank == 0:
-                newest_ms[state] = times[entry]
+    for i in range(base.shape[0] - 1):
+        known[i], newest_ms[i] = sum_one(
+            rows, weights, times, 0, base[i], base[i + 1], decays, powers, vectors, sums, totals, i
+        )
+
+
+@_compiled(types.void(_I64, _I64, _I32, _F64, _I64, _I32_2, _F64_2, _I64_2, _I64))
+def place_rows(slots, base, from_rows, from_weights, from_times, rows, weights, times, counts):  # type: ignore[no-untyped-def]
+    """Copy rows, and weights and times where they count, that lie one behind the other [m] to their slots."""
+    for i in range(slots.shape[0]):
+        slot, start = slots[i], base[i]
+        counts[slot] = base[i + 1] - start
+        for entry in range(counts[slot]):
+            rows[slot, entry] = from_rows[start + entry]
+            if from_weights.shape[0]:
+                weights[slot, entry] = from_weights[start + entry]
+            if from_times.shape[0]:
+                times[slot, entry] = from_times[start + entry]
+
+
+@_compiled(
+    types.void(
+        _I64, _I32, _F64, _I64, _I64, _I64, _I64, _INT,
+        _I32_2, _F64_2, _I64_2, _I64, _F64_3, _F64_2, _I64, _I64, _I64, _F64, _F64_2, _ROWS,
+        _F64_3, _F64_2, _I64, _I64_2,
+    )
+)  # fmt: skip
+def follow(  # type: ignore[no-untyped-def]
+    slots, new_rows, new_weights, new_times, places, gone, shown, max_age,
+    rows, weights, times, counts, sums, totals, known, newest_ms, ages, decays, powers, vectors,
+    out_sums, out_totals, out_known, out_newest,
+):  # fmt: skip
+    """Have running sums follow what was done to histories, one after the other.
+
+    What is newer than all that was there is added to the sums, and what leaves the old end taken from them; for
+    anything else the history is summed afresh.
+
+    Args:
+        slots: whose history [n].
+        new_rows: row of what was added [n], -1 where the space lacks it.
+        new_weights: its weight [n], or none [0].
+        new_times: when it was (ms) [n].
+        places: how many interactions are older, -1 if nothing was added [n].
+        gone: how many left the old end before [n].
+        shown: where to write the state after it, or -1 [n].
+        max_age: after so many additions sums are made afresh.
+        rows: changed, by slot, oldest first [S, L].
+        weights: changed, the same [S, L], or none [S, 0].
+        times: changed, the same [S, L] where sums go by time, else none [S, 0].
+        counts: changed, how many a slot has [S].
+        sums: changed [S, K, d].
+        totals: changed [S, K].
+        known: changed, how many rows of a slot the space has [S].
+        newest_ms: changed, time of the newest of these [S].
+        ages: changed, how many additions ago sums were made afresh [S].
+        decays: of each sum [K], per ms where they go by time.
+        powers: ``exp(-decay_k · r)`` [K, ranks], where sums go by rank.
+        vectors: rows of the space.
+        out_sums: written [m, K, d].
+        out_totals: written [m, K].
+        out_known: written [m].
+        out_newest: written, the newest known rows, newest first, -1 where there are fewer [m, M].
+    """
+    weighted, by_time, dim = weights.shape[1] > 0, times.shape[1] > 0, vectors.shape[1]
+    for n in range(slots.shape[0]):
+        slot, place, leaving, row = slots[n], places[n], gone[n], new_rows[n]
+        count = counts[slot]
+        afresh = ages[slot] >= max_age or leaving > 1 or (leaving and place < 0)
+        weight = new_weights[n] if weighted and place >= 0 else 1.0
+        if leaving == 1 and place >= 0:
+            old = rows[slot, 0]
+            old_weight = weights[slot, 0] if weighted else 1.0
+            old_time = times[slot, 0] if by_time else np.int64(0)
+        else:
+            old, old_weight, old_time = np.int32(-1), 1.0, np.int64(0)
+        for entry in range(leaving, count):
+            rows[slot, entry - leaving] = rows[slot, entry]
+            if weighted:
+                weights[slot, entry - leaving] = weights[slot, entry]
+            if by_time:
+                times[slot, entry - leaving] = times[slot, entry]
+        count -= leaving
+        if place >= 0:
+            afresh = afresh or place < count
+            for entry in range(count, place, -1):
+                rows[slot, entry] = rows[slot, entry - 1]
+                if weighted:
+                    weights[slot, entry] = weights[slot, entry - 1]
+                if by_time:
+                    times[slot, entry] = times[slot, entry - 1]
+            rows[slot, place] = row
+            if weighted:
+                weights[slot, place] = weight
+            if by_time:
+                times[slot, place] = new_times[n]
+            count += 1
+        counts[slot] = count
+        if afresh:
+            ages[slot] = 0
+            known[slot], newest_ms[slot] = sum_one(
+                rows, weights, times, slot, 0, count, decays, powers, vectors, sums, totals, slot
+            )
+        elif place >= 0:
+            ages[slot] += 1
+            newest = newest_ms[slot]
+            if by_time and row >= 0:
+                newest = new_times[n]
             for k in range(decays.shape[0]):
-                factor = math.exp(-decays[k] * (newest_ms[state] - times[entry])) if by_time else powers[k, rank]
-                if weights.shape[0]:
-                    factor *= weights[entry]
-                totals[state, k] += factor
-                for d in range(vectors.shape[1]):
-                    sums[state, k, d] += factor * vectors[row, d]
-            rank += 1
-        known[state] = rank
+                keep, loss = 1.0, 0.0
+                if row >= 0 and known[slot]:
+                    keep = math.exp(-decays[k] * (newest - newest_ms[slot])) if by_time else powers[k, 1]
+                if old >= 0:
+                    if by_time:
+                        loss = old_weight * math.exp(-decays[k] * (newest - old_time))
+                    else:
+                        loss = old_weight * powers[k, known[slot] - 1 + (row >= 0)]
+                if row >= 0:
+                    totals[slot, k] = totals[slot, k] * keep + weight
+                    for d in range(dim):
+                        sums[slot, k, d] = sums[slot, k, d] * keep + weight * vectors[row, d]
+                if old >= 0:
+                    totals[slot, k] -= loss
+                    for d in range(dim):
+                        sums[slot, k, d] -= loss * vectors[old, d]
+            newest_ms[slot] = newest
+            known[slot] += np.int64(row >= 0) - np.int64(old >= 0)
+        to, is_empty = shown[n], known[slot] == 0
+        for k in range(decays.shape[0]):
+            if is_empty:  # no rounding residue either
+                totals[slot, k] = 0.0
+                for d in range(dim):
+                    sums[slot, k, d] = 0.0
+            if to >= 0:
+                out_totals[to, k] = totals[slot, k]
+                for d in range(dim):
+                    out_sums[to, k, d] = sums[slot, k, d]
+        if to >= 0:
+            out_known[to] = known[slot]
+            found = 0
+            for entry in range(count - 1, -1, -1):
+                if found == out_newest.shape[1]:
+                    break
+                if rows[slot, entry] >= 0:
+                    out_newest[to, found] = rows[slot, entry]
+                    found += 1
+
+
+# -- records -------------------------------------------------------------------------------------------------------
+
+
+@_compiled(_BLOCK(_BYTES, _I64, _INT, _I64, _I64, _I64, _I64, _I8, _BYTES, _I64, _BYTES, _BYTES, _BYTES, _U8_2, _U8_2))
+def write_entries(  # type: ignore[no-untyped-def]
+    users, users_at, epoch, revisions, lengths, unknown, as_of, status, flags, flags_at, header, versions, size,
+    norms, vectors,
+):  # fmt: skip
+    """Key-value entries of some states, one behind the other; where each begins and the last ends [m + 1].
+
+    Args:
+        users: ids, one behind the other.
+        users_at: where each begins and the last ends [m + 1].
+        epoch: of all.
+        revisions: of each [m].
+        lengths: of each history [m]; of an empty one nothing follows the prefix.
+        unknown: how many of its items the space lacks [m].
+        as_of: time of its newest interaction (ms) [m].
+        status: of each vector [m].
+        flags: what Avro makes of each status and its reason, one behind the other.
+        flags_at: where each begins and the last ends.
+        header: marker and fingerprint of the schema.
+        versions: what Avro makes of the versions and the dimension.
+        size: what it makes of the size of a vector.
+        norms: of each vector, as bytes [m, 8].
+        vectors: as bytes [m, 4 d].
+    """
+    fixed = _PREFIX_BYTES + header.shape[0] + versions.shape[0] + 8 + size.shape[0] + vectors.shape[1] + 61
+    room = np.int64(0)
+    for i in range(lengths.shape[0]):
+        of = np.int64(status[i])
+        room += fixed + users_at[i + 1] - users_at[i] + flags_at[of + 1] - flags_at[of]
+    data = np.empty(room, dtype=np.uint8)
+    bounds = np.zeros(lengths.shape[0] + 1, dtype=np.int64)
+    at = np.int64(0)
+    for i in range(lengths.shape[0]):
+        _put_big_endian(data, at, 8, epoch)
+        _put_big_endian(data, at + 8, 8, revisions[i])
+        at += _PREFIX_BYTES
+        if lengths[i]:
+            of = np.int64(status[i])
+            at = _put(data, at, header, 0, header.shape[0])
+            user = users_at[i + 1] - users_at[i]
+            at = _put_varint(data, at, user << 1)
+            at = _put(data, at, users, users_at[i], user)
+            at = _put_varint(data, at, epoch << 1)
+            at = _put_varint(data, at, revisions[i] << 1)
+            at = _put(data, at, flags, flags_at[of], flags_at[of + 1] - flags_at[of])
+            at = _put_varint(data, at, lengths[i] << 1)
+            at = _put_varint(data, at, unknown[i] << 1)
+            data[at] = 2  # the union's long
+            at = _put_varint(data, at + 1, as_of[i] << 1)
+            at = _put(data, at, versions, 0, versions.shape[0])
+            for n in range(8):
+                data[at + n] = norms[i, n]
+            at = _put(data, at + 8, size, 0, size.shape[0])
+            for n in range(vectors.shape[1]):
+                data[at + n] = vectors[i, n]
+            at += vectors.shape[1]
+        bounds[i + 1] = at
+    return data, bounds

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import fastavro
 import numpy as np
@@ -69,28 +69,7 @@ def _schemas() -> tuple[dict[bytes, Any], bytes]:
 
 def _long(value: int) -> bytes:
     """Avro's zigzag varint of a value that is never negative here."""
-    if value < _SMALL:
-        return _SMALL_LONGS[value]
-    value <<= 1
-    if _SIX_BYTES <= value < _SEVEN_BYTES:  # an event time
-        return bytes(
-            (
-                value & 0x7F | 0x80,
-                value >> 7 & 0x7F | 0x80,
-                value >> 14 & 0x7F | 0x80,
-                value >> 21 & 0x7F | 0x80,
-                value >> 28 & 0x7F | 0x80,
-                value >> 35,
-            )
-        )
-    return varint(value)
-
-
-#: Lengths, most revisions and most epochs.
-_SMALL: Final = 4096
-_SMALL_LONGS: Final = tuple(varint(value << 1) for value in range(_SMALL))
-_SIX_BYTES: Final = 1 << 35
-_SEVEN_BYTES: Final = 1 << 42
+    return varint(value << 1)
 
 
 def _string(text: str) -> bytes:
@@ -98,73 +77,53 @@ def _string(text: str) -> bytes:
     return _long(len(data)) + data
 
 
-_OK: Final = _string("ok") + _string("")  # status and reason of nearly every record
+class RecordParts(NamedTuple):
+    """What is the same in all records of one pair of versions, in Avro.
 
-
-class RecordEncoder:
-    """Writes records of one pair of versions; what is the same in all of them is encoded once.
-
-    The Avro body is written by hand (tests hold it against fastavro byte for byte): it is on the path of every event.
+    Attributes:
+        header: marker and fingerprint of the schema.
+        versions: both versions and the dimension.
+        vector_size: size of the vector's bytes.
     """
 
-    def __init__(self, user_embedding_version: str, item_embedding_version: str, dim: int) -> None:
-        self.user_embedding_version = user_embedding_version
-        self.item_embedding_version = item_embedding_version
-        self.dim = dim
-        self._header = _schemas()[1]
-        self._versions = _string(user_embedding_version) + _string(item_embedding_version) + _long(dim)
-        self._vector_size = _long(4 * dim)
-        self._status: dict[tuple[str, str], bytes] = {}
+    header: bytes
+    versions: bytes
+    vector_size: bytes
 
-    def avro(
-        self,
-        user_id: bytes,
-        epoch: int,
-        revision: int,
-        status: tuple[str, str],
-        history_len: int,
-        unknown_items: int,
-        as_of: int | None,
-        norm: float,
-        vector: bytes,
-    ) -> bytes:
-        """One record in Avro single-object encoding; `user_id` is UTF-8, `vector` little-endian float32."""
-        flags = self._status.get(status)
-        if flags is None:
-            flags = self._status[status] = _string(status[0]) + _string(status[1])
-        return b"".join(
-            (
-                self._header,
-                _long(len(user_id)),
-                user_id,
-                _long(epoch),
-                _long(revision),
-                flags,
-                _long(history_len),
-                _long(unknown_items),
-                b"\x00" if as_of is None else b"\x02" + _long(as_of),
-                self._versions,
-                _DOUBLE.pack(norm),
-                self._vector_size,
-                vector,
-            )
-        )
+
+def record_parts(user_embedding_version: str, item_embedding_version: str, dim: int) -> RecordParts:
+    """See `RecordParts`."""
+    versions = _string(user_embedding_version) + _string(item_embedding_version) + _long(dim)
+    return RecordParts(_schemas()[1], versions, _long(4 * dim))
+
+
+def status_part(status: str, reason: str) -> bytes:
+    """Status and reason in Avro."""
+    return _string(status) + _string(reason)
 
 
 def encode(record: EmbeddingRecord) -> bytes:
     """One record in Avro single-object encoding."""
-    encoder = RecordEncoder(record.user_embedding_version, record.item_embedding_version, len(record.vector))
-    return encoder.avro(
-        user_id=record.user_id.encode(),
-        epoch=record.epoch,
-        revision=record.revision,
-        status=(record.status, record.reason),
-        history_len=record.history_len,
-        unknown_items=record.unknown_items,
-        as_of=record.as_of,
-        norm=record.norm,
-        vector=np.asarray(record.vector, dtype="<f4").tobytes(),
+    parts = record_parts(record.user_embedding_version, record.item_embedding_version, len(record.vector))
+    return b"".join(
+        (
+            parts.header,
+            _string(record.user_id),
+            _long(record.epoch),
+            _long(record.revision),
+            status_part(record.status, record.reason),
+            _long(record.history_len),
+            _long(record.unknown_items),
+            b"\x00" if record.as_of is None else b"\x02" + _long(record.as_of),
+            parts.versions,
+            _DOUBLE.pack(record.norm),
+            parts.vector_size,
+            np.asarray(record.vector, dtype="<f4").tobytes(),
+        )
     )
+
+
+_OK: Final = status_part("ok", "")  # of nearly every record
 
 
 def _take_long(data: bytes, at: int) -> tuple[int, int]:

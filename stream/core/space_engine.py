@@ -4,8 +4,7 @@ A pair is an encoder and an item space; its vectors are published under both ver
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from itertools import islice, pairwise
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -13,65 +12,49 @@ from numpy.typing import NDArray
 
 from stream.core.batch import StepResult
 from stream.core.counters import Counter
-from stream.core.encoders import REASONS, VectorStatus, VersionedEncoder, finish, running_sums
-from stream.core.formulas import Float32, Float64
-from stream.core.history import History
-from stream.core.history_codec import TS_BYTES, key_ts_ms
-from stream.core.records import EmbeddingRecord, RecordEncoder, kv_prefix, to_json
+from stream.core.encoders import REASONS, VectorStatus, VersionedEncoder, finish
+from stream.core.entry_writer import EntryWriter, Facts
+from stream.core.formulas import Float32
+from stream.core.kinds import Columns, Int32, Int64, Kinds
+from stream.core.records import EmbeddingRecord, to_json
 from stream.core.space import Space
-from stream.core.stored_columns import Columns, SharedColumns
-from stream.core.sums import Moved, Newer
+from stream.core.sums import Moves, RowHistories, RunningSums, Sums
 from stream.keys import user_cache_key
 
-#: Up to so many events of one user in a batch are added one round at a time, together with other users'; from there on
-#: one matrix product for the user alone is cheaper.
-MAX_ROUNDS: Final = 8
 #: Cosine to the space's centroid from which on a vector is nearly the same for everybody: popularity has collapsed it.
 NEAR_CENTROID: Final = 0.95
 #: Of every so many steps, the vectors of so many users are compared with those before: an encoder makes each of these
 #: once more, which must cost next to nothing.
 _COMPARED_STEPS: Final = 8
 _COMPARED_USERS: Final = 16
-_STAYS: Final = 1 << 40
-
-Int64 = NDArray[np.int64]
-
-#: A state to publish, right after one operation: history length, as_of (ms), revision, what was added, what left, and
-#: how many interactions are newer than what was added. A plain tuple, for one is made for every event.
-Step = tuple[int, int | None, int, bytes | None, Sequence[bytes], int]
 
 
-class User:
-    """A user in memory: the history, and a slot of running sums in each space."""
+class Step(NamedTuple):
+    """What a batch did to users in memory, and the states of them to publish.
 
-    __slots__ = ("age", "history", "slot")
+    Attributes:
+        users: of each state to publish, one for each of m.
+        lengths: of its history [m].
+        as_of: when its newest interaction was in ms, -1 without one [m].
+        revisions: of the state [m].
+        slots: whose history was changed, or is to be shown as it is [n].
+        numbers: kind of what was added [n].
+        at_ms: its event time [n].
+        places: how many interactions are older, -1 if nothing was added [n].
+        gone: how many left the old end [n].
+        shown: which state to publish that is, or -1 [n].
+    """
 
-    def __init__(self, history: History, slot: int) -> None:
-        self.history = history
-        self.slot = slot
-        self.age = 0
-
-
-class Touch:
-    """What a batch did to one user so far."""
-
-    __slots__ = ("afresh", "again", "plain", "steps", "user")
-
-    def __init__(self, user: User) -> None:
-        self.user = user
-        self.steps: list[Step] = []
-        self.plain = True  # all steps are additions that the running sums can follow
-        self.again = False  # something arrived that was known already
-        self.afresh = False  # the running sums can't follow; sum the interactions again
-
-
-class _Sums(NamedTuple):
-    """Sums [n, K, d], totals [n, K], known items [n] and newest rows [n, M], newest first, of n states."""
-
-    sums: Float64
-    totals: Float64
-    known: Int64
-    newest: Int64
+    users: list[bytes]
+    lengths: Int64
+    as_of: Int64
+    revisions: Int64
+    slots: Int64
+    numbers: Int32
+    at_ms: Int64
+    places: Int64
+    gone: Int64
+    shown: Int64
 
 
 class _Before(NamedTuple):
@@ -112,7 +95,7 @@ class Publisher:
 
     Args:
         pair: the encoder and the item space.
-        shared: where stored interactions lie in it, and what their types weigh.
+        kinds: where interactions lie in it, and what their types weigh.
         capacity: slots to begin with.
         json_output: write JSON instead of Avro to the output topic.
 
@@ -120,234 +103,89 @@ class Publisher:
         SpaceMismatch: the encoder was made for another item version.
     """
 
-    def __init__(self, pair: Pair, shared: SharedColumns, *, capacity: int, json_output: bool) -> None:
+    def __init__(self, pair: Pair, kinds: Kinds, *, capacity: int, json_output: bool) -> None:
         encoder, space = pair
         encoder.check(space)
         self.versions = pair.versions
         self.space = space
-        self.sums = running_sums(space, encoder.encoder, encoder.history_limit, capacity, shared.kernels)
-        self.by_time = encoder.encoder.by_time
+        self._sums = RunningSums.of(space, encoder.encoder, encoder.history_limit, capacity)
         self._encoder = encoder
-        self._newest = encoder.encoder.newest
         self._json_output = json_output
         self._key_prefix = user_cache_key("", space.version, encoder.version).encode()
-        self._records = RecordEncoder(encoder.version, space.version, space.dim)
-        self._row_of = space.row
-        self._rows: dict[int, list[int]] = {}  # by slot, aligned with the history's keys
-        self._row_weights: dict[int, list[float]] = {}  # the same; empty where all types weigh 1
-        self._stored_rows = shared.rows_of(space)
-        self._stored_weights = shared.weights_of(encoder.encoder.type_weights)
+        self._entries = EntryWriter(encoder.version, space.version, space.dim)
+        self._rows = kinds.rows_of(space)
+        weighs = any(weight != 1.0 for weight in encoder.encoder.type_weights.values())
+        self._weights = kinds.weights_of(encoder.encoder.type_weights) if weighs else None
         self._steps = 0
-        self._weights = {b"\0" + t.encode(): w for t, w in encoder.encoder.type_weights.items() if w != 1.0}
 
     def key(self, user: bytes) -> bytes:
         """Key of a user's vector of this pair."""
         return self._key_prefix + user
 
-    def load(self, slots: Sequence[int], columns: Columns) -> None:
-        """Set the sums of users whose histories were read from the store."""
-        rows = self._stored_rows.of(columns.numbers)
-        weights = self._stored_weights.of(columns.numbers) if self._weights else None
-        self.sums.load(np.array(slots), rows, columns.base, weights, columns.times if self.by_time else None)
-        all_rows, bounds = rows.tolist(), columns.base.tolist()
-        of_each = [slice(*bound) for bound in pairwise(bounds)]
-        self._rows.update((slot, all_rows[part]) for slot, part in zip(slots, of_each, strict=True))
-        if weights is not None:
-            all_weights = weights.tolist()
-            self._row_weights.update((slot, all_weights[part]) for slot, part in zip(slots, of_each, strict=True))
+    def load(self, slots: Int64, columns: Columns, capacity: int) -> None:
+        """Set the sums of users whose histories were read from the store; there are so many slots by now."""
+        if capacity > self._sums.capacity:
+            self._sums.grow(capacity)
+        self._sums.load(slots, self._histories(columns))
 
-    def _rows_of(self, keys: Sequence[bytes]) -> list[int]:
-        row_of = self._row_of
-        return [row_of(key[TS_BYTES : key.rindex(b"\0")], -1) for key in keys]
+    def _histories(self, columns: Columns) -> RowHistories:
+        weights = None if self._weights is None else self._weights.of(columns.numbers)
+        return RowHistories(columns.base, self._rows.of(columns.numbers), weights, columns.times)
 
-    def _weight(self, key: bytes) -> float:
-        return self._weights.get(key[key.rindex(b"\0") :], 1.0) if self._weights else 1.0
-
-    def publish(
-        self,
-        touched: Mapping[bytes, Touch],
-        states: Sequence[tuple[bytes, Touch, int]],
-        epoch: int,
-        result: StepResult,
-    ) -> None:
-        """Follow the touched users, and add the records of all `states` (user, touch, step) to `result`."""
-        sums, totals, known, newest = computed = self._room(len(states))
-        unknown = 0
-        rounds: list[list[tuple[Touch, int]]] = [[] for _ in range(MAX_ROUNDS)]
-        others: dict[bytes, list[int]] = {}
-        for place, (key, touch, _) in enumerate(states):
-            if len(touch.steps) == 1 and not touch.afresh:  # most
-                rounds[0].append((touch, place))
-            else:
-                others.setdefault(key, []).append(place)
-        for key, wanted in others.items():
-            touch = touched[key]
-            if touch.afresh:
-                steps = [states[place][2] for place in wanted]
-                (sums[wanted], totals[wanted], known[wanted], newest[wanted]), lacking = self._afresh(touch, steps)
-                unknown += lacking
-                continue
-            if len(wanted) < len(touch.steps):  # not after each element of an event, nor with `publish_latest`
-                place_of = {states[place][2]: place for place in wanted}
-                wanted = [place_of.get(step, -1) for step in range(len(touch.steps))]
-            for step, place in enumerate(wanted):
-                rounds[step].append((touch, place))
+    def publish(self, step: Step, epoch: int, result: StepResult) -> None:
+        """Follow what was done, and add the records of all states to publish to `result`."""
+        is_added = step.places >= 0
+        rows, weights = np.full(len(is_added), -1, dtype=np.int32), None
+        rows[is_added] = self._rows.of(step.numbers[is_added])
+        if self._weights is not None:
+            weights = np.ones(len(rows))
+            weights[is_added] = self._weights.of(step.numbers[is_added])
         self._steps += 1
-        before = self._before(rounds[0]) if self._steps % _COMPARED_STEPS == 0 else None
-        for step, members in enumerate(rounds):
-            if members:
-                slots, at, lacking = self._insert_round(members, step)
-                unknown += lacking
-                slots, at = slots[at >= 0], at[at >= 0]
-                sums[at], totals[at], known[at] = self.sums.read(slots)
-                if self._newest:
-                    newest[at] = [self._newest_of(self._rows[slot]) for slot in slots.tolist()]
-        shown = [(key, touch.steps[step]) for key, touch, step in states]
-        vectors, status = self._emit(shown, computed, epoch, result)
-        if unknown:
+        before = self._before(step) if self._steps % _COMPARED_STEPS == 0 else None
+        moves = Moves(step.slots, rows, weights, step.at_ms, step.places, step.gone, step.shown)
+        computed = self._sums.follow(moves, len(step.users))
+        facts = Facts(step.users, epoch, step.revisions, step.lengths, step.lengths - computed.known, step.as_of)
+        vectors, status = self._emit(facts, computed, result)
+        if unknown := int(np.count_nonzero(rows[is_added] < 0)):
             result.unknown_items[self.versions] = result.unknown_items.get(self.versions, 0) + unknown
         if before is not None:
             is_own = status[before.places] == VectorStatus.OK
             now = vectors[before.places[is_own]]
             result.cosines += np.einsum("nd,nd->n", before.vectors[is_own], now).tolist()
 
-    def publish_cold(
-        self, users: Sequence[tuple[bytes, History]], columns: Columns, epoch: int, result: StepResult
-    ) -> Coverage:
+    def publish_cold(self, users: Sequence[bytes], columns: Columns, epoch: int, result: StepResult) -> Coverage:
         """Add the present state of users that need not be in memory, and whose histories are those of the columns.
 
         Who has no state to show yet is left out. The running sums stay as they are.
         """
-        rows = self._stored_rows.of(columns.numbers)
-        weights = self._stored_weights.of(columns.numbers) if self._weights else None
-        sums, totals, known, _ = self.sums.sum_all(rows, columns.base, weights, columns.times if self.by_time else None)
-        newest = np.full((len(users), self._newest), -1)
-        if self._newest:
-            for place, part in enumerate(pairwise(columns.base.tolist())):
-                newest[place] = self._newest_of(rows[slice(*part)].tolist())
-        is_shown = [place for place, (_, history) in enumerate(users) if history.revision]
-        shown: list[tuple[bytes, Step]] = []
-        for place in is_shown:
-            user, history = users[place]
-            shown.append((user, (history.count, history.as_of_ms, history.revision, None, (), 0)))
-        computed = _Sums(sums[is_shown], totals[is_shown], known[is_shown], newest[is_shown])
-        _, status = self._emit(shown, computed, epoch, result)
-        lengths = np.array([step[0] for _, step in shown], dtype=np.int64)
-        items = int(lengths.sum())
+        shown = np.flatnonzero(columns.revisions)
+        computed = self._sums.sum_all(self._histories(columns)).of(shown)
+        lengths = columns.lengths[shown]
+        whose = [users[place] for place in shown.tolist()]
+        unknown = lengths - computed.known
+        facts = Facts(whose, epoch, columns.revisions[shown], lengths, unknown, columns.as_of[shown])
+        _, status = self._emit(facts, computed, result)
         fallbacks = int(((status != VectorStatus.OK) & (lengths > 0)).sum())
-        return Coverage(fallbacks, items, items - int(computed.known.sum()))
+        return Coverage(fallbacks, int(lengths.sum()), int(unknown.sum()))
 
-    def _room(self, count: int) -> _Sums:
-        decays = len(self._encoder.encoder.decays)
-        sums = np.zeros((count, decays, self.space.dim))
-        newest = np.full((count, self._newest), -1)
-        return _Sums(sums, np.zeros((count, decays)), np.zeros(count, dtype=np.int64), newest)
-
-    def _newest_of(self, rows: Sequence[int]) -> list[int]:
-        """The newest of a history's rows (oldest first) that the space has, newest first, -1 where there are fewer."""
-        found = list(islice((row for row in reversed(rows) if row >= 0), self._newest))
-        return found + [-1] * (self._newest - len(found))
-
-    def _before(self, members: Sequence[tuple[Touch, int]]) -> _Before | None:
+    def _before(self, step: Step) -> _Before | None:
         """Vectors of a few of those who are about to be given an interaction, and have a vector of their own."""
-        some = [
-            (touch.user.slot, place)
-            for touch, place in members[:_COMPARED_USERS]
-            if place >= 0 and touch.steps[0][3] is not None
-        ]
-        if not some:
+        _, first = np.unique(step.slots, return_index=True)  # of each user the first that is done
+        first = np.sort(first)
+        some = first[(step.places[first] >= 0) & (step.shown[first] >= 0)][:_COMPARED_USERS]
+        if not len(some):
             return None
-        slots, places = np.array(some).T
-        newest = np.array([self._newest_of(self._rows[slot]) for slot in slots.tolist()]).reshape(len(slots), -1)
-        vectors, status = finish(self._encoder.encoder, *self.sums.read(slots), newest, space=self.space)
+        vectors, status = self._vectors(self._sums.read(step.slots[some]))
         is_own = status == VectorStatus.OK
-        return _Before(vectors[is_own], places[is_own])
+        return _Before(vectors[is_own], step.shown[some][is_own])
 
-    def _insert_round(self, members: Sequence[tuple[Touch, int]], step: int) -> tuple[Int64, Int64, int]:
-        """One step of many users; return their slots, their places, and how many of the items the space lacks."""
-        row_of = self._row_of
-        count = len(members)
-        slots = np.array([touch.user.slot for touch, _ in members])
-        places = np.array([place for _, place in members])
-        new_rows, old_rows = np.full(count, -1), np.full(count, -1)
-        new_weights, old_weights = np.ones(count), np.ones(count)
-        new_ms, old_ms = np.zeros((2, count), dtype=np.int64) if self.by_time else (None, None)
-        unchanged = 0
-        late: list[int] = []
-        newer_rows: list[list[int]] = []
-        newer_weights: list[list[float]] = []
-        for i, (touch, _) in enumerate(members):
-            _, _, _, added, gone, newer = touch.steps[step]
-            if added is None:  # sent again, or an erasure that took nothing
-                unchanged += 1
-                continue
-            rows = self._rows[touch.user.slot]
-            if new_ms is not None and old_ms is not None:
-                new_ms[i] = key_ts_ms(added)
-                if gone:
-                    old_ms[i] = key_ts_ms(gone[0])
-            if gone:
-                old_rows[i] = rows.pop(0)
-            row = row_of(added[TS_BYTES : added.rindex(b"\0")], -1)
-            new_rows[i] = row
-            at = len(rows) - newer
-            rows.insert(at, row)
-            if self._weights:
-                weights = self._row_weights[touch.user.slot]
-                if gone:
-                    old_weights[i] = weights.pop(0)
-                new_weights[i] = self._weight(added)
-                weights.insert(at, float(new_weights[i]))
-            if newer and row >= 0:
-                known = [n for n in range(len(rows) - 1, at, -1) if rows[n] >= 0]
-                if known:
-                    late.append(i)
-                    newer_rows.append([rows[n] for n in known])
-                    if self._weights:
-                        newer_weights.append([weights[n] for n in known])
-        aside = Newer(np.array(late), newer_rows, newer_weights if self._weights else None) if late else None
-        self.sums.insert(slots, Moved(new_rows, new_weights, new_ms), Moved(old_rows, old_weights, old_ms), newer=aside)
-        return slots, places, count - unchanged - int(np.count_nonzero(new_rows >= 0))
+    def _vectors(self, computed: Sums) -> tuple[Float32, NDArray[np.int8]]:
+        return finish(self._encoder.encoder, *computed, space=self.space)
 
-    def _afresh(self, touch: Touch, wanted: Sequence[int]) -> tuple[_Sums, int]:
-        """Sums of the wanted steps of one user from the interactions themselves; leaves the user's slot valid.
-
-        Also returns how many items that came in these steps the space lacks.
-        """
-        user = touch.user
-        arrived: dict[bytes, int] = {}
-        left: dict[bytes, int] = {}
-        for step, (_, _, _, added, gone, _) in enumerate(touch.steps):
-            if added is not None:
-                arrived[added] = step
-            for key in gone:
-                left[key] = step
-        keys = user.history.keys
-        if left:  # what has left was there before, or came and went in this batch
-            keys = sorted({*keys, *left})
-        rows = np.array(self._rows_of(keys), dtype=np.int64)
-        weights = np.array([self._weight(k) for k in keys]) if self._weights else None
-        times = np.array([*map(key_ts_ms, keys)], dtype=np.int64) if self.by_time else None
-        arrivals = np.fromiter((arrived.get(k, -1) for k in keys), dtype=np.int64, count=len(keys))
-        departures = np.fromiter((left.get(k, _STAYS) for k in keys), dtype=np.int64, count=len(keys))
-        steps = np.asarray(wanted, dtype=np.int64)
-        newest = np.full((len(steps), self._newest), -1)
-        if self._newest:
-            for n, step in enumerate(wanted):
-                newest[n] = self._newest_of(rows[(arrivals <= step) & (step < departures)].tolist())
-        computed = _Sums(*self.sums.window(rows, weights, arrivals, departures, steps, times), newest)
-        stays = departures == _STAYS
-        self._rows[user.slot] = rows[stays].tolist()
-        if weights is not None:
-            self._row_weights[user.slot] = weights[stays].tolist()
-        newest_ms = 0 if times is None else int(times[stays & (rows >= 0)].max(initial=0))
-        self.sums.put(user.slot, computed.sums[-1], computed.totals[-1], int(computed.known[-1]), newest_ms)
-        return computed, int(np.count_nonzero((rows < 0) & (arrivals >= 0)))
-
-    def _count(self, vectors: Float32, status: NDArray[np.int8], shown: Sequence[bool], result: StepResult) -> None:
-        """Count what is published: vectors, how many of them say little, and fallbacks; nothing of an empty history."""
+    def _count(self, vectors: Float32, status: NDArray[np.int8], result: StepResult) -> None:
+        """Count what is published: vectors, how many of them say little, and fallbacks."""
         near = (status == VectorStatus.OK) & (vectors @ self.space.fallback > NEAR_CENTROID)
-        of_each = np.bincount(status[np.array(shown, dtype=np.bool_)], minlength=len(REASONS)).tolist()
+        of_each = np.bincount(status, minlength=len(REASONS)).tolist()
         some = {
             Counter.VECTORS: of_each[VectorStatus.OK],
             Counter.NEAR_CENTROID: int(np.count_nonzero(near)),
@@ -362,46 +200,43 @@ class Publisher:
                 what = (*self.versions, kind)
                 result.published[what] = result.published.get(what, 0) + n
 
-    def _emit(
-        self, shown: Sequence[tuple[bytes, Step]], computed: _Sums, epoch: int, result: StepResult
-    ) -> tuple[Float32, NDArray[np.int8]]:
-        """Add records of users after a step each, in order; return the vectors, and the `VectorStatus` of each."""
-        vectors, status = finish(self._encoder.encoder, *computed, space=self.space)
-        self._count(vectors, status, [bool(step[0]) for _, step in shown], result)
-        norms = np.sqrt(np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64)).tolist()
-        block = vectors.astype("<f4", copy=False).tobytes()
-        size = 4 * self.space.dim
-        prefix, avro = self._key_prefix, self._records.avro
-        for place, (user, (length, as_of, revision, _, _, _)) in enumerate(shown):
-            key = prefix + user
-            if not length:
-                result.output.append((key, None))
-                result.entries[key] = kv_prefix(epoch, revision)
-                continue
-            reason = REASONS[status[place]]
-            unknown = length - int(computed.known[place])
-            vector = block[place * size : place * size + size]
-            body = avro(user, epoch, revision, reason, length, unknown, as_of, norms[place], vector)
-            result.entries[key] = kv_prefix(epoch, revision) + body
-            if self._json_output:
-                record = EmbeddingRecord(
-                    user_id=user.decode(),
-                    epoch=epoch,
-                    revision=revision,
-                    status=reason[0],
-                    reason=reason[1],
-                    history_len=length,
-                    unknown_items=unknown,
-                    as_of=as_of,
-                    user_embedding_version=self._encoder.version,
-                    item_embedding_version=self.space.version,
-                    vector=vectors[place],
-                    norm=norms[place],
-                )
-                result.output.append((key, json.dumps(to_json(record)).encode()))
-            else:
-                result.output.append((key, body))
+    def _emit(self, facts: Facts, computed: Sums, result: StepResult) -> tuple[Float32, NDArray[np.int8]]:
+        """Add records of states, in order; return the vectors, and the `VectorStatus` of each."""
+        vectors, status = self._vectors(computed)
+        is_vector = facts.lengths > 0  # of an empty history there is none
+        self._count(vectors[is_vector], status[is_vector], result)
+        norms = np.sqrt(np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64))
+        entries, bodies = self._entries.write(facts, status, norms, vectors)
+        prefix = self._key_prefix
+        keys = [prefix + user for user in facts.users]
+        if self._json_output:
+            bodies = [
+                self._json(facts, place, status, norms, vectors) if body is not None else None
+                for place, body in enumerate(bodies)
+            ]
+        result.output += zip(keys, bodies, strict=True)
+        result.entries.update(zip(keys, entries, strict=True))
         return vectors, status
+
+    def _json(
+        self, facts: Facts, place: int, status: NDArray[np.int8], norms: NDArray[np.float64], vectors: Float32
+    ) -> bytes:
+        said, reason = REASONS[status[place]]
+        record = EmbeddingRecord(
+            user_id=facts.users[place].decode(),
+            epoch=facts.epoch,
+            revision=int(facts.revisions[place]),
+            status=said,
+            reason=reason,
+            history_len=int(facts.lengths[place]),
+            unknown_items=int(facts.unknown[place]),
+            as_of=int(facts.as_of[place]),
+            user_embedding_version=self._encoder.version,
+            item_embedding_version=self.space.version,
+            vector=vectors[place],
+            norm=float(norms[place]),
+        )
+        return json.dumps(to_json(record)).encode()
 
 
 def fallback_record(space: Space, encoder: VersionedEncoder) -> EmbeddingRecord:

@@ -6,17 +6,17 @@ it. It is what the worker would have published by then, had all events arrived i
 
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from stream.core.encoders import REASONS, VersionedEncoder, finish, running_sums
+from stream.core.encoders import REASONS, VersionedEncoder, finish
 from stream.core.events import EventRow
 from stream.core.formulas import Float32
 from stream.core.space import Space
-from stream.core.sums import Int64, RunningSums
+from stream.core.sums import Int64, RowHistories, RunningSums
 from stream.errors import ConfigError
 from stream.items.vector_files import PARQUET_HINT
 from stream.logs import OnProgress
@@ -62,7 +62,7 @@ def vectors_before(
     """
     encoder.check(space)
     ordered = sorted(events, key=lambda row: (row.user_id, row.ts_ms, row.item_id.encode(), row.type.encode()))
-    sums = running_sums(space, encoder.encoder, encoder.history_limit, 0)
+    sums = RunningSums.of(space, encoder.encoder, encoder.history_limit)
     block: list[_History] = []
     for _, of_user in groupby(ordered, key=lambda row: row.user_id):
         for history in _histories(list(of_user), space, encoder, types):
@@ -75,13 +75,12 @@ def vectors_before(
 
 
 class _History(NamedTuple):
-    """An event, and the rows, type weights and times of the known items of the history before it, newest first."""
+    """An event, and the rows, type weights and times of the history before it, oldest first."""
 
     event: EventRow
     rows: Int64
-    weights: "np.ndarray[Any, np.dtype[np.float64]] | None"
+    weights: "np.ndarray[Any, np.dtype[np.float64]]"
     times: Int64
-    length: int
     as_of: int | None
 
 
@@ -94,31 +93,25 @@ def _histories(
     at = np.array(times, dtype=np.int64)
     rows = space.rows([row.item_id for row in entered])
     factor = encoder.encoder.type_weights
-    weights = np.array([factor.get(row.type, 1.0) for row in entered]) if factor else None
+    weights = np.array([factor.get(row.type, 1.0) for row in entered])
     for event in events:
         end = bisect_left(times, event.ts_ms)
         start = max(0, end - encoder.history_limit)
-        newest_first = rows[start:end][::-1]
-        known = newest_first >= 0
-        of_known = None if weights is None else weights[start:end][::-1][known]
         as_of = times[end - 1] if end > start else None
-        yield _History(event, newest_first[known], of_known, at[start:end][::-1][known], end - start, as_of)
+        yield _History(event, rows[start:end], weights[start:end], at[start:end], as_of)
 
 
 def _embedded(
     block: list[_History], sums: RunningSums, space: Space, encoder: VersionedEncoder
 ) -> Iterator[VectorBefore]:
-    count, decays, newest = len(block), len(encoder.encoder.decays), encoder.encoder.newest
-    totals, known = np.zeros((count, decays)), np.array([len(history.rows) for history in block])
-    of_all, newest_rows = np.zeros((count, decays, space.dim)), np.full((count, newest), -1)
+    lengths = [len(history.rows) for history in block]
+    rows, weights, times = (np.concatenate(part) for part in list(zip(*block, strict=True))[1:4])
+    base = np.array([0, *accumulate(lengths)])
+    found = sums.sum_all(RowHistories(base, rows.astype(np.int32), weights, times))
+    vectors, status = finish(encoder.encoder, *found, space=space)
     for n, history in enumerate(block):
-        if len(history.rows):
-            of_all[n], totals[n] = sums.sum_of(history.rows, history.weights, history.times)
-        newest_rows[n, : len(history.rows)] = history.rows[:newest]
-    vectors, status = finish(encoder.encoder, of_all, totals, known, newest_rows, space=space)
-    for n, history in enumerate(block):
-        unknown = history.length - int(known[n])
-        yield VectorBefore(history.event, vectors[n], *REASONS[status[n]], history.length, unknown, history.as_of)
+        unknown = lengths[n] - int(found.known[n])
+        yield VectorBefore(history.event, vectors[n], *REASONS[status[n]], lengths[n], unknown, history.as_of)
 
 
 def save_parquet(

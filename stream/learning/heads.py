@@ -9,16 +9,18 @@ them. What the item vectors themselves were learned from may be the same events;
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 
-from stream.core.encoders import MadeFor, MixEncoder, inputs_of, reference, running_sums
+from stream.core.encoders import MadeFor, MixEncoder, inputs_of, reference
 from stream.core.events import EventRow
 from stream.core.formulas import Float64
 from stream.core.learned_encoder import LearnedEncoder
 from stream.core.space import Space
+from stream.core.sums import RowHistories, RunningSums
 from stream.encoders.folder import save_encoder
 from stream.errors import ConfigError, EncoderError
 from stream.learning.cases import Cases, find_cases
@@ -212,34 +214,22 @@ def _rows(
     """Of the cases that have two known items in their history, as the worker's own sums make them."""
     made_for = MadeFor(space.version, space.sha256, space.dim)
     encoder = LearnedEncoder(np.asarray, "", made_for, tuple(features))
-    sums = running_sums(space, encoder, limit, 0)
-    target, history, seen, of_all, totals, newest = [], [], [], [], [], []
+    sums = RunningSums.of(space, encoder, limit)
+    target, history, seen = [], [], []
     for place, start, end in zip(*(column.tolist() for column in cases), strict=True):
         rows = rows_of[histories.item[max(start, end - limit) : end]]
         rows = rows[rows >= 0]
         if len(rows) < 2:
             continue
-        newest_first = rows[::-1]
-        summed, total = sums.sum_of(newest_first, None)
-        of_all.append(summed)
-        totals.append(total)
-        newest.append(
-            np.pad(newest_first[: encoder.newest], (0, max(0, encoder.newest - len(rows))), constant_values=-1)
-        )
         target.append(rows_of[histories.item[place]])
         before = rows_of[histories.item[start:end]]
         history.append(rows)
         seen.append(before[before >= 0])
-    known = np.array([len(rows) for rows in history], dtype=np.int64)
     if not target:
         return _Rows(np.zeros((0, len(features) * space.dim)), np.zeros(0, dtype=np.int64), [], [])
-    inputs = inputs_of(
-        np.array(of_all),
-        np.array(totals),
-        known,
-        np.array(newest, dtype=np.int64).reshape(len(target), -1),
-        space=space,
-    )
+    base = np.array([0, *accumulate(map(len, history))])
+    found = sums.sum_all(RowHistories(base, np.concatenate(history).astype(np.int32)))
+    inputs = inputs_of(*found, space=space)
     return _Rows(encoder.features_of(inputs), np.array(target, dtype=np.int64), history, seen)
 
 

@@ -12,8 +12,8 @@ from stream.config import Settings
 from stream.core.engine import Engine
 from stream.core.events import EventDecoder
 from stream.core.history_codec import HistoryCodec
+from stream.core.kinds import Kinds
 from stream.core.records import kv_prefix
-from stream.core.stored_columns import SharedColumns
 from stream.errors import StateError, UembError
 from stream.kafka.clients import Clients
 from stream.kafka.delivery import DurableMarks, RecordBatch
@@ -73,7 +73,7 @@ class Partitions:
         self._rebuilds: dict[int, asyncio.Task[None]] = {}
         self._expiry: asyncio.Task[None] | None = None
         self._decoder = EventDecoder(parts.settings.rules)
-        self._columns = SharedColumns(HistoryCodec(parts.settings.event_types))
+        self._kinds = Kinds(HistoryCodec(parts.settings.event_types))
         self._input_topics = (*parts.settings.event_topics, parts.settings.deletion_topic)
 
     async def take(self, partitions: Sequence[int], standbys: Sequence[int]) -> None:
@@ -154,7 +154,7 @@ class Partitions:
             publish_latest=settings.publish == "latest",
             json_output=settings.output_format == "json",
             decoder=self._decoder,
-            columns=self._columns,
+            kinds=self._kinds,
         )
         watermark = (await parts.kv.get(partition, [watermark_key(partition).encode()]))[0]
         committed = await self._committed(partition, covered_offsets(watermark))

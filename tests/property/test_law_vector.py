@@ -28,19 +28,10 @@ from strategies import (
     streams,
 )
 
-from stream.core import fast
+from stream.core import kinds
 from stream.core.encoders import AvgEncoder, MixEncoder, VersionedEncoder
 from stream.core.events import EventRules
 from stream.core.records import decode
-
-
-@pytest.fixture(scope="module", autouse=True, params=[True, False], ids=["compiled", "plain"])
-def _either_way(request):
-    """Stored histories are read and summed by the compiled loops, and without them."""
-    with pytest.MonkeyPatch.context() as patch:
-        if not request.param:
-            patch.setattr(fast, "kernels", lambda: None)
-        yield
 
 
 @pytest.mark.parametrize("limit", [2, 100, 1000])
@@ -178,6 +169,19 @@ def test_a_restart_from_stored_bytes_changes_nothing(data, stream):
     for operation in stream:
         oracle.erase(*operation) if isinstance(operation, Erase) else oracle.event(*operation)
     check_end(driver, oracle)
+
+
+@pytest.mark.parametrize("most", [1, 5])
+@given(data=st.data(), stream=streams())
+def test_kinds_that_are_forgotten_now_and_then_change_nothing(data, stream, most):
+    """As in a catalogue that is larger than what is remembered of it: numbers begin anew between any two steps."""
+    old, new = (random_space(f"items_v{n}", 2, known=("a", "b", 3, "é")) for n in (1, 2))
+    encoder = VersionedEncoder(MixEncoder(type_weights={"like": 3.0}), 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kinds, "_MEMO_LIMIT", most)
+        driver = Driver([old, new], encoder)
+        check_every_event(driver, Oracle(3, [old, new], type_weights={"like": 3.0}), data.draw(arrivals(stream)))
+        driver.engine.embed(driver.states, (encoder.version, "items_v2"), driver.epoch)
 
 
 @given(st.data(), streams())

@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+
 from stream.cli.bench.load import IDS, ITEM_VERSION, Load
 from stream.cli.bench.throughput import Setup
-from stream.core.encoders import REASONS
-from stream.core.records import PREFIX_BYTES, RecordEncoder
+from stream.core.records import PREFIX_BYTES, EmbeddingRecord, encode
 from stream.keys import user_cache_key
 
 _USERS: Final = 5_000
@@ -38,19 +39,22 @@ def measure_footprint(setup: Setup) -> dict[str, dict[str, float]]:
 def _entry_bytes(setup: Setup, load: Load) -> float:
     """Key and value of a user in the store."""
     encoder = setup.settings.versioned_encoder
-    records = RecordEncoder(encoder.version, ITEM_VERSION, load.dim)
     user = load.user_id(_USERS // 2)
-    vector = bytes(4 * load.dim)
-    body = records.avro(
-        user_id=user.encode(),
-        epoch=1,
-        revision=load.length,
-        status=REASONS[0],
-        history_len=load.length,
-        unknown_items=0,
-        as_of=1_700_000_000_000,
-        norm=1.0,
-        vector=vector,
+    body = encode(
+        EmbeddingRecord(
+            user_id=user,
+            epoch=1,
+            revision=load.length,
+            status="ok",
+            reason="",
+            history_len=load.length,
+            unknown_items=0,
+            as_of=1_700_000_000_000,
+            user_embedding_version=encoder.version,
+            item_embedding_version=ITEM_VERSION,
+            vector=np.zeros(load.dim, dtype=np.float32),
+            norm=1.0,
+        )
     )
     return len(user_cache_key(user, ITEM_VERSION, encoder.version)) + PREFIX_BYTES + len(body)
 

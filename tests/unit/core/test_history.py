@@ -17,8 +17,8 @@ from stream.core.history_codec import (
     sort_key,
     split_key,
     stored_order,
-    stored_times,
 )
+from stream.core.kinds import Kinds
 from stream.errors import StateError
 from stream.keys import INT64_MAX, INT64_MIN
 
@@ -196,41 +196,6 @@ def test_bytes_kept_from_before_equal_bytes_made_afresh(parts, limit):
             history = History.decode(history.encode(n), history.codec, limit)
 
 
-@given(st.lists(st.tuples(interactions, st.sampled_from(["add", "erase", "read"])), max_size=40), st.integers(1, 6))
-def test_a_history_that_is_only_bytes_and_one_that_was_decoded_do_the_same(parts, limit):
-    codec = HistoryCodec(TYPES)
-    whole, only_bytes = History(codec, limit), History(codec, limit)
-    for n, ((ts, item, kind), what) in enumerate(parts):
-        if what == "erase":
-            assert only_bytes.erase(ts - 60_000) == whole.erase(ts - 60_000)
-        else:
-            key = sort_key(ts + n * 20_000, item.encode(), kind.encode())  # mostly, but not always, newer than others
-            for again in (key, key):
-                assert only_bytes.add(again) == whole.add(again)
-        stored = only_bytes.encode(n)
-        assert stored == whole.encode(n)
-        whole = History.decode(stored, codec, limit)
-        if what == "read":
-            only_bytes, bodies = History.read(stored, codec, limit)
-            assert [codec.item_and_type(body) for body in bodies] == [key[6:] for key in whole.keys]
-            assert stored_times(stored, bodies).tolist() == [key_ts_ms(key) for key in whole.keys]
-        assert (only_bytes.count, only_bytes.newest) == (len(whole.keys), whole.keys[-1] if whole.keys else b"")
-        assert only_bytes.as_of_ms == whole.as_of_ms
-    assert state(only_bytes) == state(whole)
-
-
-def test_events_in_their_order_never_have_a_history_decoded(monkeypatch):
-    codec = HistoryCodec(TYPES)
-    history = History(codec, 3)
-    monkeypatch.setattr(HistoryCodec, "keys", None)
-    for n in range(5):
-        history.add(sort_key(T0 + n, str(n).encode(), b"view"))
-        history, _ = History.read(history.encode(n), codec, 3)
-    assert history.add(history.newest) == (Outcome.DUPLICATE, None)
-    monkeypatch.undo()
-    assert [i.item_id for i in history.interactions()] == ["2", "3", "4"]
-
-
 @given(st.lists(ids, min_size=1, max_size=5))
 def test_a_codec_has_no_memory_that_matters(items):
     used = HistoryCodec(TYPES)
@@ -340,9 +305,8 @@ def test_entries_that_no_worker_writes_are_a_state_error(entry):
     assert History.decode(header + bytes.fromhex(GOOD_ENTRIES[entry.count("018bcf")]), HistoryCodec(TYPES), 100).keys
     with pytest.raises(StateError):
         History.decode(header + bytes.fromhex(entry), HistoryCodec(TYPES), 100)
-    codec = HistoryCodec(TYPES)
-    with pytest.raises(StateError):  # read in part, by whoever looks at what it holds
-        any(map(codec.item_and_type, History.read(header + bytes.fromhex(entry), codec, 100)[1]))
+    with pytest.raises(StateError):  # by the batch step
+        Kinds(HistoryCodec(TYPES)).read([header + bytes.fromhex(entry)], 100)
 
 
 def test_more_interactions_than_the_limit_are_a_state_error():

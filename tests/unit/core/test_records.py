@@ -19,10 +19,11 @@ from strategies import ids
 
 import stream
 from stream.core import records
+from stream.core.encoders import REASONS
+from stream.core.entry_writer import EntryWriter, Facts
 from stream.core.records import (
     CorruptRecord,
     EmbeddingRecord,
-    RecordEncoder,
     decode,
     encode,
     kv_entry,
@@ -132,14 +133,37 @@ def test_the_last_bytes_are_the_vector(record):
     assert data[len(data) - size :] == record.vector.astype("<f4").tobytes()
 
 
-def test_an_encoder_writes_many_records_of_one_pair():
-    """Nothing of one record is left in the next."""
-    encoder = RecordEncoder("user_v7", "items_v42", 2)
-    for user, status in [("a", ("ok", "")), ("é" * 128, ("fallback", "degenerate")), ("a", ("ok", ""))]:
-        data = encoder.avro(user.encode(), 1, 2, status, 3, 1, None, 0.5, RECORD.vector.tobytes())
-        got = decode(data)
-        assert (got.user_id, (got.status, got.reason), got.as_of, got.norm) == (user, status, None, 0.5)
-        assert data == encode(got)
+@given(st.lists(some_records, min_size=1, max_size=5), st.integers(1, 2**40), st.data())
+def test_a_step_s_entries_are_prefix_and_record_of_each(some, epoch, data):
+    """Of one pair and one epoch, as it is in a step; of an empty history there is the prefix only."""
+    dim = len(some[0].vector)
+    statuses = np.array([data.draw(st.integers(0, len(REASONS) - 1)) for _ in some], dtype=np.int8)
+    records = [
+        replace(
+            record,
+            epoch=epoch,
+            revision=record.revision >> 2,
+            status=REASONS[status][0],
+            reason=REASONS[status][1],
+            user_embedding_version="user_v7",
+            item_embedding_version="items_v42",
+            as_of=record.as_of or 0,
+            vector=np.resize(record.vector, dim),
+        )
+        for record, status in zip(some, statuses, strict=True)
+    ]
+    facts = Facts(
+        [record.user_id.encode() for record in records],
+        epoch,
+        *(np.array([getattr(record, name) for record in records]) for name in ("revision", "history_len")),
+        *(np.array([getattr(record, name) for record in records]) for name in ("unknown_items", "as_of")),
+    )
+    norms, vectors = np.array([record.norm for record in records]), np.stack([record.vector for record in records])
+    entries, bodies = EntryWriter("user_v7", "items_v42", dim).write(facts, statuses, norms, vectors)
+    want = [encode(record) if record.history_len else None for record in records]
+    assert bodies == want
+    prefixes = [kv_prefix(epoch, record.revision) for record in records]
+    assert entries == [prefix + (body or b"") for prefix, body in zip(prefixes, want, strict=True)]
 
 
 def rabin_fingerprint(data: bytes) -> int:

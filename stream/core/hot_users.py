@@ -1,0 +1,166 @@
+"""The users of a partition who are in memory: their histories as arrays, one slot a user."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+from typing import Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stream.core import kernels
+from stream.core.batch import Op
+from stream.core.history_codec import NEVER, TS_BYTES
+from stream.core.kinds import Columns, Int32, Int64, Kinds
+from stream.core.sums import grown
+
+_FIRST_SLOTS: Final = 1024
+
+
+class Folded(NamedTuple):
+    """What operations did to histories, one after the other; an operation for each interaction of an event.
+
+    Attributes:
+        users: whose, one for each of n.
+        events: number of the event [n]: those of one event are shown as one.
+        slots: of the users [n].
+        numbers: kind of what was to be added [n].
+        at_ms: event time of what was to be added, or time of the erasure [n].
+        outcomes: see `stream.core.kernels` [n].
+        places: how many interactions are older than what was added, -1 where nothing was [n].
+        gone: how many left the old end [n].
+        lengths: how long the history is then [n].
+        as_of: when its newest interaction was in ms, -1 without one [n].
+        revisions: its revision then [n].
+    """
+
+    users: list[bytes]
+    events: Int64
+    slots: Int64
+    numbers: Int32
+    at_ms: Int64
+    outcomes: NDArray[np.int8]
+    places: Int64
+    gone: Int64
+    lengths: Int64
+    as_of: Int64
+    revisions: Int64
+
+
+class HotUsers:
+    """Histories by slot, least recently used first.
+
+    Args:
+        kinds: what numbers kinds of interactions.
+        limit: L, how many interactions a history has at most.
+        at_most: how many users are kept between steps.
+
+    Attributes:
+        slots: by user.
+    """
+
+    def __init__(self, kinds: Kinds, limit: int, at_most: int) -> None:
+        self.slots: dict[bytes, int] = {}
+        self._kinds = kinds
+        self._at_most = at_most
+        self._limit = limit
+        self._capacity = min(at_most, _FIRST_SLOTS)
+        self._free = list(range(self._capacity))
+        self._times = np.zeros((self._capacity, limit), dtype=np.int64)
+        self._numbers = np.zeros((self._capacity, limit), dtype=np.int32)
+        self._counts, self._revisions, self._erased_at = (np.zeros(self._capacity, dtype=np.int64) for _ in range(3))
+
+    @property
+    def capacity(self) -> int:
+        """How many slots there are."""
+        return self._capacity
+
+    def load(self, users: Sequence[bytes], columns: Columns) -> Int64:
+        """Take users into memory, whose histories are those of the columns; return their slots."""
+        count = len(users)
+        if count > len(self._free):
+            self._grow(count - len(self._free))
+        first = len(self._free) - count
+        taken = self._free[first:]
+        del self._free[first:]
+        self.slots.update(zip(users, taken, strict=True))
+        slots = np.array(taken, dtype=np.int64)
+        kernels.place_histories(
+            slots, columns.base, columns.times, columns.numbers, self._times, self._numbers, self._counts
+        )
+        self._revisions[slots], self._erased_at[slots] = columns.revisions, columns.erased_at
+        return slots
+
+    def _grow(self, more: int) -> None:
+        capacity = max(2 * self._capacity, self._capacity + more)
+        for name in ("times", "numbers", "counts", "revisions", "erased_at"):
+            setattr(self, f"_{name}", grown(getattr(self, f"_{name}"), capacity))
+        self._free += range(self._capacity, capacity)
+        self._capacity = capacity
+
+    def fold(self, ops: Iterable[Op]) -> Folded:
+        """Do what is to be done to users who are in memory; they are the most recently used then."""
+        slots_of = self.slots
+        users: list[bytes] = []
+        events: list[int] = []
+        slots: list[int] = []
+        what: list[int] = []
+        at_ms: list[int] = []
+        suffixes: list[bytes] = []
+        for event, (user, wanted) in enumerate(ops):
+            slot = slots_of[user] = slots_of.pop(user)
+            for one in wanted if type(wanted) is tuple else (wanted,):
+                users.append(user)
+                events.append(event)
+                slots.append(slot)
+                if type(one) is bytes:
+                    what.append(kernels.ADD)
+                    at_ms.append(int.from_bytes(one[:TS_BYTES], "big"))
+                    suffixes.append(one[TS_BYTES:])
+                elif type(one) is int:
+                    what.append(kernels.ERASE)
+                    at_ms.append(one)
+                else:
+                    what.append(kernels.SEND_AGAIN)
+                    at_ms.append(0)
+        count = len(users)
+        order = self._kinds.numbers(suffixes)
+        whats = np.array(what, dtype=np.int8)
+        numbers = np.full(count, -1, dtype=np.int32)
+        numbers[whats == kernels.ADD] = order
+        at, outcomes = np.array(at_ms, dtype=np.int64), np.zeros(count, dtype=np.int8)
+        places, gone, lengths, as_of, revisions = np.zeros((5, count), dtype=np.int64)
+        places[:] = -1
+        folded = Folded(
+            users, np.array(events, dtype=np.int64), np.array(slots, dtype=np.int64), numbers, at, outcomes, places,
+            gone, lengths, as_of, revisions,
+        )  # fmt: skip
+        pool = self._kinds.order
+        kernels.fold(
+            folded.slots, whats, at, numbers, pool.data, pool.at, self._times, self._numbers, self._counts,
+            self._revisions, self._erased_at, outcomes, places, gone, lengths, as_of, revisions,
+        )  # fmt: skip
+        return folded
+
+    def exist(self, slots: Int64) -> NDArray[np.bool_]:
+        """Whether there is anything to say of some users [n]: they have a history, or were erased."""
+        return np.asarray((self._counts[slots] > 0) | (self._erased_at[slots] != NEVER))
+
+    def states(self, users: Mapping[bytes, int], epoch: int) -> dict[bytes, bytes]:
+        """What is to be stored of users, given with their slots."""
+        pool = self._kinds.bodies
+        data, bounds = kernels.write_states(
+            np.fromiter(users.values(), dtype=np.int64, count=len(users)), epoch, self._times, self._numbers,
+            self._counts, self._revisions, self._erased_at, pool.data, pool.at,
+        )  # fmt: skip
+        block, at = data.tobytes(), bounds.tolist()
+        return {user: block[start:end] for user, start, end in zip(users, at, at[1:], strict=False)}
+
+    def forget(self, users: Iterable[bytes]) -> None:
+        """Drop users from memory; what is stored has all of them."""
+        self._free += [slot for user in users if (slot := self.slots.pop(user, None)) is not None]
+
+    def evict(self) -> None:
+        """Drop those who were not used for longest, as far as there are too many."""
+        excess = len(self.slots) - self._at_most
+        if excess > 0:
+            self.forget(list(islice(self.slots, excess)))

@@ -1,0 +1,98 @@
+"""Histories as arrays: what `History` does, for the users of a partition at once."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import TYPES, ids
+
+from stream.core import kernels
+from stream.core.batch import Op
+from stream.core.history import History, Outcome
+from stream.core.history_codec import NEVER, HistoryCodec, sort_key
+from stream.core.hot_users import HotUsers
+from stream.core.kinds import Kinds
+from stream.keys import canonical_id
+
+USERS = (b"u", b"v", b"w")
+#: Few times, so that many interactions share one, in the order of their items and types then.
+keys = st.builds(
+    sort_key,
+    st.sampled_from([0, 1, 2, 255, 1 << 40]),
+    (st.sampled_from(["9", "10", "a", "x" * 200]) | ids.map(lambda item: canonical_id(str(item)))).map(str.encode),
+    st.sampled_from(sorted(TYPES)).map(str.encode),
+)
+operations = st.builds(
+    Op,
+    st.sampled_from(USERS),
+    keys | keys | keys | st.lists(keys, max_size=3).map(tuple) | st.integers(0, 3) | st.none(),
+)
+OF_HISTORY = {
+    kernels.APPLIED: Outcome.APPLIED,
+    kernels.DUPLICATE: Outcome.DUPLICATE,
+    kernels.TOO_OLD: Outcome.TOO_OLD,
+    kernels.ERASED: Outcome.ERASED,
+}
+
+
+@given(st.integers(1, 6), st.lists(st.lists(operations, min_size=1, max_size=12), max_size=4), st.data())
+def test_arrays_do_what_a_history_does(limit: int, batches: list[list[Op]], data: st.DataObject) -> None:
+    codec = HistoryCodec(TYPES)
+    users = HotUsers(Kinds(codec), limit, at_most=2)
+    kinds, stored = users._kinds, {user: History(codec, limit, revision=7) for user in USERS}
+    for ops in batches:
+        absent = [user for user in USERS if user not in users.slots]
+        users.load(absent, kinds.read([stored[user].encode(0) for user in absent], limit))
+        folded = users.fold(ops)
+        of_ops = iter(range(len(folded.users)))
+        for event, (user, what) in enumerate(ops):
+            history = stored[user]
+            for one in what if isinstance(what, tuple) else (what,):
+                n = next(of_ops)
+                assert (folded.users[n], folded.events[n]) == (user, event)
+                before, outcome = list(history.keys), int(folded.outcomes[n])
+                if isinstance(one, bytes):
+                    want, evicted = history.add(one)
+                    assert OF_HISTORY[outcome] is want
+                    assert folded.gone[n] == (evicted is not None)
+                    assert folded.places[n] == (history.keys.index(one) if want is Outcome.APPLIED else -1)
+                elif one is not None:
+                    news, gone = history.erase(one)
+                    assert (outcome, folded.gone[n]) == ((kernels.ERASURE, len(gone)) if news else (kernels.KNOWN, 0))
+                else:
+                    assert (outcome, folded.gone[n], history.keys) == (kernels.KNOWN, 0, before)
+                newest = -1 if history.as_of_ms is None else history.as_of_ms
+                said = (folded.lengths[n], folded.as_of[n], folded.revisions[n])
+                assert said == (history.count, newest, history.revision)
+        touched = {user: users.slots[user] for user in dict.fromkeys(op.user for op in ops)}
+        assert users.states(touched, 9) == {user: stored[user].encode(9) for user in touched}
+        exist = users.exist(folded.slots).tolist()
+        assert exist == [stored[u].count > 0 or stored[u].erased_at != NEVER for u in folded.users]
+        users.evict()
+        assert ops[-1].user in users.slots
+        assert len(users.slots) == 2
+        if data.draw(st.booleans()):
+            users.forget([b"nobody", *users.slots])
+
+
+def test_who_was_not_used_for_longest_leaves_first() -> None:
+    kinds = Kinds(HistoryCodec(TYPES))
+    users = HotUsers(kinds, 2, at_most=2)
+    none = kinds.read([], 2)
+    users.load([b"a", b"b", b"c"], none.followed_by(3, 0, NEVER))
+    users.fold([Op(b"a", None)])
+    users.evict()
+    assert list(users.slots) == [b"c", b"a"]
+
+
+@pytest.mark.parametrize("at_most", [1, 5_000])
+def test_slots_are_used_again_and_made_when_they_are_needed(at_most: int) -> None:
+    kinds = Kinds(HistoryCodec(TYPES))
+    users = HotUsers(kinds, 2, at_most)
+    for start in range(0, 30_000, 3_000):
+        names = [b"%d" % n for n in range(start, start + 3_000)]
+        slots = users.load(names, kinds.read([], 2).followed_by(len(names), 0, NEVER))
+        assert len(set(slots.tolist())) == len(names)
+        assert len(set(users.slots.values())) == len(users.slots)
+        users.evict()
+    assert users.load([], kinds.read([], 2)).tolist() == []
+    assert users.capacity <= 16_000
