@@ -11,14 +11,11 @@ from enum import Enum
 from typing import NamedTuple
 
 from stream.core.history_codec import (
-    COUNT_AT,
     DAMAGED,
-    HEADER_BYTES,
     LAYOUT_VERSION,
     NEVER,
     TS_BYTES,
     HistoryCodec,
-    check_layout,
     key_ts_ms,
     split_key,
 )
@@ -150,9 +147,8 @@ class History:
         Raises:
             StateError: unknown layout, or bytes that can't be such a state.
         """
-        check_layout(data)
-        keys = codec.keys(data[HEADER_BYTES:])
-        if len(keys) != int.from_bytes(data[COUNT_AT:HEADER_BYTES], "big") or len(keys) > limit:
+        keys = codec.keys(data)
+        if len(keys) > limit:
             raise StateError(DAMAGED)
         return cls(
             codec,

@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 from numba import njit, types
 
-from stream.core.history_codec import HEADER_BYTES, LAYOUT_VERSION, TS_BYTES
+from stream.core.history_codec import HEADER_BYTES, LAYOUT_VERSION, MAX_TS_MS
 
 #: What is to be done to a user.
 ADD: Final = 0
@@ -148,6 +148,21 @@ def _put(data, at, source, start, size):  # type: ignore[no-untyped-def]
     return at + size
 
 
+@_compiled(_PAIR(_BYTES, _INT, _INT))
+def _varint(data, at, end):  # type: ignore[no-untyped-def]
+    """The number at a place, and the place after it, which is -1 if there is none as we write it before the end."""
+    value, shift = np.int64(0), np.int64(0)
+    while 0 <= at < end and shift < 70:
+        byte = np.int64(data[at])
+        at += 1
+        if shift < 63:
+            value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, (at if byte or not shift else np.int64(-1))
+        shift += 7
+    return value, np.int64(-1)
+
+
 @_compiled(_PAIR(_BYTES, _I64, _I64, _I32, _U8, _I64, _U8, _I64, _I64, _I32, _I64, _I64, _I64_2))
 def read_states(  # type: ignore[no-untyped-def]
     data, bounds, base, table, pool, pool_at, order, order_at, times, numbers, revisions, erased_at, unknown
@@ -178,20 +193,26 @@ def read_states(  # type: ignore[no-untyped-def]
         erased_at[state] = _big_endian(data, bounds[state] + 17, 8)
         at, end = bounds[state] + HEADER_BYTES, bounds[state + 1]
         entry, last = base[state], base[state + 1]
-        before = np.int64(-1)
+        before, time = np.int64(-1), np.int64(0)
         while at < end:
-            if entry >= last or at + TS_BYTES + 1 > end:
+            since, at = _varint(data, at, end)
+            time += since
+            start = at
+            head, at = _varint(data, at, end)
+            if entry >= last or at < 0 or since > MAX_TS_MS or time > MAX_TS_MS:
                 return state, missing
-            time = _big_endian(data, at, TS_BYTES)
-            size = np.int64(data[at + TS_BYTES])
-            at += TS_BYTES + 1
-            if size > 0x7F:
-                if at >= end or data[at] > 0x7F:  # no id is that long
-                    return state, missing
-                size = (size & 0x7F) | (np.int64(data[at]) << 7)
-                at += 1
-            if at + size > end or time < before:
+            tag = head & 3
+            if tag == 0:
+                size, at = _varint(data, at, end)
+                size = 0
+            elif tag == 1:
+                size = np.int64(16)
+            else:
+                size, at = _varint(data, at, end)
+            if tag > 2 or at < 0 or size < 0 or size > end - at:
                 return state, missing
+            at += size
+            size, at = at - start, start
             number = find(data, at, size, hash_of(data, at, size), table, pool, pool_at)
             if number < 0:
                 unknown[missing, 0], unknown[missing, 1] = at, size
@@ -230,11 +251,14 @@ def write_states(slots, epoch, times, numbers, counts, revisions, erased_at, poo
     bounds = np.zeros(slots.shape[0] + 1, dtype=np.int64)
     for i in range(slots.shape[0]):
         slot = slots[i]
-        size = np.int64(HEADER_BYTES)
+        size, before = np.int64(HEADER_BYTES), np.int64(0)
         for entry in range(counts[slot]):
-            number = numbers[slot, entry]
-            body = pool_at[number + 1] - pool_at[number]
-            size += TS_BYTES + 1 + body + (body > 0x7F)
+            number, since = numbers[slot, entry], times[slot, entry] - before
+            size += 1 + pool_at[number + 1] - pool_at[number]
+            while since > 0x7F:
+                since >>= 7
+                size += 1
+            before = times[slot, entry]
         bounds[i + 1] = bounds[i] + size
     data = np.empty(bounds[-1], dtype=np.uint8)
     for i in range(slots.shape[0]):
@@ -245,16 +269,12 @@ def write_states(slots, epoch, times, numbers, counts, revisions, erased_at, poo
         _put_big_endian(data, at + 17, 8, erased_at[slot])
         _put_big_endian(data, at + 25, 2, counts[slot])
         at += HEADER_BYTES
+        before = np.int64(0)
         for entry in range(counts[slot]):
-            _put_big_endian(data, at, TS_BYTES, times[slot, entry])
-            at += TS_BYTES
+            at = _put_varint(data, at, times[slot, entry] - before)
+            before = times[slot, entry]
             number = numbers[slot, entry]
-            start = pool_at[number]
-            size = pool_at[number + 1] - start
-            at = _put_varint(data, at, size)
-            for n in range(size):
-                data[at + n] = pool[start + n]
-            at += size
+            at = _put(data, at, pool, pool_at[number], pool_at[number + 1] - pool_at[number])
     return data, bounds
 
 

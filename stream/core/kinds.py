@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stream.core import kernels
-from stream.core.history_codec import COUNT_AT, DAMAGED, HistoryCodec, check_layout
+from stream.core.history_codec import COUNT_AT, DAMAGED, HistoryCodec
 from stream.core.space import Space
 from stream.errors import StateError
 
@@ -138,8 +138,7 @@ class Kinds:
         Raises:
             StateError: unknown layout, or bytes that can't be such a state.
         """
-        for state in states:
-            check_layout(state)
+        states = [self.codec.as_written_now(state) for state in states]
         data = np.frombuffer(b"".join(states), dtype=np.uint8)
         bounds = np.array([0, *accumulate(map(len, states))])
         heads = bounds[:-1] + COUNT_AT

@@ -32,7 +32,12 @@ HISTORY_1 = bytes.fromhex(
     "01000000000000000700000000000000b800000174876e80000004018bcfe56800040100ee04018bcfe568011202010b0e0c5295cf4d4e9d0a"
     "2c2a2b9b8d11018bcfe56802070102c3a974c3a9018bcfe568030c0200ffffffffffffffffff01"
 )
+HISTORY_2 = bytes.fromhex(
+    "02000000000000000700000000000000b800000174876e8000000480d095ffbc3104ee0401090b0e0c5295cf4d4e9d0a2c2a2b9b8d11010605"
+    "c3a974c3a90108ffffffffffffffffff01"
+)
 ERASED_1 = bytes.fromhex("010000000000000009000000000000000300000174876e80000000")
+ERASED_2 = b"\x02" + ERASED_1[1:]
 RECORD_1 = bytes.fromhex(
     "c301673e6de4f547a29e0434320ef002046f6b0008020286a0abfef962186d69782d65646438663331311066696c6d735f763104000000000000"
     "f03f109a99193fcdcc4c3f"
@@ -106,22 +111,24 @@ CODEC = HistoryCodec({"view": 1, "like": 2})
 HASH = "ab" * 32
 
 
-def test_histories() -> None:
-    history = History.decode(HISTORY_1, CODEC, 100)
+@pytest.mark.parametrize("stored", [HISTORY_1, HISTORY_2], ids=["layout 1", "layout 2"])
+def test_histories(stored: bytes) -> None:
+    history = History.decode(stored, CODEC, 100)
     assert history.interactions() == [
         Interaction(1700000000000, "311", "view"),
         Interaction(1700000000001, "0b0e0c52-95cf-4d4e-9d0a-2c2a2b9b8d11", "like"),
         Interaction(1700000000002, "été", "view"),
         Interaction(1700000000003, "-9223372036854775808", "like"),
     ]
-    assert (history.revision, history.erased_at, stored_order(HISTORY_1)) == (184, 1600000000000, (7, 184))
-    assert History(CODEC, 100, history.keys, revision=184, erased_at=1600000000000).encode(7) == HISTORY_1
+    assert (history.revision, history.erased_at, stored_order(stored)) == (184, 1600000000000, (7, 184))
+    assert History(CODEC, 100, history.keys, revision=184, erased_at=1600000000000).encode(7) == HISTORY_2
 
 
-def test_erased_histories() -> None:
-    history = History.decode(ERASED_1, CODEC, 100)
+@pytest.mark.parametrize("stored", [ERASED_1, ERASED_2], ids=["layout 1", "layout 2"])
+def test_erased_histories(stored: bytes) -> None:
+    history = History.decode(stored, CODEC, 100)
     assert (history.keys, history.revision, history.erased_at) == ([], 3, 1600000000000)
-    assert history.encode(9) == ERASED_1
+    assert history.encode(9) == ERASED_2
 
 
 def test_records_and_entries() -> None:

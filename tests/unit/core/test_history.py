@@ -105,19 +105,31 @@ def test_erasure_times_at_the_ends_of_the_range(erased_at):
 
 # -- the stored layout --------------------------------------------------------------------------------------------
 
-#: What is on disk and in changelogs today: these bytes must be readable for ever, and must not change unnoticed.
-FROZEN = bytes.fromhex(
-    "01"  # layout 1
+#: What is on disk and in changelogs today, and what was before: these bytes must be readable for ever, and what is
+#: written must not change unnoticed.
+HEADER = (
     "0000000000000007"  # epoch
     "0000000000000006"  # revision: five additions, one erasure
     "0000018bcfe56400"  # erased_at
     "0005"  # interactions
+)
+FROZEN = bytes.fromhex(
+    f"02 {HEADER}"  # layout 2
+    "80d095ffbc31 08 d704"  # T0 since 1970; code 2, integer; zigzag of -300
+    "00 04 0a"  # the same time; code 1, integer; zigzag of 5
+    "01 05 0f0e0d0c0b0a09080706050403020100"  # 1 ms later; code 1, a UUID as 16 bytes
+    "01 06 02 c3a9"  # code 1, text of 2 bytes, UTF-8
+    "fdafea80c3ce3f 0a 02 3035"  # code 2, text that only looks like an integer, at the last time there is
+)
+FROZEN_1 = bytes.fromhex(
+    f"01 {HEADER}"  # layout 1
     "018bcfe56800 04 02 00 d704"  # T0, then 4 bytes: code 2, integer, zigzag of -300
     "018bcfe56800 03 01 00 0a"  # T0, then 3 bytes: code 1, integer, zigzag of 5
     "018bcfe56801 12 01 01 0f0e0d0c0b0a09080706050403020100"  # a UUID as 16 bytes
     "018bcfe56802 04 01 02 c3a9"  # text, UTF-8
     "ffffffffffff 04 02 02 3035"  # text that only looks like an integer, at the last time there is
 )
+LAYOUTS = pytest.mark.parametrize("frozen", [FROZEN, FROZEN_1], ids=["layout 2", "layout 1"])
 FROZEN_PARTS = [
     (T0, "-300", "like"),
     (T0, "5", "view"),
@@ -132,19 +144,27 @@ def test_the_stored_layout_is_frozen():
     assert history.encode(7).hex() == FROZEN.hex()
 
 
-def test_the_frozen_layout_is_read():
-    history = History.decode(FROZEN, HistoryCodec(TYPES), 100)
+@LAYOUTS
+def test_the_frozen_layouts_are_read(frozen):
+    codec = HistoryCodec(TYPES)
+    history = History.decode(frozen, codec, 100)
     assert [tuple(i) for i in history.interactions()] == FROZEN_PARTS
     assert (history.revision, history.erased_at) == (6, T0 - 1024)
-    assert stored_order(FROZEN) == (7, 6)
+    assert stored_order(frozen) == (7, 6)
+    assert codec.as_written_now(frozen) == FROZEN
+    kinds = Kinds(codec)
+    columns = kinds.read([frozen, FROZEN], 100)
+    suffixes = [f"{item}\0{kind}".encode() for _, item, kind in FROZEN_PARTS]
+    assert [kinds.suffixes[number] for number in columns.numbers.tolist()] == 2 * suffixes
+    assert columns.times.tolist() == 2 * [ts for ts, _, _ in FROZEN_PARTS]
 
 
 def test_a_user_who_was_never_erased_and_one_with_nothing_are_frozen_too():
-    assert history_of((0, 0, "view")).encode(0).hex() == "01" + 8 * "00" + 7 * "00" + "01" + 8 * "ff" + (
-        "0001" + "000000000000" + "03" + "01" + "00" + "00"
+    assert history_of((0, 0, "view")).encode(0).hex() == "02" + 8 * "00" + 7 * "00" + "01" + 8 * "ff" + (
+        "0001" + "00" + "04" + "00"
     )
     empty = history_of((0, 0, "view"), erased_at=9)
-    assert empty.encode(2**63).hex() == "01" + "80" + 7 * "00" + 7 * "00" + "02" + 7 * "00" + "09" + "0000"
+    assert empty.encode(2**63).hex() == "02" + "80" + 7 * "00" + 7 * "00" + "02" + 7 * "00" + "09" + "0000"
 
 
 @pytest.mark.parametrize(
@@ -165,8 +185,8 @@ def test_every_form_of_item_id_comes_back_as_it_was(item):
 
 def test_integers_and_uuids_are_stored_short():
     size = len(history_of().encode(0))
-    assert len(history_of((T0, 1682, "view")).encode(0)) - size == 6 + 1 + 1 + 1 + 2
-    assert len(history_of((T0, uuid.UUID(int=1), "view")).encode(0)) - size == 6 + 1 + 1 + 1 + 16
+    assert len(history_of((T0, 1682, "view")).encode(0)) - size == 6 + 1 + 2
+    assert len(history_of((T0, uuid.UUID(int=1), "view")).encode(0)) - size == 6 + 1 + 16
 
 
 @given(st.lists(interactions, max_size=12), st.integers(1, 12), st.integers(NEVER, 30), st.integers(0, 2**63))
@@ -230,42 +250,28 @@ def test_the_largest_state_is_within_its_bound(limit):
 # -- damage -------------------------------------------------------------------------------------------------------
 
 
-def entry_ends():
-    """Lengths at which a prefix of the fixture ends with a whole header or entry."""
-    ends, at = [27], 27
-    while at < len(FROZEN):
-        at += 7 + FROZEN[at + 6]
-        ends.append(at)
-    return ends
+@LAYOUTS
+def test_bytes_cut_short_anywhere_are_an_error(frozen):
+    """Between two entries as well: a state that lost its newest interactions must not pass for a shorter history."""
+    for length in range(len(frozen)):
+        with pytest.raises(StateError):
+            History.decode(frozen[:length], HistoryCodec(TYPES), 100)
+        with pytest.raises(StateError):
+            Kinds(HistoryCodec(TYPES)).read([frozen, frozen[:length]], 100)
 
 
-INSIDE = [n for n in range(len(FROZEN)) if n not in entry_ends()]
-
-
-@pytest.mark.parametrize("length", INSIDE)
-def test_bytes_cut_short_are_an_error(length):
-    with pytest.raises(StateError):
-        History.decode(FROZEN[:length], HistoryCodec(TYPES), 100)
-
-
-@pytest.mark.parametrize("length", entry_ends()[:-1])
-def test_bytes_cut_short_between_two_entries_are_an_error_too(length):
-    """A state that lost its newest interactions must not pass for a shorter history."""
-    with pytest.raises(StateError):
-        History.decode(FROZEN[:length], HistoryCodec(TYPES), 100)
-
-
-@pytest.mark.parametrize("layout", [0, 2, 255])
+@pytest.mark.parametrize("layout", [0, 3, 255])
 def test_another_layout_is_an_error_that_says_what_to_do(layout):
     with pytest.raises(StateError, match="upgrade") as caught:
         History.decode(bytes([layout]) + FROZEN[1:], HistoryCodec(TYPES), 100)
     assert "\n" not in str(caught.value)
 
 
-@given(st.lists(st.tuples(st.integers(0, len(FROZEN) - 1), st.integers(1, 255)), min_size=1, max_size=4))
-@example([(27 + 6, 0x80)])
-def test_flipped_bytes_are_read_or_are_a_state_error(flips):
-    data = bytearray(FROZEN)
+@LAYOUTS
+@given(flips=st.lists(st.tuples(st.integers(0, len(FROZEN) - 1), st.integers(1, 255)), min_size=1, max_size=4))
+@example(flips=[(27 + 6, 0x80)])
+def test_flipped_bytes_are_read_or_are_a_state_error(frozen, flips):
+    data = bytearray(frozen)
     for at, mask in flips:
         data[at] ^= mask
     try:
@@ -277,36 +283,56 @@ def test_flipped_bytes_are_read_or_are_a_state_error(flips):
     assert history.as_of_ms is not None
 
 
-GOOD_ENTRIES = {
-    1: "018bcfe56800 03 01 00 0a",
-    2: "018bcfe56800 03 01 00 0a  018bcfe56801 03 01 00 0a",
-}
-
-
 @pytest.mark.parametrize(
-    "entry",
+    ("layout", "count", "entries"),
     [
-        "018bcfe56800 03 01 03 00",  # a tag that there is none of
-        "018bcfe56800 03 09 00 0a",  # a type code that there is none of
-        "018bcfe56800 04 01 01 0102",  # a UUID of two bytes
-        "018bcfe56800 00",  # no body
-        "018bcfe56800 01 01",  # no tag
-        "018bcfe56800 03 01 00 80",  # an endless varint
-        "018bcfe56800 04 01 02 ff41",  # no UTF-8
-        "018bcfe56800 04 01 02 0041",  # a control character, which no id has
-        "018bcfe56800 02 01 02",  # an empty id
-        "018bcfe56800 03 01 00 0a  018bcfe56800 03 01 00 0a",  # one interaction twice
-        "018bcfe56801 03 01 00 0a  018bcfe56800 03 01 00 0a",  # out of order
-        "018bcfe56800 04 01 00 0aff",  # more than an integer
+        (1, 1, "018bcfe56800 03 01 03 00"),  # a tag that there is none of
+        (1, 1, "018bcfe56800 03 09 00 0a"),  # a type code that there is none of
+        (1, 1, "018bcfe56800 04 01 01 0102"),  # a UUID of two bytes
+        (1, 1, "018bcfe56800 00"),  # no body
+        (1, 1, "018bcfe56800 01 01"),  # no tag
+        (1, 1, "018bcfe56800 03 01 00 80"),  # an endless varint
+        (1, 1, "018bcfe56800 04 01 02 ff41"),  # no UTF-8
+        (1, 1, "018bcfe56800 04 01 02 0041"),  # a control character, which no id has
+        (1, 1, "018bcfe56800 03 01 02 35"),  # an integer as text
+        (1, 1, "018bcfe56800 02 01 02"),  # an empty id
+        (1, 2, "018bcfe56800 03 01 00 0a  018bcfe56800 03 01 00 0a"),  # one interaction twice
+        (1, 2, "018bcfe56801 03 01 00 0a  018bcfe56800 03 01 00 0a"),  # out of order
+        (1, 1, "018bcfe56800 04 01 00 0aff"),  # more than an integer
+        (2, 1, "05 07 00"),  # a tag that there is none of
+        (2, 1, "05 24 0a"),  # a type code that there is none of
+        (2, 1, "05 05 0102"),  # a UUID of two bytes
+        (2, 1, "05"),  # no body
+        (2, 1, "05 04"),  # no item
+        (2, 1, "05 04 80"),  # an endless varint
+        (2, 1, "05 04 8000"),  # a varint that is longer than it must be
+        (2, 1, "8500 04 0a"),  # the same of a time
+        (2, 1, "ffffffffffffff7f 04 0a"),  # a time that there is none of
+        (2, 1, "ffffffffffffffffffff7f 04 0a"),  # the same, beyond all numbers
+        (2, 2, "ffffffffffff3f 04 0a 01 04 0a"),  # the same, after the last time there is
+        (2, 1, "05 06 02 ff41"),  # no UTF-8
+        (2, 1, "05 06 02 0041"),  # a control character, which no id has
+        (2, 1, "05 06 01 35"),  # an integer as text
+        (2, 1, "05 06 00"),  # an empty id
+        (2, 1, "05 06 8100 41"),  # a length that is longer than it must be
+        (2, 1, "05 06 03 4141"),  # more than there is
+        (2, 1, "05 06 ffffffffffffffff7f 4141"),  # the same, beyond all numbers
+        (2, 2, "05 04 0a 00 04 0a"),  # one interaction twice
+        (2, 2, "05 04 0e 00 04 0a"),  # out of order
+        (2, 1, "05 04 0a 01 04 0a"),  # more than there should be
+        (2, 2, "05 04 0a"),  # fewer
     ],
 )
-def test_entries_that_no_worker_writes_are_a_state_error(entry):
-    header = FROZEN[:17] + b"\xff" * 8 + entry.count("018bcf").to_bytes(2, "big")
-    assert History.decode(header + bytes.fromhex(GOOD_ENTRIES[entry.count("018bcf")]), HistoryCodec(TYPES), 100).keys
+def test_entries_that_no_worker_writes_are_a_state_error(layout, count, entries):
+    def state_of(count, entries):
+        return bytes([layout]) + FROZEN[1:17] + b"\xff" * 8 + count.to_bytes(2, "big") + bytes.fromhex(entries)
+
+    sound = state_of(1, "018bcfe56800 03 01 00 0a" if layout == 1 else "05 04 0a")
+    assert History.decode(sound, HistoryCodec(TYPES), 100).keys
     with pytest.raises(StateError):
-        History.decode(header + bytes.fromhex(entry), HistoryCodec(TYPES), 100)
+        History.decode(state_of(count, entries), HistoryCodec(TYPES), 100)
     with pytest.raises(StateError):  # by the batch step
-        Kinds(HistoryCodec(TYPES)).read([header + bytes.fromhex(entry)], 100)
+        Kinds(HistoryCodec(TYPES)).read([sound, state_of(count, entries)], 100)
 
 
 def test_more_interactions_than_the_limit_are_a_state_error():

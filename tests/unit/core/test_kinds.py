@@ -96,13 +96,13 @@ def test_damage_is_found_as_decoding_finds_it(one: list[tuple[int, str, str]], d
 def test_interactions_of_one_time_are_in_the_order_of_their_items_and_types() -> None:
     codec = HistoryCodec(TYPES)
     sound = states_of(codec, [[(7, "10", "view"), (7, "9", "view")]])[0]
-    first, second = (states_of(codec, [[entry]])[0][27:] for entry in ((7, "10", "view"), (7, "9", "view")))
-    assert sound[27:] == first + second
+    ten, nine = (codec.body(item + b"\0view") for item in (b"10", b"9"))
+    assert sound[27:] == b"\x07" + ten + b"\0" + nine
     reader = Kinds(codec)
     for _ in range(2):  # with its parts not known yet, and known
-        for wrong in (second + first, first + first):
+        for first, second in ((nine, ten), (ten, ten)):
             with pytest.raises(StateError):
-                reader.read([sound[:27] + wrong], LIMIT)
+                reader.read([sound[:27] + b"\x07" + first + b"\0" + second], LIMIT)
         reader.read([sound], LIMIT)
 
 
