@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from stream.cli.files import FileOptions, file_options, shape_of_files
-from stream.cli.terminal import err, out, print_json, progress_bar
+from stream.cli.terminal import MB, err, out, print_json, progress_bar
 from stream.config import Settings, load_settings
 from stream.errors import ConfigError, ExitCode
 from stream.kafka.brokers import reach
 from stream.kafka.connection import librdkafka_config
 
 if TYPE_CHECKING:
+    from stream.feed.dataset import Dataset
     from stream.feed.send_plan import SendPlan
     from stream.feed.send_progress import SendProgress
     from stream.feed.send_run import Outgoing
@@ -30,7 +31,8 @@ _ANY_FILE: Final = click.Path(path_type=Path, allow_dash=True)
 
 
 @click.command()
-@click.argument("files", nargs=-1, required=True, type=_ANY_FILE)
+@click.argument("files", nargs=-1, type=_ANY_FILE)
+@click.option("--movielens", is_flag=True, help="MovieLens-100K instead of files: something to look at")
 @click.option("--rate", type=float, help="events per second; default: as fast as Kafka takes them")
 @file_options
 @click.option("--topic", help="send all rows to this one of UEMB_EVENT_TOPICS")
@@ -42,6 +44,7 @@ _ANY_FILE: Final = click.Path(path_type=Path, allow_dash=True)
 @click.option("--json", "as_json", is_flag=True, help="print what was sent as one JSON document")
 def send(
     files: tuple[Path, ...],
+    movielens: bool,
     rate: float | None,
     look: FileOptions,
     topic: str | None,
@@ -61,14 +64,17 @@ def send(
     from stream.feed.sender import Feeder
     from stream.items.input_files import files_in
 
+    if movielens == bool(files):
+        msg = "name files of events, or --movielens"
+        raise click.UsageError(msg)
     settings = load_settings()
     logging.getLogger("stream").setLevel(logging.ERROR)  # what the client says is part of the error
     shape = shape_of_files(settings, look, topic)
     files = tuple(files_in(files))
-    progress = _progress(files, settings, shape, topic, place)
+    progress = None if movielens else _progress(files, settings, shape, topic, place)
     start = BEGINNING
     if progress is None and resume:
-        msg = "only files can be resumed, not standard input or a pipe"
+        msg = "only files can be resumed, not standard input, a pipe or --movielens"
         raise ConfigError(msg)
     if progress is not None and progress.path.exists():
         if resume:
@@ -79,7 +85,7 @@ def send(
         err.print("nothing to resume: starting with the first row")
     stop = _stop_on_signals()
     plan = SendPlan(
-        [EventFile(file, shape, stop) for file in files],
+        [_movielens(settings)] if movielens else [EventFile(file, shape, stop) for file in files],
         EventWriter(settings.rules, settings.topic_of, topic=topic),
         skip_bad=skip_bad,
         stop=stop,
@@ -102,6 +108,13 @@ def send(
     _tell(report, plan, interrupted=not finished, as_json=as_json)
     if not finished:
         sys.exit(ExitCode.INTERRUPTED)
+
+
+def _movielens(settings: Settings) -> "Dataset":
+    from stream.feed.sources import load
+
+    with progress_bar("fetched", MB) as update:
+        return load(settings.cache_dir, None, update, err.print)
 
 
 def _once_reached(settings: Settings, records: "Iterable[Outgoing]") -> "Iterator[Outgoing]":

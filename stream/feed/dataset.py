@@ -1,12 +1,14 @@
 """Interactions as the demo, `items build` and `send` know them: one row, and a named, sorted stream of rows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Final
 
 from stream.core.events import EventRow
-from stream.errors import UembError
+from stream.errors import ConfigError, UembError
+from stream.feed.shape import BadRow
 
 DEFAULT_CACHE_DIR: Final = Path("~/.cache/user-embedding-stream")
 
@@ -32,3 +34,11 @@ class Dataset:
     events: list[EventRow]
     titles: dict[str, str]
     synthetic: bool
+
+    def rows(self, skip: int = 0) -> Iterator[tuple[int, EventRow]]:
+        """Number and content of all events after `skip`, as those of a file."""
+        return enumerate(islice(self.events, skip, None), skip + 1)
+
+    def refused(self, number: int, why: BadRow) -> ConfigError:
+        """The error of an event that a worker of these settings would not take."""
+        return ConfigError(f"{self.name} event {number}: {why.detail}")

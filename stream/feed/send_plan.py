@@ -3,11 +3,11 @@
 import threading
 import time
 from collections import Counter
-from collections.abc import Generator, Sequence
-from typing import Final, NamedTuple
+from collections.abc import Generator, Iterator, Sequence
+from typing import Final, NamedTuple, Protocol
 
+from stream.core.events import EventRow
 from stream.errors import ConfigError
-from stream.feed.event_files import EventFile
 from stream.feed.event_writer import EventWriter
 from stream.feed.send_run import Outgoing
 from stream.feed.shape import BadRow
@@ -21,6 +21,18 @@ class Position(NamedTuple):
 
 
 BEGINNING: Final = Position(0, 0)
+
+
+class Source(Protocol):
+    """A `stream.feed.event_files.EventFile`, or a `stream.feed.dataset.Dataset`."""
+
+    def rows(self, skip: int = 0) -> Iterator[tuple[int, EventRow | BadRow]]:
+        """Number and content of all rows after `skip`."""
+        ...
+
+    def refused(self, number: int, why: BadRow) -> ConfigError:
+        """The error of a bad row that nobody asked to skip."""
+        ...
 
 
 class SendPlan:
@@ -37,9 +49,7 @@ class SendPlan:
         first_skipped: place and reason of the first of them.
     """
 
-    def __init__(
-        self, files: Sequence[EventFile], writer: EventWriter, *, skip_bad: bool, stop: threading.Event
-    ) -> None:
+    def __init__(self, files: Sequence[Source], writer: EventWriter, *, skip_bad: bool, stop: threading.Event) -> None:
         self._files = files
         self._writer = writer
         self._skip_bad = skip_bad

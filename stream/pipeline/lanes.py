@@ -15,7 +15,7 @@ from typing import Final, NamedTuple, Protocol
 
 from stream.core.batch import StepResult
 from stream.core.events import Reject
-from stream.errors import RecordTooLarge, StoreLost
+from stream.errors import Fenced, RecordTooLarge, StoreLost
 from stream.kafka.batch_sender import OutRecord
 from stream.kafka.dead_letters import dead_letter
 from stream.kafka.delivery import DurableMarks, RecordBatch
@@ -309,10 +309,20 @@ class Lanes:
         return [LaneState(p, lane.activity, tasks[p].done()) for p, lane in lanes.items() if p in tasks]
 
     async def heartbeat(self) -> None:
-        """Write the watermarks of idle partitions."""
+        """Write the watermarks of idle partitions.
+
+        Raises:
+            Fenced: a partition that is held has a newer owner.
+        """
         for partition, lane in list(self._lanes.items()):
-            if self._lanes.get(partition) is lane:  # not given up while another's was written
+            if self._lanes.get(partition) is not lane:  # given up while another's was written
+                continue
+            try:
                 await lane.heartbeat()
+            except Fenced:
+                if self._lanes.get(partition) is lane:
+                    raise
+                # Given up while the store was away, it has a newer owner, who may be this worker.
 
     async def drain(self) -> None:
         """Wait until everything queued is durable; returns at once when a lane has failed."""

@@ -148,15 +148,29 @@ class Rollout:
         self._current = meta.current
 
     def covered(self) -> dict[Versions, int]:
-        """Of each pair that vectors are published of, how many partitions cover it; may be asked from another thread.
+        """Of each pair that vectors are to be published of, how many partitions cover it; from any thread.
 
-        These are partitions of the whole application, as their owners tell on the status topic.
+        These are partitions of the whole application, as their owners tell on the status topic. What this worker
+        refused is among them for as long as it is wanted: it is never covered, and must be seen not to be.
         """
         stage = self._control.coverage.stage
         return {
-            pair.versions: sum(stage(*pair.versions, partition) == "covered" for partition in range(self.partitions))
-            for pair in self.pairs
+            pair: sum(stage(*pair, partition) == "covered" for partition in range(self.partitions))
+            for pair in [*(pair.versions for pair in self.pairs), *self._refused_pairs()]
         }
+
+    def _refused_pairs(self) -> list[Versions]:
+        """Versions that could not be loaded, each under the name of the other that its refusal is told with."""
+        user_version, item_version = self._spokesmen()
+        catalogue = self._control.catalogue
+        items = [(user_version, version) for version in list(self._live.refused) if version in catalogue.live]
+        users = [(version, item_version) for version in list(self._encoders.refused)]
+        return items + [pair for pair in users if pair[0] in catalogue.live_encoders]
+
+    def _spokesmen(self) -> Versions:
+        """The encoder and the item version under which it is told that a version of the other kind is refused."""
+        user_version = next(iter(self._encoders.encoders), self._encoders.base.version)
+        return user_version, next(iter(self._live.spaces), "")
 
     # -- partitions -----------------------------------------------------------------------------------------------
 
@@ -287,8 +301,7 @@ class Rollout:
 
     async def _refuse(self, owned: Owned, catalogue: Catalogue) -> None:
         """Say of each live version that this worker could not load why."""
-        user_version = next(iter(self._encoders.encoders), self._encoders.base.version)
-        item_version = next(iter(self._live.spaces), "")
+        user_version, item_version = self._spokesmen()
         refused = [
             (Status(user_version, version, owned.partition, owned.epoch, "refused", error=why, asked=asked))
             for version, (asked, why) in self._live.refused.items()

@@ -6,7 +6,7 @@ from importlib.metadata import version
 from typing import Final
 
 from stream.core.counters import Counter
-from stream.core.encoders import REASONS
+from stream.core.encoders import REASONS, VectorStatus
 from stream.metrics import Metric, Samples
 from stream.pipeline.measures import OF_ERASURES, OF_EVENTS
 from stream.worker.health import Vitals
@@ -82,19 +82,21 @@ class WorkerMetrics:
         }
 
     def _of_vectors(self) -> dict[str, Samples]:
-        """Of the pairs that are published: those of others end, lest they add up over the years."""
+        """Of the pairs that are published: those of others end, lest they add up over the years.
+
+        They begin with 0, or Prometheus would not see the first of what is rare.
+        """
         measures, rollout = self._of.measures, self._of.rollout
         live = {} if rollout is None else rollout.covered()
+        vectors, unknown = dict(measures.published), dict(measures.unknown_items)
         published = {
-            (user, item, *REASONS[status]): n
-            for (user, item, status), n in dict(measures.published).items()
-            if (user, item) in live
+            (*pair, *REASONS[status]): vectors.get((*pair, status), 0) for pair in live for status in VectorStatus
         }
         serving = None if rollout is None else rollout.serving
         pair = None if serving is None else (serving.user_version, serving.item_version)
         return {
             "uemb_vectors_total": published,
-            "uemb_unknown_items_total": {p: n for p, n in dict(measures.unknown_items).items() if p in live},
+            "uemb_unknown_items_total": {pair: unknown.get(pair, 0) for pair in live},
             "uemb_vector_cosine": {(): measures.cosines},
             "uemb_rollout_covered_partitions": live,
             "uemb_rollout_partitions": {} if rollout is None else {(): rollout.partitions},

@@ -265,6 +265,18 @@ def test_killed_in_the_middle_and_resumed_beside_live_traffic_of_the_same_users(
     assert pipeline.stop() == 0
 
 
+def test_movielens_is_sent_in_the_shape_of_the_settings(films: Dataset, broker: DevBroker) -> None:
+    at = {"UEMB_BOOTSTRAP_SERVERS": broker.bootstrap, "UEMB_EVENT_FIELDS": "user_id=uid"}
+    code, out, err = send("--movielens", "--json", **at)
+    assert code == 0, err
+    assert json.loads(out)["sent"] == len(films.events)
+    sent = values(broker.bootstrap, "user-events.view", "user-events.like")
+    assert Counter((v["uid"], v["item_id"], v["type"], v["ts"]) for v in sent) == Counter(map(tuple, films.events))
+    for wrong in (("--movielens", "events.csv"), ()):
+        assert send(*wrong, **at) == (2, "", "uemb: name files of events, or --movielens")
+    assert send("--movielens", "--resume", **at)[0] == 2
+
+
 def test_the_commands_of_a_backfill_run(
     space: ItemSpace, make_pipeline: Callable[..., Pipeline], tmp_path: Path
 ) -> None:

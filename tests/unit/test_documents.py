@@ -9,31 +9,20 @@ from typing import Any
 
 import click
 import pytest
-from documents import ROOT, documents
+from documents import ROOT, anchors, documents, prose
 
 from stream.cli.root import cli
 from stream.config import ENV_PREFIX, Settings
 
 #: Six lines of 120 characters: a paragraph beyond that is read twice, or not at all.
 PARAGRAPH_CHARS = 720
-_FENCE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
 every_document = pytest.mark.parametrize("file", documents(), ids=lambda file: str(file.relative_to(ROOT)))
-
-
-def prose(file: Path) -> str:
-    return _FENCE.sub("", file.read_text())
 
 
 def words_in_code(file: Path) -> list[str]:
     """What stands in backticks in the prose, and each line of shell."""
     blocks = re.findall(r"^```sh\n(.*?)^```$", file.read_text(), re.DOTALL | re.MULTILINE)
     return re.findall(r"`([^`\n]+)`", prose(file)) + [line for block in blocks for line in block.splitlines()]
-
-
-def anchors(file: Path) -> set[str]:
-    """Anchors of a document's headings, as GitHub makes them."""
-    headings = re.findall(r"^#+ (.+)$", prose(file), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @every_document

@@ -127,8 +127,9 @@ def test_numbers_arrive_as_they_are(worker: Worker) -> None:
     assert samples("uemb_rejected_total") == {("not_json", "events"): 1}
     assert samples("uemb_erasures_total") == {(): 2}
     assert samples("uemb_gaps_total") == {(): 0}
-    ok, short = ("films_v1", "", "ok", "mix-1"), ("films_v1", "too_short_history", "fallback", "mix-1")
-    assert samples("uemb_vectors_total") == {ok: 3, short: 1}
+    reasons = {("", "ok"): 3, ("too_short_history", "fallback"): 1}
+    reasons |= dict.fromkeys(((r, "fallback") for r in ("no_known_items", "degenerate", "encoder_error")), 0)
+    assert samples("uemb_vectors_total") == {("films_v1", *at, "mix-1"): n for at, n in reasons.items()}
     assert samples("uemb_unknown_items_total") == {("films_v1", "mix-1"): 2}
     assert samples("uemb_vector_cosine_bucket")[("0.95",)] == 0
     assert samples("uemb_vector_cosine_bucket")[("0.99",)] == 1
@@ -148,6 +149,13 @@ def test_numbers_arrive_as_they_are(worker: Worker) -> None:
     assert samples("uemb_rollout_partitions") == {(): 8}
     assert samples("uemb_serving_info") == {("films_v1", "mix-1"): 1}
     assert samples("process_resident_memory_bytes")[()] > 0
+
+
+def test_what_has_not_happened_yet_to_a_pair_is_told_with_0(worker: Worker) -> None:
+    worker.covered = {PAIR: 6, ("mix-1", "films_v2"): 0}
+    assert worker.samples("uemb_unknown_items_total")["films_v2", "mix-1"] == 0
+    vectors = worker.samples("uemb_vectors_total")
+    assert [n for at, n in vectors.items() if at[0] == "films_v2"] == [0] * len(VectorStatus)
 
 
 def test_series_end_with_the_partition_and_with_the_pair_of_versions(worker: Worker) -> None:
