@@ -1,13 +1,16 @@
 """What goes into a step and what comes out of it: decoded records of one partition, and what they caused."""
 
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, compress
 from typing import NamedTuple, Protocol
 
+import numpy as np
+
+from stream.core import kernels
 from stream.core.counters import Counter
 from stream.core.events import DeletionDecoder, EventDecoder, Reason, Reject
 from stream.core.exposure import Exposure
-from stream.keys import partition_of
 
 
 class Record(Protocol):
@@ -82,7 +85,7 @@ class BatchDecoder:
         events: decodes an event; may be shared with other partitions, so that its memo is held once.
         partition: number of this partition.
         partitions: how many there are.
-        placed: users that are known to belong here; murmur2 in Python is too dear to compute for every event.
+        placed: users that are known to belong here; those of others are asked for all at once.
     """
 
     def __init__(self, events: EventDecoder, partition: int, partitions: int, placed: Container[bytes]) -> None:
@@ -94,28 +97,28 @@ class BatchDecoder:
         self._partitions = partitions
         self._placed = placed
 
-    def events(self, topic: str, records: Iterable[Record]) -> Batch:
+    def events(self, topic: str, records: Sequence[Record]) -> Batch:
         """Operations and rejects of a fetched batch of one event topic."""
         decode = self._decode_event
         return self._decode(
             records, lambda r: decode(topic, r.key, r.value, r.timestamp), Counter.IGNORED, self._exposure
         )
 
-    def deletions(self, records: Iterable[Record]) -> Batch:
+    def deletions(self, records: Sequence[Record]) -> Batch:
         """Operations and rejects of a fetched batch of the deletion topic."""
         decode = self._decode_deletion
         return self._decode(records, lambda r: decode(r.key, r.value, r.timestamp), Counter.WITHDRAWN)
 
     def _decode(
         self,
-        records: Iterable[Record],
+        records: Sequence[Record],
         decode: Callable[[Record], bytes | tuple[bytes, ...] | int | Reject | None],
         none_means: Counter,
         exposure: Exposure | None = None,
     ) -> Batch:
         batch = Batch()
         known, ops = self._placed, batch.ops
-        placed: set[bytes] = set()
+        placed = self._placed_among({record.key for record in records})
         for index, record in enumerate(records):
             what = decode(record)
             key = record.key
@@ -123,11 +126,9 @@ class BatchDecoder:
                 batch.rejects.append((index, what))
             elif key is not None:
                 if key not in known and key not in placed:
-                    if partition_of(key, self._partitions) != self._partition:
-                        detail = "the key's murmur2 partition is another one"
-                        batch.rejects.append((index, Reject(Reason.WRONG_PARTITION, detail)))
-                        continue
-                    placed.add(key)
+                    detail = "the key's murmur2 partition is another one"
+                    batch.rejects.append((index, Reject(Reason.WRONG_PARTITION, detail)))
+                    continue
                 if what is None:
                     batch.count(none_means)
                 else:
@@ -138,3 +139,11 @@ class BatchDecoder:
         batch.placed = len(ops) + batch.counts.get(none_means, 0)
         batch.count(Counter.REJECTED, len(batch.rejects))
         return batch
+
+    def _placed_among(self, keys: set[bytes | None]) -> set[bytes]:
+        """Those of some keys that aren't known and belong here."""
+        unknown = [key for key in keys if key is not None and key not in self._placed]
+        bounds = np.array([0, *accumulate(map(len, unknown))])
+        data = np.frombuffer(b"".join(unknown), dtype=np.uint8)
+        is_here = kernels.partitions_of(data, bounds, self._partitions) == self._partition
+        return set(compress(unknown, is_here.tolist()))

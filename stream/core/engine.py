@@ -87,11 +87,11 @@ class Engine:
         """User and item version of each pair that vectors are published of."""
         return tuple(publisher.versions for publisher in self._publishers)
 
-    def decode_events(self, topic: str, records: Iterable[Record]) -> Batch:
+    def decode_events(self, topic: str, records: Sequence[Record]) -> Batch:
         """Operations and rejects of a fetched batch of one event topic."""
         return self._decoder.events(topic, records)
 
-    def decode_deletions(self, records: Iterable[Record]) -> Batch:
+    def decode_deletions(self, records: Sequence[Record]) -> Batch:
         """Operations and rejects of a fetched batch of the deletion topic."""
         return self._decoder.deletions(records)
 

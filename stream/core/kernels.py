@@ -57,6 +57,42 @@ def _compiled(signature: Any) -> Callable[[Any], Any]:
     return compile_it
 
 
+# -- keys ----------------------------------------------------------------------------------------------------------
+
+
+@_compiled(_I64(_BYTES, _I64, _INT))
+def partitions_of(data, bounds, partitions):  # type: ignore[no-untyped-def]
+    """What `stream.keys.partition_of` says of keys that lie one behind the other [m].
+
+    Args:
+        data: the keys.
+        bounds: where each begins and the last ends [m + 1].
+        partitions: how many there are.
+    """
+    found = np.empty(bounds.shape[0] - 1, dtype=np.int64)
+    factor = np.uint32(0x5BD1E995)
+    for i in range(found.shape[0]):
+        at, size = bounds[i], bounds[i + 1] - bounds[i]
+        hashed = np.uint32(0x9747B28C) ^ np.uint32(size)
+        while size >= 4:
+            part = np.uint32(0)
+            for n in range(4):
+                part |= np.uint32(data[at + n]) << np.uint32(8 * n)
+            part = np.uint32(part * factor)
+            part ^= part >> np.uint32(24)
+            hashed = np.uint32(hashed * factor) ^ np.uint32(part * factor)
+            at += 4
+            size -= 4
+        if size:
+            for n in range(size):
+                hashed ^= np.uint32(data[at + n]) << np.uint32(8 * n)
+            hashed = np.uint32(hashed * factor)
+        hashed = np.uint32((hashed ^ (hashed >> np.uint32(13))) * factor)
+        hashed ^= hashed >> np.uint32(15)
+        found[i] = np.int64(hashed & np.uint32(0x7FFFFFFF)) % partitions
+    return found
+
+
 # -- kinds of interactions -----------------------------------------------------------------------------------------
 
 

@@ -85,10 +85,14 @@ def measure(load: Load, folder: Path, batch: int) -> dict[str, Any]:
     for live in (1, 2):
         pairs = [Pair(VersionedEncoder(), one) for one in spaces[:live]]
         found |= {f"{name}_{live}": cost for name, cost in hot_and_cold(load, pairs, batch).items()}
-    vectors = np.asarray(spaces[0].vectors)
-    items = [np.array([item for _, item, _ in history]) for _, history in load.histories()]
-    formula = median(cpu_us(lambda: [user_embed_mix(i, vectors) for i in items], len(items)) for _ in range(ROUNDS))
+    formula = formula_cpu_us(load, spaces[0])
     return {**found, "formula": round(formula, 1), "cold_to_formula": round(found["cold_1"] / formula, 2)}
+
+
+def formula_cpu_us(load: Load, one: ItemSpace) -> float:
+    vectors = np.asarray(one.vectors)
+    items = [np.array([item for _, item, _ in history]) for _, history in load.histories()]
+    return median(cpu_us(lambda: [user_embed_mix(i, vectors) for i in items], len(items)) for _ in range(ROUNDS))
 
 
 def hot_and_cold(load: Load, pairs: Sequence[Pair], batch: int) -> dict[str, float]:

@@ -232,6 +232,7 @@ def throughput(
         name: {
             "events_per_s": statistics.median(rate.events_per_s for rate in rates),
             "cpu_us_per_event": statistics.median(rate.cpu_us_per_event for rate in rates),
+            "cpu_us_per_event_rounds": [rate.cpu_us_per_event for rate in rates],
             "spread": [min(rate.events_per_s for rate in rates), max(rate.events_per_s for rate in rates)],
         }
         for name, rates in found.items()

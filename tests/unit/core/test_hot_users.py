@@ -1,5 +1,8 @@
 """Histories as arrays: what `History` does, for the users of a partition at once."""
 
+from itertools import accumulate
+
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,7 +14,7 @@ from stream.core.history import History, Outcome
 from stream.core.history_codec import NEVER, HistoryCodec, sort_key
 from stream.core.hot_users import HotUsers
 from stream.core.kinds import Kinds
-from stream.keys import canonical_id
+from stream.keys import canonical_id, partition_of
 
 USERS = (b"u", b"v", b"w")
 #: Few times, so that many interactions share one, in the order of their items and types then.
@@ -96,3 +99,10 @@ def test_slots_are_used_again_and_made_when_they_are_needed(at_most: int) -> Non
         users.evict()
     assert users.load([], kinds.read([], 2)).tolist() == []
     assert users.capacity <= 16_000
+
+
+@given(st.lists(st.binary(max_size=300), max_size=20), st.integers(1, 10_000))
+def test_partitions_of_many_keys_are_those_of_each(some: list[bytes], partitions: int) -> None:
+    bounds = np.array([0, *accumulate(map(len, some))])
+    found = kernels.partitions_of(np.frombuffer(b"".join(some), dtype=np.uint8), bounds, partitions)
+    assert found.tolist() == [partition_of(key, partitions) for key in some]
