@@ -3,7 +3,6 @@
 import json
 import re
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+import warm_start
 from confluent_kafka import TopicPartition
 from confluent_kafka.admin import AdminClient, OffsetSpec
 from kafka_broker import KafkaBroker, free_ports
@@ -286,14 +286,8 @@ def test_processes_of_a_host_listen_on_one_port_after_another(make_pipeline: Cal
     pipeline.start([*UEMB, "worker", "--processes", "2"])
 
     def ready(at: int) -> bool:
-        ran = subprocess.run(
-            [*UEMB, "health", "--ready", "--json", "--address", f"127.0.0.1:{at}"],
-            env=pipeline.environment,
-            capture_output=True,
-            timeout=60,
-            check=False,
-        )
-        return bool(json.loads(ran.stdout)["ok"])
+        asked = [*UEMB, "health", "--ready", "--json", "--address", f"127.0.0.1:{at}"]
+        return bool(json.loads(warm_start.run(asked, pipeline.environment).stdout)["ok"])
 
     for at in (port, port + 1):
         pipeline.until(lambda at=at: ready(at), f"port {at} says that it is ready")  # type: ignore[misc]

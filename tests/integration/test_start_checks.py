@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import warm_start
 from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic
 from doctor import diagnose
 from kafka_broker import KafkaBroker
@@ -137,16 +138,11 @@ class Ended(NamedTuple):
 def start_and_wait(environment: Mapping[str, str], patience_s: float = PATIENCE_S) -> Ended:
     """Run a worker that should end by itself."""
     began = time.monotonic()
-    with subprocess.Popen([*UEMB, "worker"], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as run:
-        assert run.stderr is not None
-        try:
-            _, said = run.communicate(timeout=patience_s)
-            code: int | None = run.returncode
-        except subprocess.TimeoutExpired:
-            run.kill()
-            _, said = run.communicate()
-            code = None
-    return Ended(code, said.decode(), time.monotonic() - began)
+    try:
+        ended = warm_start.run([*UEMB, "worker"], environment, patience_s)
+    except subprocess.TimeoutExpired as exc:
+        return Ended(None, str(exc.stderr), time.monotonic() - began)
+    return Ended(ended.returncode, ended.stderr, time.monotonic() - began)
 
 
 def check_topics_only(environment: Mapping[str, str]) -> Ended:
