@@ -40,6 +40,8 @@ COMPACT, DELETE = {"cleanup.policy": "compact"}, {"cleanup.policy": "delete"}
 LARGE = {"max.message.bytes": "2000000"}
 #: A refused start that takes longer is one that hangs.
 PATIENCE_S = 120
+#: So long a start waits for a broker that isn't there; for all the rest it takes what starts take on this machine.
+BROKER_PATIENCE_S = 20
 NOW_MS = time.time_ns() // 1_000_000
 
 
@@ -449,10 +451,11 @@ def test_refused_and_told_by_the_doctor(
 ) -> None:
     case, names, environment, starting = started[name]
     ended = starting.result()
+    start_s = started["store_of_no_known_kind"][-1].result().took_s  # of one that is refused before it asks anybody
     # what only the broker can refuse is refused while the worker runs, and logged
     says = [what.format(**names) for what in case.says]
     check_refusal(ended, *says, code=case.code, logged=case.logged)
-    assert ended.took_s < 30
+    assert ended.took_s < BROKER_PATIENCE_S + 20 * start_s, "it waited for what would not come"
     if name in TOLD_LATE:
         return
     found = diagnose(environment)
