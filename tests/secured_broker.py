@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from kafka_broker import KafkaBroker, why_unavailable
+from kafka_broker import PATIENT, KafkaBroker, why_unavailable
 
 #: Users of PLAIN and their passwords; `app` may do nothing until it is granted.
 PASSWORDS: Final = {"admin": "admin-secret-1", "app": "app-secret-2"}
@@ -86,6 +86,7 @@ class SecuredBroker(KafkaBroker):
         login = f"org.apache.kafka.common.security.plain.PlainLoginModule required {users};"
         super().__init__(
             {
+                **PATIENT,
                 "ssl.keystore.type": "PEM",
                 "ssl.keystore.location": str(keystore),
                 "ssl.truststore.type": "PEM",
