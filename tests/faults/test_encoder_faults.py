@@ -25,6 +25,7 @@ BY_TIME = VersionedEncoder(TimeMixEncoder(0.5, *HALF_LIVES), 100).version
 EVENTS = 12_000
 
 
+@pytest.mark.slow
 def test_encoders_and_both_kinds_of_items_under_kills_and_a_rebuild(
     films: Dataset, space: ItemSpace, make_workers: Callable[..., list[Pipeline]], tmp_path: Path
 ) -> None:

@@ -92,6 +92,7 @@ class RolloutProber(Prober):
         self.looks += 1
 
 
+@pytest.mark.slow
 def test_a_rollout_under_load(
     films: Dataset,
     make_workers: Callable[..., list[Pipeline]],

@@ -69,6 +69,7 @@ def _event(row: EventRow) -> Event:
     return (row.user_id, row.item_id, row.type, row.ts_ms)
 
 
+@pytest.mark.slow
 def test_three_workers_under_a_rolling_restart(
     films: Dataset, space: ItemSpace, make_workers: Callable[..., list[Pipeline]]
 ) -> None:
