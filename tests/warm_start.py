@@ -40,8 +40,9 @@ _IMPORTED: Final = (
     "stream.worker.app",
     "stream.worker.run",
 )
-#: What is read when it is needed, and so may be another than that of the process that is copied.
-_FREE: Final = ("UEMB_", "PYTEST_", "HOME", "COLUMNS")
+#: What is read when it is needed, and so may be another than that of the process that is copied; some libraries that
+#: tests import leave a variable of OpenMP's behind.
+_FREE: Final = ("UEMB_", "PYTEST_", "KMP_", "HOME", "COLUMNS")
 _MOST_BYTES: Final = 1 << 18
 _EXIT: Final = struct.Struct("i")
 
