@@ -20,7 +20,7 @@ from redis_cluster import RedisCluster
 from redis_server import RedisServer, why_no_redis
 from xdist.scheduler import LoadScopeScheduling
 
-pytest_plugins = ["cluster_writers", "pipeline_fixtures", "redis_writers"]
+pytest_plugins = ["cluster_writers", "pipeline_fixtures", "redis_writers", "secured_broker"]
 
 #: Markers of tests that run only where `-m` names them.
 ON_REQUEST: Final = ("slow", "bench")
@@ -153,12 +153,18 @@ class Scheduling(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.split("::")[0]
-        return nodeid if _shares_nothing(self.config.rootpath / file) else file
+        return _shared(self.config.rootpath / file) or nodeid
 
 
 @cache
-def _shares_nothing(file: Path) -> bool:
-    return file.parent.name in ("faults", "integration") and 'scope="module"' not in file.read_text()
+def _shared(file: Path) -> str:
+    """What the tests of a file share with each other, with those of other files too; empty if nothing."""
+    text = file.read_text()
+    if "secured_kafka" in text:
+        return "secured_kafka"
+    if "own_kafka" in text and 'scope="module"' in text:  # a broker for each of two processes, not of all that meet one
+        return "own_kafka 1" if file.stem in ("test_brokers", "test_dlq") else "own_kafka 2"
+    return "" if file.parent.name in ("faults", "integration") and 'scope="module"' not in text else str(file)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
@@ -173,7 +179,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     out: list[pytest.Item] = []
     counts: Counter[str] = Counter()
     for item in items:
-        if {"kafka", "own_kafka"}.intersection(getattr(item, "fixturenames", ())):
+        if {"kafka", "own_kafka", "secured_kafka"}.intersection(getattr(item, "fixturenames", ())):
             item.add_marker("kafka")
         if {"make_redis", "shared_cluster"}.intersection(getattr(item, "fixturenames", ())):
             item.add_marker("redis")

@@ -170,6 +170,13 @@ def _openssl(*words: object) -> None:
     subprocess.run([openssl, *map(str, words)], check=True, capture_output=True, timeout=30)
 
 
+@pytest.fixture(scope="session")
+def secured_kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecuredBroker]:
+    """A broker with a listener of each kind; tests of several files have it, in one process."""
+    with running_secured_broker(tmp_path_factory.mktemp("secured")) as broker:
+        yield broker
+
+
 @contextmanager
 def running_secured_broker(folder: Path) -> Iterator[SecuredBroker]:
     """A broker that keeps its certificates in a folder; skips the test where it can't be had."""

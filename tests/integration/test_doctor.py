@@ -52,10 +52,9 @@ NOW_MS = time.time_ns() // 1_000_000
 
 
 @pytest.fixture(scope="module")
-def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaBroker]:
+def kafka(secured_kafka: SecuredBroker) -> KafkaBroker:
     """A broker with a listener of each kind."""
-    with running_secured_broker(tmp_path_factory.mktemp("secured")) as broker:
-        yield broker
+    return secured_kafka
 
 
 @pytest.fixture
