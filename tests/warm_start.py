@@ -5,6 +5,7 @@ what an interpreter only takes at its very start, such as `LD_PRELOAD`, has it s
 program is. This file is also the program of the process that is copied: one for each process of a run.
 """
 
+import atexit
 import contextlib
 import gc
 import inspect
@@ -87,7 +88,7 @@ class Process:
 
 
 class _Original:
-    """The process that is copied, started with the first copy; it ends with this one."""
+    """The process that is copied, started with the first copy; it ends with this one, however that ends."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -116,7 +117,14 @@ class _Original:
                 stdout=subprocess.DEVNULL,
                 start_new_session=True,
             )
+        atexit.register(self._end)
         return self._requests
+
+    def _end(self) -> None:
+        assert self._requests is not None
+        assert self._process is not None
+        self._requests.close()
+        self._process.wait()
 
 
 _original: Final = _Original()
