@@ -102,10 +102,11 @@ class _Original:
             with self._lock:
                 requests = self._requests or self._start()
                 socket.send_fds(requests, [request], [*files, tells])
-                pid = int(requests.recv(32))
+                answer = requests.recv(32)
         finally:
             os.close(tells)
-        return Process(pid, ended)
+        assert answer, "the process that is copied has ended; its last words are on stderr"
+        return Process(int(answer), ended)
 
     def _start(self) -> socket.socket:
         self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -245,16 +246,11 @@ def _as_started(command: list[str], environment: dict[str, str], folder: str, fi
     main = types.ModuleType("__main__")
     sys.modules["__main__"] = main
     if command[0] == "-c":
-        sys.path[0], sys.argv, text, name = "", ["-c", *command[2:]], command[1], "<string>"
-    else:
-        sys.path[0], sys.argv, text, name = (
-            str(Path(command[0]).parent),
-            command,
-            Path(command[0]).read_text(),
-            command[0],
-        )
-        main.__file__ = name
-    return compile(text, name, "exec"), main.__dict__
+        sys.path[0], sys.argv = "", ["-c", *command[2:]]
+        return compile(command[1], "<string>", "exec"), main.__dict__
+    script = Path(command[0])
+    sys.path[0], sys.argv, main.__file__ = str(script.parent), command, str(script)
+    return compile(script.read_text(), script, "exec"), main.__dict__
 
 
 if __name__ == "__main__":
