@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
-from hypothesis import settings
+from hypothesis import is_hypothesis_test, settings
 from kafka_broker import KafkaBroker, shared_broker, why_unavailable
 from redis_cluster import RedisCluster
 from redis_server import RedisServer, why_no_redis
@@ -29,9 +29,12 @@ _left_out: Final = pytest.StashKey[Counter[str]]()
 # A worker's start is mostly imports: no process of a run should compile our modules anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
-settings.register_profile("default", max_examples=50, deadline=None)
-settings.register_profile("ci", settings.get_profile("default"), derandomize=True, database=None, print_blob=True)
-settings.load_profile("ci" if os.environ.get("CI") else "default")
+# Laws are tried on some of their examples, with -m slow on all of them; in CI always on the same.
+settings.register_profile("all", max_examples=50, deadline=None)
+settings.register_profile("some", settings.get_profile("all"), max_examples=20)
+for _name in ("all", "some"):
+    _same = settings(settings.get_profile(_name), derandomize=True, database=None, print_blob=True)
+    settings.register_profile(f"{_name} in CI", _same)
 
 
 @pytest.fixture(scope="session")
@@ -141,6 +144,13 @@ def unique() -> str:
 def pytest_configure(config: pytest.Config) -> None:
     """Begin with what takes longest, which is collected first: what is short fills the end of a run."""
     config.option.loadscopereorder = False
+    how_many = "all" if "slow" in _asked(config) else "some"
+    settings.load_profile(f"{how_many} in CI" if os.environ.get("CI") else how_many)
+
+
+def _asked(config: pytest.Config) -> set[str]:
+    """The words of `-m`."""
+    return set(re.findall(r"\w+", config.option.markexpr))
 
 
 def pytest_xdist_auto_num_workers() -> int:
@@ -174,8 +184,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeSch
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what uses Kafka or Redis; leave out what nobody asked for."""
-    asked = set(re.findall(r"\w+", config.option.markexpr))
+    """Mark what uses Kafka or Redis, and laws that are asked for all examples; leave out what nobody asked for."""
+    asked = _asked(config)
     out: list[pytest.Item] = []
     counts: Counter[str] = Counter()
     for item in items:
@@ -183,6 +193,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("kafka")
         if {"make_redis", "shared_cluster"}.intersection(getattr(item, "fixturenames", ())):
             item.add_marker("redis")
+        if "slow" in asked and is_hypothesis_test(getattr(item, "obj", None)):
+            item.add_marker("slow")
         names = [name for name in ON_REQUEST if item.get_closest_marker(name)]
         if names and not asked.intersection(names):
             out.append(item)
