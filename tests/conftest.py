@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
-from hypothesis import settings
+from hypothesis import is_hypothesis_test, settings
 from kafka_broker import KafkaBroker, shared_broker, why_unavailable
 from redis_cluster import RedisCluster
 from redis_server import RedisServer, why_no_redis
 from xdist.scheduler import LoadScopeScheduling
 
-pytest_plugins = ["cluster_writers", "pipeline_fixtures", "redis_writers"]
+pytest_plugins = ["cluster_writers", "pipeline_fixtures", "redis_writers", "secured_broker"]
 
 #: Markers of tests that run only where `-m` names them.
 ON_REQUEST: Final = ("slow", "bench")
@@ -29,9 +29,12 @@ _left_out: Final = pytest.StashKey[Counter[str]]()
 # A worker's start is mostly imports: no process of a run should compile our modules anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
-settings.register_profile("default", max_examples=50, deadline=None)
-settings.register_profile("ci", settings.get_profile("default"), derandomize=True, database=None, print_blob=True)
-settings.load_profile("ci" if os.environ.get("CI") else "default")
+# Laws are tried on some of their examples, with -m slow on all of them; in CI always on the same.
+settings.register_profile("all", max_examples=50, deadline=None)
+settings.register_profile("some", settings.get_profile("all"), max_examples=20)
+for _name in ("all", "some"):
+    _same = settings(settings.get_profile(_name), derandomize=True, database=None, print_blob=True)
+    settings.register_profile(f"{_name} in CI", _same)
 
 
 @pytest.fixture(scope="session")
@@ -141,6 +144,13 @@ def unique() -> str:
 def pytest_configure(config: pytest.Config) -> None:
     """Begin with what takes longest, which is collected first: what is short fills the end of a run."""
     config.option.loadscopereorder = False
+    how_many = "all" if "slow" in _asked(config) else "some"
+    settings.load_profile(f"{how_many} in CI" if os.environ.get("CI") else how_many)
+
+
+def _asked(config: pytest.Config) -> set[str]:
+    """The words of `-m`."""
+    return set(re.findall(r"\w+", config.option.markexpr))
 
 
 def pytest_xdist_auto_num_workers() -> int:
@@ -153,12 +163,18 @@ class Scheduling(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.split("::")[0]
-        return nodeid if _shares_nothing(self.config.rootpath / file) else file
+        return _shared(self.config.rootpath / file) or nodeid
 
 
 @cache
-def _shares_nothing(file: Path) -> bool:
-    return file.parent.name in ("faults", "integration") and 'scope="module"' not in file.read_text()
+def _shared(file: Path) -> str:
+    """What the tests of a file share with each other, with those of other files too; empty if nothing."""
+    text = file.read_text()
+    if "secured_kafka" in text:
+        return "secured_kafka"
+    if "own_kafka" in text and 'scope="module"' in text:  # a broker for each of two processes, not of all that meet one
+        return "own_kafka 1" if file.stem in ("test_brokers", "test_dlq") else "own_kafka 2"
+    return "" if file.parent.name in ("faults", "integration") and 'scope="module"' not in text else str(file)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
@@ -168,15 +184,17 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeSch
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what uses Kafka or Redis; leave out what nobody asked for."""
-    asked = set(re.findall(r"\w+", config.option.markexpr))
+    """Mark what uses Kafka or Redis, and laws that are asked for all examples; leave out what nobody asked for."""
+    asked = _asked(config)
     out: list[pytest.Item] = []
     counts: Counter[str] = Counter()
     for item in items:
-        if {"kafka", "own_kafka"}.intersection(getattr(item, "fixturenames", ())):
+        if {"kafka", "own_kafka", "secured_kafka"}.intersection(getattr(item, "fixturenames", ())):
             item.add_marker("kafka")
         if {"make_redis", "shared_cluster"}.intersection(getattr(item, "fixturenames", ())):
             item.add_marker("redis")
+        if "slow" in asked and is_hypothesis_test(getattr(item, "obj", None)):
+            item.add_marker("slow")
         names = [name for name in ON_REQUEST if item.get_closest_marker(name)]
         if names and not asked.intersection(names):
             out.append(item)

@@ -33,6 +33,9 @@ START_TIMEOUT_S: Final = 90.0
 STOP_TIMEOUT_S: Final = 30.0
 #: Less work before a broker serves, and on the whole for one that lives minutes.
 _QUICK_JAVA: Final = ("-Xshare:auto", "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC")
+#: Settings of a broker that nobody stops: it need not be missed soon, and a busy machine may well keep it from its
+#: heartbeats for seconds.
+PATIENT: Final = {"broker.session.timeout.ms": "60000"}
 #: Below the range from which the system takes the local ports of outgoing connections: a client that retries a stopped
 #: broker's port from that very port would connect to itself, and the broker could not have its port back.
 PORTS: Final = range(15_000, 32_000)
@@ -70,6 +73,7 @@ broker.heartbeat.interval.ms=500
 broker.session.timeout.ms=3000
 group.initial.rebalance.delay.ms=0
 group.min.session.timeout.ms=1000
+log.cleaner.backoff.ms=1000
 offsets.topic.num.partitions=4
 offsets.topic.replication.factor=1
 transaction.state.log.num.partitions=4
@@ -349,9 +353,7 @@ def shared_broker(folder: Path) -> Iterator[KafkaBroker]:
 
 def _keep(folder: Path) -> None:
     """Run the broker of a folder until nobody uses it."""
-    # Nobody stops it, so it need not be missed soon; and a machine may well keep it from its heartbeats for seconds.
-    patient = {"broker.session.timeout.ms": "60000"}
-    with KafkaBroker(patient) as broker, (folder / "users").open("w") as users:
+    with KafkaBroker(PATIENT) as broker, (folder / "users").open("w") as users:
         (folder / "bootstrap.new").write_text(broker.bootstrap)
         (folder / "bootstrap.new").rename(folder / "bootstrap")
         fcntl.flock(users, fcntl.LOCK_EX)

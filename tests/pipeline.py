@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import warm_start
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 from topic_admin import set_config
@@ -77,7 +78,7 @@ class Pipeline:
         }
         self.log = folder / "worker.log"
         self._log_start = 0
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: warm_start.Process | subprocess.Popen[bytes] | None = None
         self.verified: dict[str, dict[str, Any]] = {}
         self._store: KVReader | None = None
         self._group: Consumer | None = None
@@ -102,13 +103,8 @@ class Pipeline:
         self._log_start = len(self.log.read_text(errors="replace")) if self.log.exists() else 0
         self._before = self.epochs()  # the worker may be quicker than whoever asks for them later
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [*UEMB, "worker"] if command is None else list(command),
-                env={**self.environment, **environment},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            command = [*UEMB, "worker"] if command is None else command
+            self.process = warm_start.start(command, {**self.environment, **environment}, log)
 
     def stop(self, timeout_s: float = 30) -> int:
         """SIGTERM, also to one that is frozen; return the exit code."""
@@ -189,14 +185,7 @@ class Pipeline:
 
     def verify(self, *args: str, code: int = 0) -> dict[str, Any]:
         """The report of `uemb verify` on the first pair, which must end with `code`; `verified` holds all."""
-        ended = subprocess.run(
-            [*UEMB, "verify", "--json", *args],
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            timeout=200,
-            check=False,
-        )
+        ended = warm_start.run([*UEMB, "verify", "--json", *args], self.environment)
         assert ended.returncode == code, f"{ended.stdout}{ended.stderr}\n{self.tail()}"
         document: dict[str, Any] = json.loads(ended.stdout)
         assert document["ok"] is (code == 0)
@@ -217,9 +206,7 @@ class Pipeline:
 
     def uemb(self, *args: str, code: int = 0) -> str:
         """Run a command of the command line, which must end with `code`; return what it printed, errors too."""
-        ended = subprocess.run(
-            [*UEMB, *args], env=self.environment, capture_output=True, text=True, timeout=200, check=False
-        )
+        ended = warm_start.run([*UEMB, *args], self.environment)
         said = ended.stdout + ended.stderr
         assert ended.returncode == code, f"{said}\n{self.tail()}"
         assert "Traceback" not in said
@@ -234,7 +221,7 @@ class Pipeline:
     def length(self, topic: str) -> int:
         """Offsets that a topic has given out, markers of transactions included; quicker than reading it."""
         places = [TopicPartition(topic, p) for p in range(self.partitions)]
-        return sum(self._watched_group().get_watermark_offsets(place, timeout=10)[1] for place in places)
+        return sum(self._watched_group().get_watermark_offsets(place, timeout=60)[1] for place in places)
 
     def lag(self, patience_s: float = 60) -> int:
         """Records of the input topics that are not committed, as soon as the brokers tell."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from kafka_broker import KafkaBroker, why_unavailable
+from kafka_broker import PATIENT, KafkaBroker, why_unavailable
 
 #: Users of PLAIN and their passwords; `app` may do nothing until it is granted.
 PASSWORDS: Final = {"admin": "admin-secret-1", "app": "app-secret-2"}
@@ -86,6 +86,7 @@ class SecuredBroker(KafkaBroker):
         login = f"org.apache.kafka.common.security.plain.PlainLoginModule required {users};"
         super().__init__(
             {
+                **PATIENT,
                 "ssl.keystore.type": "PEM",
                 "ssl.keystore.location": str(keystore),
                 "ssl.truststore.type": "PEM",
@@ -167,6 +168,13 @@ def _openssl(*words: object) -> None:
     if openssl is None:
         raise FileNotFoundError("openssl")
     subprocess.run([openssl, *map(str, words)], check=True, capture_output=True, timeout=30)
+
+
+@pytest.fixture(scope="session")
+def secured_kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecuredBroker]:
+    """A broker with a listener of each kind; tests of several files have it, in one process."""
+    with running_secured_broker(tmp_path_factory.mktemp("secured")) as broker:
+        yield broker
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from stream.core.batch import Record, StepResult
@@ -29,6 +30,11 @@ MINUTE = 60_000
 LATE_ENOUGH = T0 + 10 * 24 * 60 * MINUTE  # Kafka timestamp of records whose own is of no interest
 TYPES = {"view": 1, "like": 2}
 DELETIONS = "user-deletions"
+
+
+def examples(number: int) -> int:
+    """So many for a law where all are asked for; else the part of them that the others are tried on (conftest)."""
+    return number * settings.default.max_examples // settings.get_profile("all").max_examples
 
 
 class Event(NamedTuple):

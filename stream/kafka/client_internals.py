@@ -35,8 +35,12 @@ def connection_of(consumer: aiokafka.AIOKafkaConsumer) -> Any:
 
 
 def group_fault(consumer: aiokafka.AIOKafkaConsumer) -> Exception | None:
-    """Why the group will not have this member, if so: the client raises it only to those who fetch already."""
-    fault: Exception | None = consumer._coordinator._pending_exception
+    """Why the group will not have this member, if so: the client raises it only to those who fetch already.
+
+    A consumer that is still looking for its brokers is no member yet.
+    """
+    coordinator = consumer._coordinator
+    fault: Exception | None = None if coordinator is None else coordinator._pending_exception
     return fault
 
 

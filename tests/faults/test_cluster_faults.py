@@ -127,7 +127,7 @@ def test_a_cluster_with_a_fault(
     pipeline.until_ready()
     with ClusterProber(cluster, users, (space.version, USER_VERSION)) as prober:
         with feeding(pipeline, rows, RATE):
-            pipeline.until(lambda: len(pipeline.read(pipeline.output)) > 1_000, "events flow")
+            pipeline.until(lambda: pipeline.length(pipeline.output) > 1_000, "events flow")
             fault(cluster)
         pipeline.until_committed(120)
         pipeline.until(lambda: all(pipeline.epochs()), "all partitions are whole")

@@ -25,6 +25,7 @@ BY_TIME = VersionedEncoder(TimeMixEncoder(0.5, *HALF_LIVES), 100).version
 EVENTS = 12_000
 
 
+@pytest.mark.slow
 def test_encoders_and_both_kinds_of_items_under_kills_and_a_rebuild(
     films: Dataset, space: ItemSpace, make_workers: Callable[..., list[Pipeline]], tmp_path: Path
 ) -> None:
@@ -49,16 +50,16 @@ def test_encoders_and_both_kinds_of_items_under_kills_and_a_rebuild(
     one.uemb("encoder", "publish", "mix_time", *time_params)
     one.uemb("encoder", "publish", "avg", "--as", "plain")
     with feeding(one, rows, 2_000) as feed:
-        one.until(lambda: len(one.read(one.output)) > 4_000, "events flow")
+        one.until(lambda: one.length(one.output) > 4_000, "events flow")
         two.kill()  # at whatever it has covered
         for folder in learned:
             one.uemb("encoder", "publish", str(folder))
         shutil.rmtree(two.state)
         two.start()
         for victim in (one, two):
-            seen = len(one.read(one.changelog))
+            seen = one.length(one.changelog)
             one.until(
-                lambda seen=seen: len(one.read(one.changelog)) > seen + rng.randrange(200) or feed.dry.is_set(),
+                lambda seen=seen: one.length(one.changelog) > seen + rng.randrange(200) or feed.dry.is_set(),
                 "some more are processed",
             )
             victim.kill()

@@ -104,7 +104,7 @@ def test_killed_between_the_halves_of_a_fence(films: Dataset, make_pipeline: Cal
 
 def grows(pipeline: Pipeline, length: int) -> bool:
     """Whether the output has more records than that."""
-    return len(pipeline.read(pipeline.output)) > length
+    return pipeline.length(pipeline.output) > length
 
 
 def random_kills(pipeline: Pipeline, films: Dataset, kills: int, events: int, rate: float) -> None:
@@ -116,7 +116,7 @@ def random_kills(pipeline: Pipeline, films: Dataset, kills: int, events: int, ra
     done = 0
     with feeding(pipeline, rows, rate) as feed:
         for _ in range(kills):
-            before = len(pipeline.read(pipeline.output))
+            before = pipeline.length(pipeline.output)
             if rng.random() < 0.5:
                 erase(pipeline, [erased.pop(rng.choice(list(erased)))])
             pipeline.until(lambda n=before: grows(pipeline, n) or feed.dry.is_set(), "output grows")  # type: ignore[misc]
@@ -155,7 +155,7 @@ def rotation(workers: list[Pipeline], films: Dataset, turns: int, events: int, r
     with feeding(running[0], rows, rate) as feed:
         for _ in range(turns):
             before = running[0].epochs()
-            output = len(running[0].read(running[0].output))
+            output = running[0].length(running[0].output)
             if waiting and (len(running) < 2 or rng.random() < 0.4):
                 running.append(waiting.pop())
                 running[-1].start()

@@ -101,7 +101,7 @@ def test_a_store_with_a_fault(
     pipeline.until_ready()
     with RedisProber(redis) as prober:
         with feeding(pipeline, rows, 1_500):
-            pipeline.until(lambda: len(pipeline.read(pipeline.output)) > 1_000, "events flow")
+            pipeline.until(lambda: pipeline.length(pipeline.output) > 1_000, "events flow")
             with fault(redis):  # type: ignore[attr-defined]
                 before = committed(pipeline)
             pipeline.until(lambda: committed(pipeline) > before, "events flow again")
@@ -131,7 +131,7 @@ def test_a_store_that_stays_away_stops_the_worker(
     pipeline.start()
     pipeline.until_ready()
     with feeding(pipeline, rows, 3_000):
-        pipeline.until(lambda: len(pipeline.read(pipeline.output)) > 1_000, "events flow")
+        pipeline.until(lambda: pipeline.length(pipeline.output) > 1_000, "events flow")
         redis.kill()
         assert pipeline.wait(60) == 75
     said = [line for line in pipeline.log.read_text().splitlines() if line.startswith("uemb: ")]
@@ -156,10 +156,10 @@ def test_writes_that_were_applied_but_whose_answers_were_lost(
         pipeline.until_ready()
         with RedisProber(redis) as prober, feeding(pipeline, rows, 1_500):
             for n in range(1, 11):
-                length = len(pipeline.read(pipeline.output))
+                length = pipeline.length(pipeline.output)
                 proxy.lose_answer_to(b"EVALSHA")
                 pipeline.until(lambda n=n: proxy.lost == n, "an answer is lost")  # type: ignore[misc]
-                pipeline.until(lambda n=length: len(pipeline.read(pipeline.output)) > n, "events flow")  # type: ignore[misc]
+                pipeline.until(lambda n=length: pipeline.length(pipeline.output) > n, "events flow")  # type: ignore[misc]
         pipeline.until_committed(120)
         assert prober.back == []
         assert len(pipeline.claims()) == pipeline.partitions

@@ -1,13 +1,13 @@
 """More partitions under a live system: every user's history, vector and erasure are where they belong afterwards."""
 
 import random
-import subprocess
 import sys
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
 import pytest
+import warm_start
 from confluent_kafka import Producer
 from pipeline import Pipeline, check_end_state, erase, event_json, expected
 from redis_server import RedisServer
@@ -40,9 +40,7 @@ def repartition_with_deaths(pipeline: Pipeline, partitions: int, steps: tuple[in
     died = 0
     for after in steps:
         command = [sys.executable, str(_DYING), str(after), str(partitions)]
-        ended = subprocess.run(
-            command, env=pipeline.environment, capture_output=True, text=True, timeout=200, check=False
-        )
+        ended = warm_start.run(command, pipeline.environment)
         if ended.returncode == 0:
             break
         assert ended.returncode == -9, ended.stderr

@@ -92,6 +92,7 @@ class RolloutProber(Prober):
         self.looks += 1
 
 
+@pytest.mark.slow
 def test_a_rollout_under_load(
     films: Dataset,
     make_workers: Callable[..., list[Pipeline]],
@@ -109,7 +110,7 @@ def test_a_rollout_under_load(
     two.start()
     one.until_epochs_rise(before)
     with feeding(one, rows, 3_000):
-        one.until(lambda: len(one.read(one.output)) > 3_000, "events flow")
+        one.until(lambda: one.length(one.output) > 3_000, "events flow")
         with RolloutProber(one.kv_url, users, {"films_v1": 48, "films_v2": 64}) as prober:
             one.uemb("items", "publish", str(folder))
             two.kill()  # at whatever it has covered
@@ -149,7 +150,7 @@ def test_from_one_table_and_the_mixture_to_two_tables_and_a_learned_encoder(
     users = sorted({row.user_id for row in rows})
     pins: list[Pin] = [(MIX, "one_table"), (MIX, "films_v1"), (learned, "films_v1")]
     with feeding(pipeline, rows, 500):
-        pipeline.until(lambda: len(pipeline.read(pipeline.output)) > 500, "events flow")
+        pipeline.until(lambda: pipeline.length(pipeline.output) > 500, "events flow")
         with RolloutProber(pipeline.kv_url, users, {"one_table": 32, "films_v1": 48}, pins) as prober:
             served = [(MIX, "one_table")]
             pipeline.until(lambda: prober.served == served, "the first pair is served")
@@ -195,11 +196,11 @@ def test_killed_in_the_middle_of_the_work_on_all_users(
     if command == "retire":
         pipeline.uemb("items", "publish", str(folder), "--wait")
         pipeline.uemb("items", "activate", "films_v2")
-    length = len(pipeline.read(pipeline.output))
+    length = pipeline.length(pipeline.output)
     pipeline.uemb("items", *(["publish", str(folder)] if command == "publish" else ["retire", "films_v1"]))
-    pipeline.until(lambda: len(pipeline.read(pipeline.output)) > length, "the work has begun")
+    pipeline.until(lambda: pipeline.length(pipeline.output) > length, "the work has begun")
     pipeline.kill()
-    done = len(pipeline.read(pipeline.output)) - length
+    done = pipeline.length(pipeline.output) - length
     users = {row.user_id for row in rows}
     pipeline.start()
     pipeline.uemb("items", "status", "films_v2" if command == "publish" else "films_v1", "--wait")

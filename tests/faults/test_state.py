@@ -177,7 +177,7 @@ def test_a_changelog_that_was_emptied_is_no_reason_to_hang(pipeline: Pipeline, f
     assert {len(pipeline.read(pipeline.changelog))} == {pipeline.partitions}
 
 
-@pytest.mark.parametrize("fault", ["recreated", "cut"])
+@pytest.mark.parametrize("fault", ["recreated", pytest.param("cut", marks=pytest.mark.slow)])
 def test_committed_offsets_outside_of_their_topic_stop_the_worker(
     fault: str, pipeline: Pipeline, films: Dataset
 ) -> None:

@@ -68,7 +68,7 @@ def test_traffic_of_all_kinds_with_a_kill_in_the_middle(films: Dataset, make_pip
 
     half, more = len(traffic) // 2, 3 * len(traffic) // 4
     send(traffic[:half])
-    pipeline.until(lambda: len(pipeline.read(pipeline.output)) > 500, "events flow")
+    pipeline.until(lambda: pipeline.length(pipeline.output) > 500, "events flow")
     pipeline.freeze()  # so that there is something left to do
     send(traffic[half:more])
     pipeline.kill()

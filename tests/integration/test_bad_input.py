@@ -100,7 +100,8 @@ def test_batches_that_expand_too_far_are_referred_to_and_cost_no_memory(make_pip
     assert pipeline.stop() == 0
 
 
-@pytest.mark.parametrize("codec", ["zstd", pytest.param("gzip", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("codec", ["zstd", "gzip"])
 def test_batches_that_expand_nearly_too_far_are_read_by_all(codec: str, make_pipeline: Callable[..., Pipeline]) -> None:
     """The worker and `uemb verify` have different clients, and must draw the line in one place."""
     pipeline = make_pipeline()

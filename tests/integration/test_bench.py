@@ -11,6 +11,7 @@ from stream.cli.bench.throughput import Ends, Setup, check_equal
 from stream.config import load_settings
 
 
+@pytest.mark.slow
 def test_both_publish_the_same(
     kafka: KafkaBroker, unique: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

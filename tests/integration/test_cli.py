@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import click
 import numpy as np
 import pytest
+import warm_start
 from confluent_kafka.admin import AdminClient
 from pipeline import UEMB, Event, Pipeline, expected
 
@@ -51,17 +52,11 @@ class Ran(NamedTuple):
 
 def uemb(*args: str | Path, timeout_s: float = 120, **environment: str) -> Ran:
     """Run a command to its end."""
-    with subprocess.Popen(
-        [*UEMB, *map(str, args)], env={**CLEAN, **environment}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
-        try:
-            out, err = process.communicate(timeout=timeout_s)
-            code: int | None = process.returncode
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGTERM)  # in order, so that it takes its worker with it
-            out, err = process.communicate(timeout=60)
-            code = None
-    return Ran(code, out.decode(), err.decode())
+    try:
+        ended = warm_start.run([*UEMB, *map(str, args)], {**CLEAN, **environment}, timeout_s)
+    except subprocess.TimeoutExpired as exc:
+        return Ran(None, str(exc.output), str(exc.stderr))
+    return Ran(ended.returncode, ended.stdout, ended.stderr)
 
 
 def check_error(ran: Ran, *says: str, code: int = 2) -> None:

@@ -2,11 +2,11 @@
 
 import json
 import random
-import subprocess
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import warm_start
 from confluent_kafka import Consumer
 from kafka_broker import KafkaBroker
 from pipeline import UEMB, Event, Pipeline, check_end_state, event_json, expected
@@ -37,9 +37,7 @@ def kafka(own_kafka: KafkaBroker) -> KafkaBroker:
 
 def uemb(pipeline: Pipeline, *args: str, code: int = 0) -> str:
     """Output of `uemb dlq`; its error line when it fails."""
-    ended = subprocess.run(
-        [*UEMB, "dlq", *args], env=pipeline.environment, capture_output=True, text=True, timeout=60, check=False
-    )
+    ended = warm_start.run([*UEMB, "dlq", *args], pipeline.environment)
     assert ended.returncode == code, ended.stderr
     if code:
         assert ended.stderr.count("\n") == 1

@@ -285,6 +285,7 @@ def test_a_worker_whose_own_encoder_is_learned(
     assert "UEMB_ENCODER_FOLDER: encoder" in pipeline.uemb("worker", code=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["encoder", "items"])
 def test_what_is_said_while_the_work_on_all_users_goes_on_counts_in_the_end(
     what: str, films: Dataset, space: ItemSpace, tmp_path: Path, make_pipeline: Callable[..., Pipeline]

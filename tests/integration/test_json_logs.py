@@ -8,6 +8,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
+from kafka_broker import free_ports
 from pipeline import UEMB, Pipeline
 
 from stream.feed.dataset import Dataset
@@ -29,6 +30,8 @@ FAUST = [
     "worker",
     "-l",
     "info",
+    "--web-port",
+    str(*free_ports(1)),
 ]
 
 

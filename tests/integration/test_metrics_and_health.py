@@ -3,7 +3,6 @@
 import json
 import re
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+import warm_start
 from confluent_kafka import TopicPartition
 from confluent_kafka.admin import AdminClient, OffsetSpec
 from kafka_broker import KafkaBroker, free_ports
@@ -97,11 +97,13 @@ def test_cosines_are_seen_once_vectors_change(films: Dataset, make_pipeline: Cal
     worker.until_ready()
     rows = iter(films.events)
 
-    def compared() -> bool:
-        send(pipeline, list(islice(rows, 200)))
-        return worker.value("uemb_vector_cosine_count") > 20
+    with Feeder(pipeline.bootstrap, pipeline.topics) as feeder:
 
-    pipeline.until(compared, "vectors are compared", every_s=0.05)
+        def compared() -> bool:
+            feeder.send(list(islice(rows, 200)))
+            return worker.value("uemb_vector_cosine_count") > 20
+
+        pipeline.until(compared, "vectors are compared")
     buckets, count = worker.samples("uemb_vector_cosine_bucket", "uemb_vector_cosine_count")
     assert buckets["1",] == buckets["+Inf",] == count[()], "none is larger"
     assert buckets["0.25",] < buckets["1",], "nobody is turned round by an event or two"
@@ -221,8 +223,8 @@ def test_brokers_that_are_away_are_no_death(
     ("part", "reason"),
     [
         ("loop", r"the event loop is stuck for \d+ s"),
-        ("agent", r"the agent is stuck for \d+ s"),
-        ("lane", r"the lane of partition \d is stuck for \d+ s"),
+        pytest.param("agent", r"the agent is stuck for \d+ s", marks=pytest.mark.slow),
+        pytest.param("lane", r"the lane of partition \d is stuck for \d+ s", marks=pytest.mark.slow),
     ],
 )
 def test_a_stuck_part_is_told_while_it_is_stuck(
@@ -280,20 +282,15 @@ def test_an_address_that_is_taken_is_one_line(make_pipeline: Callable[..., Pipel
     assert said == f"uemb: UEMB_HTTP={address}: {why}\n"
 
 
+@pytest.mark.slow
 def test_processes_of_a_host_listen_on_one_port_after_another(make_pipeline: Callable[..., Pipeline]) -> None:
     port = two_free_ports()
     pipeline = make_pipeline(http=f"127.0.0.1:{port}")
     pipeline.start([*UEMB, "worker", "--processes", "2"])
 
     def ready(at: int) -> bool:
-        ran = subprocess.run(
-            [*UEMB, "health", "--ready", "--json", "--address", f"127.0.0.1:{at}"],
-            env=pipeline.environment,
-            capture_output=True,
-            timeout=60,
-            check=False,
-        )
-        return bool(json.loads(ran.stdout)["ok"])
+        asked = [*UEMB, "health", "--ready", "--json", "--address", f"127.0.0.1:{at}"]
+        return bool(json.loads(warm_start.run(asked, pipeline.environment).stdout)["ok"])
 
     for at in (port, port + 1):
         pipeline.until(lambda at=at: ready(at), f"port {at} says that it is ready")  # type: ignore[misc]

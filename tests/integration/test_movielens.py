@@ -38,7 +38,7 @@ def test_stopped_in_the_middle_and_started_again(
     pipeline.until_ready()
     first_epochs = pipeline.epochs()
     with feeding(pipeline, films.events, rate=20_000):
-        pipeline.until(lambda: len(pipeline.read(pipeline.output)) > 10_000, "the middle")
+        pipeline.until(lambda: pipeline.length(pipeline.output) > 10_000, "the middle")
         assert pipeline.stop() == 0
     assert 0 < pipeline.lag() < len(films.events)
     pipeline.start()
@@ -60,7 +60,7 @@ def test_a_worker_joins_and_another_leaves_while_events_flow(
     second = make_pipeline(state_dir=tmp_path / "second")
     second.log = tmp_path / "second.log"
     with feeding(first, films.events, 4_000) as feeder:
-        first.until(lambda: len(first.read(first.output)) > 10_000, "events flow")
+        first.until(lambda: first.length(first.output) > 10_000, "events flow")
         second.start()
         first.until(lambda: _all_higher(first.epochs(), epochs[-1]), "the second has joined")
         epochs.append(first.epochs())

@@ -38,7 +38,7 @@ def test_two_processes_share_the_partitions_and_one_that_is_killed_comes_back(
     pipeline.until(lambda: set(owners(pipeline)) == {"0", "1"}, "both own partitions")
     assert sorted(path.name for path in pipeline.state.iterdir()) == ["process-0", "process-1"]
     with feeding(pipeline, rows, 1_000):
-        pipeline.until(lambda: len(pipeline.read(pipeline.output)) > 500, "events flow")
+        pipeline.until(lambda: pipeline.length(pipeline.output) > 500, "events flow")
         first, second = children(pipeline)
         os.kill(first, signal.SIGKILL)
         pipeline.until(lambda: len(children(pipeline)) == 2 and first not in children(pipeline), "it is started again")

@@ -1,11 +1,11 @@
 """The pipeline on a networked store: real Kafka, real Redis, real events; what is stored equals the reference."""
 
 import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import warm_start
 from pipeline import UEMB, Event, Pipeline, check_end_state, expected, feeding
 from redis_server import RedisServer
 
@@ -27,9 +27,7 @@ def events(films: Dataset) -> list[Event]:
 
 def uemb(pipeline: Pipeline, *arguments: str) -> str:
     """Run a command to its end; return what it printed."""
-    ended = subprocess.run(
-        [*UEMB, *arguments], env=pipeline.environment, capture_output=True, timeout=60, check=False, text=True
-    )
+    ended = warm_start.run([*UEMB, *arguments], pipeline.environment)
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
 
@@ -91,7 +89,7 @@ def test_a_killed_workers_partitions_are_taken_over(
     second.until(lambda: _all_higher(second.epochs(), alone), "both own partitions")
     shared = second.epochs()
     with feeding(first, films.events[:EVENTS], 2_000) as feeder:
-        second.until(lambda: len(second.read(second.output)) > EVENTS // 10, "events flow")
+        second.until(lambda: second.length(second.output) > EVENTS // 10, "events flow")
         first.kill()
         assert feeder.is_alive(), "all events were sent before the kill"
         second.until(lambda: _all_higher(second.epochs(), shared), "the second owns all")

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,6 @@ from secured_broker import (
     SECRETS,
     TLS,
     SecuredBroker,
-    running_secured_broker,
     there,
 )
 
@@ -32,10 +31,9 @@ from stream.kafka import brokers
 
 
 @pytest.fixture(scope="module")
-def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecuredBroker]:
+def secured(secured_kafka: SecuredBroker) -> SecuredBroker:
     """A broker with a listener of each kind."""
-    with running_secured_broker(tmp_path_factory.mktemp("secured")) as broker:
-        yield broker
+    return secured_kafka
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import warm_start
 from confluent_kafka import Consumer, Producer, TopicPartition
 from documents import example
 from kafka_broker import KafkaBroker
@@ -48,9 +49,8 @@ def start(*args: object, **environment: str) -> subprocess.Popen[str]:
 
 
 def send(*args: object, stdin: str = "", **environment: str) -> tuple[int, str, str]:
-    with start(*args, **environment) as process:
-        out, err = process.communicate(stdin, timeout=60)
-        return process.returncode, out, " ".join(err.split())
+    ended = warm_start.run([*UEMB, "send", *map(str, args)], {**CLEAN, **environment}, text=stdin)
+    return ended.returncode, ended.stdout, " ".join(ended.stderr.split())
 
 
 def values(bootstrap: str, *topics: str) -> list[dict[str, object]]:
@@ -278,8 +278,9 @@ def test_movielens_is_sent_in_the_shape_of_the_settings(films: Dataset, broker: 
 
 
 def test_the_commands_of_a_backfill_run(
-    space: ItemSpace, make_pipeline: Callable[..., Pipeline], tmp_path: Path
+    space: ItemSpace, make_pipeline: Callable[..., Pipeline], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     worker, *others = example("stream/feed/README.md", "backfill").strip().splitlines()
     assert worker == "UEMB_PUBLISH=latest uemb worker &"
     items = [item.decode() for item in space.ids[:50]]
@@ -292,9 +293,7 @@ def test_the_commands_of_a_backfill_run(
     printed = ""
     for line in others:
         command = [*UEMB, *shlex.split(line)[1:]]
-        ran = subprocess.run(
-            command, env=pipeline.environment, cwd=tmp_path, capture_output=True, text=True, timeout=60
-        )
+        ran = warm_start.run(command, pipeline.environment)
         assert ran.returncode == 0, ran.stderr
         printed = ran.stdout
         pipeline.until_committed()

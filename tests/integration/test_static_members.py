@@ -94,7 +94,7 @@ def test_a_rolling_restart_disturbs_no_other_worker(
         assert said(worker) == []
 
 
-@pytest.mark.parametrize("busy", [True, False])
+@pytest.mark.parametrize("busy", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_of_two_with_one_id_the_newer_stays_and_the_older_says_why_it_ends(
     busy: bool, films: Dataset, make_workers: Callable[..., list[Pipeline]]
 ) -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reader_store import FakeStore
-from strategies import TYPES, Driver, Event, arrivals, make_space, small_spaces, streams
+from strategies import TYPES, Driver, Event, arrivals, examples, make_space, small_spaces, streams
 
 from stream.core.encoders import AvgEncoder, MixEncoder, TimeMixEncoder, VersionedEncoder
 from stream.core.history import History, HistoryCodec
@@ -64,7 +64,7 @@ def build(fake: FakeStore, user: object, pair: tuple[str, str], **parts: Any) ->
         return get_or_build_user_embedding(user, *pair, reader=reader, **parts)  # type: ignore[arg-type]
 
 
-@settings(max_examples=150)
+@settings(max_examples=examples(150))
 @given(st.data(), streams(users=USERS), small_spaces(), encoders)
 def test_a_history_gives_what_the_worker_publishes(
     data: st.DataObject, operations: list[Any], space: ItemSpace, encoder: VersionedEncoder
@@ -105,7 +105,7 @@ anything = st.one_of(
 )
 
 
-@settings(max_examples=150)
+@settings(max_examples=examples(150))
 @given(small_spaces(), encoders, anything, anything, anything, st.booleans())
 def test_it_never_raises_and_always_gives_a_unit_vector(
     space: ItemSpace, encoder: VersionedEncoder, user: object, history: object, types: object, whole: bool

@@ -20,6 +20,7 @@ from strategies import (
     Event,
     Message,
     arrivals,
+    examples,
     message,
     random_chunks,
     random_space,
@@ -44,7 +45,7 @@ def test_every_state_equals_the_formula(dim, limit):
     check_every_event(driver, Oracle(limit, [space]), random_chunks(rng, stream, 6))
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(
     st.integers(0, 2**32 - 1),
     st.integers(0, 300),

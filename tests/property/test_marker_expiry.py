@@ -2,7 +2,7 @@
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import MINUTE, T0, TYPES, Driver, Erase, Event, message, random_space, streams, topic_of
+from strategies import MINUTE, T0, TYPES, Driver, Erase, Event, examples, message, random_space, streams, topic_of
 
 from stream.core.history import History
 from stream.core.history_codec import NEVER, HistoryCodec, marker_erased_at
@@ -65,7 +65,7 @@ def what_is_published(driver):
     return records, {user: keys for user, keys in states.items() if keys}
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(st.data(), logs())
 def test_no_record_depends_on_when_markers_end(data, log):
     space = random_space("items_v1", 3, known=range(6))

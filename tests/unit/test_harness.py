@@ -2,13 +2,16 @@
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import kafka_broker
 import pytest
+import warm_start
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from confluent_kafka import KafkaException
@@ -222,3 +225,40 @@ def test_slow_tests_run_when_named(tmp_path: Path) -> None:
     assert "2 failed, 7 deselected" in run_pytest(tmp_path, "-m", "slow")
     assert "1 failed, 8 deselected" in run_pytest(tmp_path, "-m", "bench")
     assert "1 passed, 4 skipped, 2 deselected" in run_pytest(tmp_path, "-m", "not bench")
+
+
+#: Says what a process was given, and whether it was imported for it.
+ABOUT_ITSELF = """
+import os, sys
+print([*sys.argv, os.environ["UEMB_APP_ID"], input(), __name__, os.getcwd(), os.getsid(0) == os.getpid()])
+print("stream.worker.app" in sys.modules, file=sys.stderr)
+sys.exit(int(sys.argv[-1]))
+"""
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_a_copied_process_is_as_one_that_was_started(
+    copied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    script = tmp_path / "script.py"
+    script.write_text(ABOUT_ITSELF)
+    given = {**os.environ, "UEMB_APP_ID": "one", **({} if copied else {"LD_PRELOAD": ""})}
+    for command in (["-c", ABOUT_ITSELF], [str(script)]):
+        ended = warm_start.run([sys.executable, *command, "a b", "3"], given, text="line\n")
+        assert ended.stdout == f"{[command[0], 'a b', '3', 'one', 'line', '__main__', str(tmp_path), True]}\n"
+        assert (ended.returncode, ended.stderr) == (3, f"{copied}\n")
+
+
+def test_the_end_of_a_copied_process_is_told() -> None:
+    endless = [sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(1000)"]
+    with pytest.raises(subprocess.TimeoutExpired) as caught:
+        warm_start.run(endless, os.environ, 1.0)
+    assert caught.value.output in ("", "begun\n")  # a busy machine may not have come so far
+    with tempfile.TemporaryFile() as out:
+        process = warm_start.start(endless, os.environ, out)
+        assert process.poll() is None
+        process.terminate()
+        assert (process.wait(60), process.poll()) == (-signal.SIGTERM, -signal.SIGTERM)
+    failed = warm_start.run([sys.executable, "-c", "1 / 0"], os.environ)
+    assert (failed.returncode, failed.stderr.splitlines()[-1]) == (1, "ZeroDivisionError: division by zero")

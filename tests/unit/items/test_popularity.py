@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import make_space
+from strategies import examples, make_space
 
 from stream.core.events import EventRow
 from stream.errors import ItemSpaceError
@@ -65,7 +65,7 @@ rows = st.builds(
 )
 
 
-@settings(max_examples=80)
+@settings(max_examples=examples(80))
 @given(st.lists(rows, max_size=40), st.sampled_from([None, 0.5, 30.0]), st.randoms(), st.integers(1, 7))
 def test_a_tally_is_the_plain_sum_in_whatever_order_and_pieces(
     events: list[EventRow], half_life: float | None, rng: random.Random, chunk: int

@@ -37,6 +37,7 @@ async def test_what_the_client_knows_of_a_partition_and_of_its_topic() -> None:
         consumer = aiokafka.AIOKafkaConsumer(
             bootstrap_servers=broker.bootstrap, group_id="g", auto_offset_reset="earliest"
         )
+        assert internals.group_fault(consumer) is None, "brokers may take their time, and it is asked meanwhile"
         await consumer.start()
         try:
             assert internals.partition_state(consumer, PLACE) is None

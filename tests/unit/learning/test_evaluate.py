@@ -21,6 +21,8 @@ from stream.learning.report import markdown, save_figure
 from stream.learning.two_tables import Ease
 
 EVENTS = synthetic(users=60, items=50, events=2_500).events
+#: What holds of any: an evaluation of `EVENTS` takes seconds.
+FEWER = synthetic(users=30, items=50, events=1_000).events
 DIM = 6
 
 rows = st.lists(
@@ -133,7 +135,7 @@ def test_the_figures_equal_loops_over_users() -> None:
 
 
 def test_intervals_hold_the_mean_and_gains_are_paired_with_the_base() -> None:
-    report = evaluate(EVENTS, dim=DIM, seed=3)
+    report = evaluate(FEWER, dim=DIM, seed=3)
     assert {row.reading for row in report.rows} == {"ordered", "shuffled", "older"}
     base = {row.reading: row for row in report.rows if row.method == BASE}
     for row in report.rows:
@@ -143,7 +145,7 @@ def test_intervals_hold_the_mean_and_gains_are_paired_with_the_base() -> None:
         assert row.recall_10 <= row.recall_50
         assert row.ndcg_10 <= row.recall_10
     assert all((row.gain, row.gain_low, row.gain_high) == (0.0, 0.0, 0.0) for row in base.values())
-    assert evaluate(EVENTS, dim=DIM, seed=3) == report
+    assert evaluate(FEWER, dim=DIM, seed=3) == report
 
 
 def test_of_age_zero_is_what_the_table_says() -> None:
@@ -198,7 +200,7 @@ def test_events_with_nothing_to_learn_from_are_one_line(events: list[EventRow]) 
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    lines = ["user_id,item_id,type,ts", *(f"{row.user_id},{row.item_id},{row.type},{row.ts_ms}" for row in EVENTS)]
+    lines = ["user_id,item_id,type,ts", *(f"{row.user_id},{row.item_id},{row.type},{row.ts_ms}" for row in FEWER)]
     (tmp_path / "events.csv").write_text("\n".join(lines) + "\n")
     return tmp_path / "events.csv"
 
@@ -209,8 +211,8 @@ def test_from_the_command_line(file: Path, tmp_path: Path) -> None:
     ran = CliRunner().invoke(cli, [*command, "--json", "--figure", str(figure)])
     assert ran.exit_code == 0, ran.output
     document = json.loads(ran.stdout)
-    want = evaluate(EVENTS, dim=DIM, seed=3)
-    assert (document["events"], document["users"], document["data"]) == (2_500, want.users, "events.csv")
+    want = evaluate(FEWER, dim=DIM, seed=3)
+    assert (document["events"], document["users"], document["data"]) == (1_000, want.users, "events.csv")
     assert [row["recall_10"] for row in document["rows"]] == [row.recall_10 for row in want.rows]
     assert figure.read_bytes().startswith(b"\x89PNG")
     text = CliRunner().invoke(cli, command).stdout
@@ -221,8 +223,8 @@ def test_from_the_command_line(file: Path, tmp_path: Path) -> None:
 def test_a_validation_sees_the_training_part_alone(file: Path) -> None:
     command = ["evaluate", str(file), "--dim", str(DIM), "--json"]
     document = json.loads(CliRunner().invoke(cli, [*command, "--validation"]).stdout)
-    assert document["events"] == 2_000
-    assert document["rows"][0]["recall_10"] == evaluate(in_order(EVENTS)[:2_000], dim=DIM).rows[0].recall_10
+    assert document["events"] == 800
+    assert document["rows"][0]["recall_10"] == evaluate(in_order(FEWER)[:800], dim=DIM).rows[0].recall_10
 
 
 @pytest.mark.parametrize(
@@ -236,7 +238,7 @@ def test_a_command_that_makes_no_sense_is_one_line(arguments: list[str], why: st
 
 
 def test_a_figure_that_can_not_be_made_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    report = evaluate(EVENTS, dim=DIM, readings=["older"])
+    report = evaluate(FEWER, dim=DIM, readings=["older"])
     for name in ("figure.nonsense", "nowhere/figure.png"):
         with pytest.raises(ConfigError, match="can't be written"):
             save_figure(report, tmp_path / name)

@@ -51,7 +51,7 @@ def test_it_learns_what_comes_next_where_a_mixture_can_not(method: str) -> None:
 
 @pytest.mark.parametrize("method", ["ridge", "mlp"])
 def test_the_same_events_give_the_same_model(method: str) -> None:
-    one, other = (train_head(by_user(walks(), 0), space(), method=method)[0] for _ in range(2))
+    one, other = (train_head(by_user(walks(users=40), 0), space(), method=method)[0] for _ in range(2))
     for (w, b), (v, c) in zip(one.layers, other.layers, strict=True):
         np.testing.assert_array_equal(w, v)
         np.testing.assert_array_equal(b, c)
@@ -93,8 +93,9 @@ def test_nothing_later_is_learned_from(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["ridge", "mlp"])
 def test_the_folder_holds_what_was_learned_and_the_stream_publishes_it(tmp_path: Path, method: str) -> None:
     items = space()
-    head, _ = train_head(by_user(split_by_time(walks(), 0.8)[0], 0), items, method=method, features=FEATURES)
-    made, training = train_encoder(walks(), items, tmp_path / "e", method=method)
+    rows = walks(users=40)
+    head, _ = train_head(by_user(split_by_time(rows, 0.8)[0], 0), items, method=method, features=FEATURES)
+    made, training = train_encoder(rows, items, tmp_path / "e", method=method)
     loaded = load_encoder(tmp_path / "e")
     assert loaded.params == made.params
     assert loaded.made_for == (items.version, items.sha256, items.dim)

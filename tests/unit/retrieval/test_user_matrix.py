@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reader_store import DIM, ITEMS, OLD_ITEMS, USER, key, record, unit
+from strategies import examples
 
 from stream.core.records import CorruptRecord, EmbeddingRecord, encode
 from stream.keys import partition_of
@@ -41,7 +42,7 @@ steps = st.tuples(
 )
 
 
-@settings(max_examples=150)
+@settings(max_examples=examples(150))
 @given(st.lists(steps, max_size=60))
 def test_it_holds_what_a_dictionary_holds(sequence: list[tuple[str, tuple[int, int, bool] | None, str]]) -> None:
     users, model, others = matrix(), dict[str, EmbeddingRecord](), 0
@@ -78,7 +79,7 @@ def test_it_holds_what_a_dictionary_holds(sequence: list[tuple[str, tuple[int, i
     assert len(users.ids) <= len(USERS), "free rows are used again"
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(st.data())
 def test_a_log_replayed_from_anywhere_ends_in_the_same_state(data: st.DataObject) -> None:
     """Partitions interleave as they like, and each may be read again from an earlier place."""

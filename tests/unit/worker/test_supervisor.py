@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import warm_start
 
 from stream.config import load_settings
 from stream.errors import ConfigError
@@ -31,12 +32,13 @@ ORPHAN = "from stream.worker.supervisor import stop_when_orphaned; stop_when_orp
 class Started:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: warm_start.Process | subprocess.Popen[bytes] | None = None
         self.log = folder / "log"
 
     def start(self, *programs: str, well_s: float = 60.0) -> None:
         with self.log.open("wb") as log:
-            self.process = subprocess.Popen([sys.executable, "-c", SUPERVISOR, str(well_s), *programs], stderr=log)
+            command = [sys.executable, "-c", SUPERVISOR, str(well_s), *programs]
+            self.process = warm_start.start(command, os.environ, log)
 
     def told(self, name: str) -> list[int]:
         path = self.folder / name
