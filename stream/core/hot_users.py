@@ -62,7 +62,6 @@ class HotUsers:
         self.slots: dict[bytes, int] = {}
         self._kinds = kinds
         self._at_most = at_most
-        self._limit = limit
         self._capacity = min(at_most, _FIRST_SLOTS)
         self._free = list(range(self._capacity))
         self._times = np.zeros((self._capacity, limit), dtype=np.int64)

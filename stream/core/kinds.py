@@ -17,7 +17,7 @@ from stream.core.space import Space
 from stream.errors import StateError
 
 #: Kinds that are remembered; when there are more, all are forgotten, and users in memory with them. So many take
-#: 310 MB, a quarter 90.
+#: 260 MB, a quarter 70.
 _MEMO_LIMIT: Final = 1 << 20
 _NOT_YET: Final = -2
 
