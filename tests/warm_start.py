@@ -189,7 +189,6 @@ def _next_copy(requests: socket.socket) -> tuple[list[str], dict[str, str], str,
     """Return in each copy, with its command, environment, folder and files; never in the original."""
     for name in _IMPORTED:
         import_module(name)
-    import_module("stream.core.fast").kernels()
     inspect.getmodule(inspect.currentframe())  # Faust's agents ask, and it goes through all modules that are new to it
     gc.collect()
     gc.freeze()
