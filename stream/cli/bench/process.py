@@ -75,6 +75,11 @@ class System:
     ) -> None:
         self.kill()
 
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
+
     def kill(self) -> None:
         """SIGKILL."""
         self._process.kill()

@@ -1,23 +1,29 @@
 """The worker beside Kafka Streams, Quix Streams, a raw loop without guarantees and a plain Faust agent, on one Kafka.
 
-    python tests/bench/peers/run.py [--quick] [--cold-users 1000000] [--json FILE]
+    python tests/bench/peers/run.py [--quick] [--cold-users 1000000] [--json FILE] [--plot FILE] [--profile]
 
 All do the same job on the same events: JSON in, a history of 100 interactions for each user, the mixed embedding out.
 Histories are full from the start (Quix begins with none, which spares it work), and what each publishes last of some
 users is compared with the formula. Rates and CPU are those of the last three quarters of the events, so that each is
 warm; rounds alternate, medians count. Cold: more users than anything holds in memory, each event of any of them.
 
+With --profile, nothing but where the worker's own time goes, hot and cold: functions of ours and what they call, by
+py-spy.
+
 Needs Java with Maven (Kafka Streams is built, and the broker run, from Maven Central's jars) and a network for Quix.
 """
 
 import argparse
 import json
+import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +64,8 @@ COUNTS: Final = {
     "plain Faust": 24_000,
 }
 COLD_COUNT: Final = 400_000
+#: A frame of ours as py-spy has it: function and file.
+_FRAME: Final = re.compile(r"(\S+) \((stream/\S+?):")
 process.START_PATIENCE_S = 600.0  # type: ignore[misc]  # a million histories are restored first
 
 #: Name, target ("at least"), whether more is better.
@@ -289,12 +297,57 @@ def ratios(hot: Mapping[str, Any], cold: Mapping[str, Any], rates: Mapping[str, 
     return found
 
 
+def profile(setup: Setup, peer: Peer, count: int) -> list[tuple[str, float]]:
+    """Our own functions on the worker's main thread, and the share of its time in each with what it calls."""
+    setup.prepare()
+    setup.feed(count, 0)
+    ends = Ends(setup.client, setup.partitions)
+    system, output = peer.start(setup, "profiled")
+    samples = setup.folder / "samples"
+    with system:
+        system.until_count(ends, output, int(WARM * count))
+        how = ["--duration", "600", "--rate", "200", "--threads", "--format", "raw", "--output", samples]
+        spy = subprocess.Popen(
+            [Path(sys.executable).with_name("py-spy"), "record", "--pid", str(system.pid), *how],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        system.until_count(ends, output, count)
+        spy.send_signal(signal.SIGINT)  # it writes what it has
+        spy.wait(60)
+    ends.close()
+    total, times = 0, Counter[str]()
+    for line in samples.read_text().splitlines():
+        stack, _, number = line.rpartition(" ")
+        frames = stack.split(";")
+        if "MainThread" in frames[0]:
+            total += int(number)
+            ours = {f"{where[0]} {where[1]}" for frame in frames if (where := _FRAME.match(frame))}
+            times.update(dict.fromkeys(ours, int(number)))
+    return [(name, number / total) for name, number in times.most_common(30)]
+
+
+def plot(reached: Mapping[str, float], path: Path) -> None:
+    """What was reached of each target, 1 being all of it."""
+    from matplotlib import pyplot
+
+    share = {what: reached[what] / t if more else t / reached[what] for what, (t, more) in TARGETS.items()}
+    figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
+    axes.barh(list(share), list(share.values()), color=["tab:green" if x >= 1 else "tab:red" for x in share.values()])
+    axes.axvline(1, color="black")
+    axes.invert_yaxis()
+    axes.set_xlabel("of the target")
+    figure.savefig(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one round, and 8 s at each rate")
     parser.add_argument("--cold-users", type=int, default=1_000_000)
     parser.add_argument("--only", choices=("hot", "quiet", "cold"), help="one part, and no table")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path, help="with the table: a picture of it")
+    parser.add_argument("--profile", action="store_true", help="only where the worker's time goes, hot and cold")
     args = parser.parse_args()
     build_peers(list(PEERS) if args.only in (None, "hot") else list(COLD))
     with broker() as bootstrap, tempfile.TemporaryDirectory() as name:
@@ -304,6 +357,12 @@ def main() -> None:
             (folder := Path(name) / part).mkdir()
             return Setup(settings, f"peers-{part}", folder, load)
 
+        if args.profile:
+            for part, peers, users in (("hot", PEERS, Load().users), ("cold", COLD, args.cold_users)):
+                print(f"{part}: share of the main thread's time, with what is called")
+                for name, share in profile(setup(part, Load(users=users)), peers["worker"], COLD_COUNT):
+                    print(f"{100 * share:6.1f} %  {name}")
+            return
         rounds, seconds = (1, 8.0) if args.quick else (3, 20.0)
         parts: dict[str, Callable[[], dict[str, Any]]] = {
             "hot": lambda: throughput(setup("hot", Load()), PEERS, COUNTS, rounds),
@@ -313,15 +372,18 @@ def main() -> None:
             ),
         }
         found = {part: measure_it() for part, measure_it in parts.items() if args.only in (None, part)}
+    reached = {} if args.only else ratios(found["hot"], found["cold"], found["quiet"])
     if args.json:
-        args.json.write_text(json.dumps(found, indent=1))
-    if args.only is not None:
+        args.json.write_text(json.dumps({**found, "reached": reached}, indent=1))
+    if args.only:
         return
-    reached = ratios(found["hot"], found["cold"], found["quiet"])
     print(f"\n{'':44}{'target':>8}{'reached':>9}")
     for what, (target, more) in TARGETS.items():
         met = reached[what] >= target if more else reached[what] <= target
         print(f"{what:44}{'>=' if more else '<='}{target:6g}{reached[what]:9.2f}{'' if met else '  missed'}")
+
+    if args.plot:
+        plot(reached, args.plot)
 
 
 if __name__ == "__main__":
