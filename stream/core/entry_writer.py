@@ -63,7 +63,7 @@ class EntryWriter:
             _bytes(b"".join(users)), np.array([0, *accumulate(map(len, users))]), facts.epoch, facts.revisions,
             facts.lengths, facts.unknown, facts.as_of, status, self._flags, self._flags_at, self._header,
             self._versions, self._size, norms.astype("<f8", copy=False)[:, None].view(np.uint8),
-            vectors.astype("<f4", copy=False).view(np.uint8),
+            np.ascontiguousarray(vectors, dtype="<f4").view(np.uint8),
         )  # fmt: skip
         block, at = data.tobytes(), bounds.tolist()
         entries = [block[start:end] for start, end in pairwise(at)]

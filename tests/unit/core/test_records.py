@@ -164,6 +164,8 @@ def test_a_step_s_entries_are_prefix_and_record_of_each(some, epoch, data):
     assert bodies == want
     prefixes = [kv_prefix(epoch, record.revision) for record in records]
     assert entries == [prefix + (body or b"") for prefix, body in zip(prefixes, want, strict=True)]
+    by_column = np.asfortranarray(vectors)  # an encoder's choice
+    assert EntryWriter("user_v7", "items_v42", dim).write(facts, statuses, norms, by_column) == (entries, bodies)
 
 
 def rabin_fingerprint(data: bytes) -> int:
