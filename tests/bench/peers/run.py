@@ -224,6 +224,8 @@ def throughput(
             system, output = peer.start(setup, f"s{number}-{at}")
             count = counts[name]
             with system:
+                if name == "worker":
+                    system.until_claimed(setup.partitions)  # it marks its partitions' ends before it restores them
                 first = system.until_count(ends, output, int(WARM * count))
                 found[name].append(measure(system, ends, output, first, count))
             checked = 0
