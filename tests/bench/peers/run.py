@@ -324,7 +324,7 @@ def profile(setup: Setup, peer: Peer, count: int) -> list[tuple[str, float]]:
         frames = stack.split(";")
         if "MainThread" in frames[0]:
             total += int(number)
-            ours = {f"{where[0]} {where[1]}" for frame in frames if (where := _FRAME.match(frame))}
+            ours = {f"{where[1]} ({where[2]})" for frame in frames if (where := _FRAME.match(frame))}
             times.update(dict.fromkeys(ours, int(number)))
     return [(name, number / total) for name, number in times.most_common(30)]
 
@@ -362,8 +362,8 @@ def main() -> None:
         if args.profile:
             for part, peers, users in (("hot", PEERS, Load().users), ("cold", COLD, args.cold_users)):
                 print(f"{part}: share of the main thread's time, with what is called")
-                for name, share in profile(setup(part, Load(users=users)), peers["worker"], COLD_COUNT):
-                    print(f"{100 * share:6.1f} %  {name}")
+                for where, share in profile(setup(part, Load(users=users)), peers["worker"], COLD_COUNT):
+                    print(f"{100 * share:6.1f} %  {where}")
             return
         rounds, seconds = (1, 8.0) if args.quick else (3, 20.0)
         parts: dict[str, Callable[[], dict[str, Any]]] = {
