@@ -20,9 +20,9 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
+from closing import Closing
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 
@@ -125,7 +125,7 @@ def kafka_jars() -> Path:
     return home / "libs"
 
 
-class KafkaBroker:
+class KafkaBroker(Closing):
     """A running broker: stopped, killed, paused and restarted at will, with the same data and port.
 
     Its methods block; in an async test call them through `asyncio.to_thread` where clients must go on meanwhile.
@@ -170,12 +170,6 @@ class KafkaBroker:
         except BaseException:
             self.close()
             raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
 
     @property
     def running(self) -> bool:

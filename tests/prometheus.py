@@ -11,9 +11,9 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
+from closing import Closing
 from compose_file import inline
 from kafka_broker import free_ports
 
@@ -52,7 +52,7 @@ def scaled(text: str, scale: float) -> str:
     return _DURATION.sub(shorter, text)
 
 
-class Prometheus:
+class Prometheus(Closing):
     """A server that scrapes some workers, each the same application's.
 
     Args:
@@ -84,12 +84,6 @@ class Prometheus:
         except BaseException:
             self.close()
             raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
 
     def close(self) -> None:
         """End it."""

@@ -5,9 +5,9 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
+from closing import Closing
 from kafka_broker import free_ports
 from redis_server import START_TIMEOUT_S, RedisServer
 
@@ -15,7 +15,7 @@ SLOTS: Final = 16_384
 NODE_TIMEOUT_MS: Final = 1500
 
 
-class RedisCluster:
+class RedisCluster(Closing):
     """Running servers, the first `primaries` of which share the slots evenly; each may be killed and started again.
 
     Attributes:
@@ -42,12 +42,6 @@ class RedisCluster:
         except BaseException:
             self.close()
             raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
 
     @property
     def url(self) -> str:

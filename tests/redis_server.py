@@ -9,9 +9,9 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
+from closing import Closing
 from kafka_broker import free_ports
 from redis import Redis
 from redis.exceptions import RedisError
@@ -31,7 +31,7 @@ def why_no_redis() -> str | None:
     return None if shutil.which("redis-server") else "no Redis: install redis-server"
 
 
-class RedisServer:
+class RedisServer(Closing):
     """A running server: killed, paused and restarted at will, on the same port; data survives only where it is kept."""
 
     def __init__(self, **settings: str) -> None:
@@ -50,12 +50,6 @@ class RedisServer:
         except BaseException:
             self.close()
             raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
 
     @property
     def url(self) -> str:
