@@ -28,6 +28,8 @@ DECAY_SHORT: Final = 0.15
 ALPHA_SHORT: Final = 0.6
 #: Furthest from 1 that the length of a published vector may be (law 3).
 UNIT_TOLERANCE: Final = 1e-5
+#: The same in float32, where a thousand dimensions add up to errors far below this.
+_NEARLY: Final = 1e-2
 
 
 log = logging.getLogger(__name__)
@@ -47,6 +49,8 @@ def l2_normalize(x: ArrayLike, axis: int = -1, eps: float = NORM_EPS) -> NDArray
 
 def is_unit(vector: Float32) -> bool:
     """Whether a float32 vector [d] has length 1, measured in float64; one with NaN or infinity has not (law 3)."""
+    if not abs(np.vdot(vector, vector) - 1.0) < _NEARLY:  # damaged bytes: numpy warns of some NaNs when it widens them
+        return False
     wide = vector.astype(np.float64)
     return abs(math.sqrt(wide.dot(wide)) - 1.0) <= UNIT_TOLERANCE
 
