@@ -254,6 +254,7 @@ class EmbeddingApp(faust.App):
             if self._ready is None:
                 await super().on_stop()
                 return
+            await self._end_taking()
             await self._ready.rollout.stop()
             await super().on_stop()
             await self._ready.partitions.give_up()
@@ -358,10 +359,13 @@ class EmbeddingApp(faust.App):
     async def _on_revoked(self, app: Any, revoked: set[Any], **_: Any) -> None:
         """Give up what is owned, and what is being taken, however far that is: the next owner may come at once."""
         self.has_assignment = False
+        await self._end_taking()
+        await self.ready.partitions.give_up()
+
+    async def _end_taking(self) -> None:
         if (taking := self._taking) is not None:
             taking.cancel()
             await asyncio.gather(taking, return_exceptions=True)
-        await self.ready.partitions.give_up()
 
     async def drain(self) -> None:
         """Wait until what the lanes hold is durable; not so long that the group would give this worker up."""

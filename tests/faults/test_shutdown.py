@@ -163,9 +163,10 @@ def test_a_stop_of_fausts_own_command_ends_in_time_too(
     go_on(pipeline, films.events[:EVENTS])
 
 
-def test_a_signal_while_the_control_topics_begin_to_be_read(make_pipeline: Callable[..., Pipeline]) -> None:
+@pytest.mark.parametrize("when", ["starting", "taking"])
+def test_a_signal_while_the_control_topics_are_waited_for(when: str, make_pipeline: Callable[..., Pipeline]) -> None:
     pipeline = make_pipeline()
-    pipeline.start([sys.executable, str(Path(__file__).parent / "stopped_while_starting.py")])
+    pipeline.start([sys.executable, str(Path(__file__).parent / f"stopped_while_{when}.py")])
     assert pipeline.wait(60) == 0
     log = pipeline.log.read_text()
     assert "draining and stopping" in log
