@@ -239,7 +239,7 @@ class MemoryWriter:
         with self._place(partition) as place:
             return [place.get(key) for key in keys]
 
-    async def put(self, partition: int, entries: Mapping[bytes, bytes]) -> int:
+    async def put(self, partition: int, entries: Mapping[bytes, bytes], *, ordered: bool = False) -> int:
         """Write each entry unless a stored one has a greater ``(epoch, revision)``; return how many were refused."""
         if any(len(entry) < PREFIX_BYTES for entry in entries.values()):
             msg = f"a key-value entry needs a prefix of {PREFIX_BYTES} bytes"

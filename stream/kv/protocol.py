@@ -75,8 +75,14 @@ class KVWriter(Protocol):
         """Entries as stored, in the order of `keys`."""
         ...
 
-    async def put(self, partition: int, entries: Mapping[bytes, bytes]) -> int:
+    async def put(self, partition: int, entries: Mapping[bytes, bytes], *, ordered: bool = False) -> int:
         """Write each entry unless a stored one has a greater ``(epoch, revision)``; return how many were refused.
+
+        Args:
+            partition: its number.
+            entries: by key.
+            ordered: they are of the caller's own claim, under which it has written each key's entries in the order of
+                their revisions; a store that nobody else can write to need not compare them with what it holds.
 
         Raises:
             Fenced: a claim or a stored entry has a higher epoch than the one written: the partition has a newer owner.

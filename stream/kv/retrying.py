@@ -61,9 +61,9 @@ class PatientKV:
         """See `KVWriter`."""
         return await self._insist(lambda: self._store.get(partition, keys))
 
-    async def put(self, partition: int, entries: Mapping[bytes, bytes]) -> int:
+    async def put(self, partition: int, entries: Mapping[bytes, bytes], *, ordered: bool = False) -> int:
         """See `KVWriter`."""
-        return await self._insist(lambda: self._store.put(partition, entries))
+        return await self._insist(lambda: self._store.put(partition, entries, ordered=ordered))
 
     async def remove(self, partition: int, keys: Sequence[bytes], epoch: int) -> None:
         """See `KVWriter`."""

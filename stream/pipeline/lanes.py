@@ -234,7 +234,7 @@ class Lane:
         async with self._storing:
             while True:
                 try:
-                    await self._kv.put(self.partition, {**entries, **self._watermark()})
+                    await self._kv.put(self.partition, {**entries, **self._watermark()}, ordered=True)
                 except StoreLost as exc:
                     log.warning("%s; claiming partition %s in it anew, and rebuilding it", exc, self.partition)
                     await self._reclaim()

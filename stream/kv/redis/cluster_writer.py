@@ -104,7 +104,7 @@ class ClusterKV(RedisKV):
             found += await self._all([Call("GET", key) for key in keys[start : start + CHUNK]])
         return found
 
-    async def put(self, partition: int, entries: Mapping[bytes, bytes]) -> int:
+    async def put(self, partition: int, entries: Mapping[bytes, bytes], *, ordered: bool = False) -> int:
         """See `RedisKV`, and this class for what was written when it raises."""
         held = self._held_in_cluster(partition)
         check_prefixes(entries)

@@ -108,7 +108,7 @@ class RedisKV:
                 found += await self._client.mget(keys[start : start + CHUNK])
         return found
 
-    async def put(self, partition: int, entries: Mapping[bytes, bytes]) -> int:
+    async def put(self, partition: int, entries: Mapping[bytes, bytes], *, ordered: bool = False) -> int:
         """Write each entry unless a stored one has a greater ``(epoch, revision)``; return how many were refused.
 
         A batch with the partition's epoch key is its claim. From then on this writer insists on finding that claim, and

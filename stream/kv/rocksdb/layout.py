@@ -29,6 +29,8 @@ COUNT_BYTES: Final = 8
 
 #: Where a database keeps its own incarnation and write count; no key of ours begins with a zero byte.
 INCARNATION_KEY: Final = b"\x00incarnation"
+#: The highest epoch that anything was written under, big-endian.
+EPOCH_KEY: Final = b"\x00epoch"
 #: Part of every write, so that a reader can tell whether a secondary really shows it (RocksDB's sometimes don't).
 COUNT_KEY: Final = b"\x00count"
 

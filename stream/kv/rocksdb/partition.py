@@ -17,6 +17,7 @@ from stream.kv.rocksdb.layout import (
     COUNT_BYTES,
     COUNT_KEY,
     COUNT_OFFSET,
+    EPOCH_KEY,
     INCARNATION_KEY,
     SEQ_HEADER,
     identity_path,
@@ -25,6 +26,8 @@ from stream.kv.rocksdb.layout import (
 
 log = logging.getLogger(__name__)
 
+#: Of an entry, what comes first.
+EPOCH_BYTES: Final = 8
 _WRITE_BUFFER_BYTES: Final = 8 << 20
 
 
@@ -78,20 +81,26 @@ class Partition:
     """One open database, and the file that tells readers about it; both locked until `close`.
 
     What can't be opened is wiped: its owner finds the watermark missing then, and rebuilds it.
+
+    Attributes:
+        db: the database.
+        epoch_before: the highest epoch that anything was written under before it was opened, big-endian.
+        epoch: the same, of now.
     """
 
-    __slots__ = ("_count", "_folder", "_identity_fd", "_seq_fd", "db")
+    __slots__ = ("_count", "_folder", "_identity_fd", "_seq_fd", "db", "epoch", "epoch_before")
 
     def __init__(self, folder: Path, seq_fd: int, cache: Cache) -> None:
         folder.mkdir(mode=0o700, exist_ok=True)
         self._folder = folder
         self._seq_fd = seq_fd
         try:
-            incarnation, counted = self._open(cache)
+            incarnation, counted, epoch = self._open(cache)
         except StateDamaged as exc:
             log.warning("%s of the store is begun anew: its owner rebuilds it", exc)
             shutil.rmtree(folder)
-            incarnation, counted = self._open(cache)
+            incarnation, counted, epoch = self._open(cache)
+        self.epoch = self.epoch_before = epoch
         try:
             if incarnation is None:
                 incarnation = self.db[INCARNATION_KEY] = uuid.uuid4().bytes
@@ -106,28 +115,34 @@ class Partition:
             self.db.close()
             raise
 
-    def _open(self, cache: Cache) -> tuple[bytes | None, bytes | None]:
-        """Open the database; return its incarnation and write count, whose reading may be the first to meet damage."""
+    def _open(self, cache: Cache) -> tuple[bytes | None, bytes | None, bytes]:
+        """Open the database; return its incarnation, write count and epoch, whose reading may be what meets damage."""
         with translated(self._folder.name):
             self.db = Rdict(str(self._folder), _options(cache))
             try:
-                incarnation, counted = self.db.get([INCARNATION_KEY, COUNT_KEY])
+                incarnation, counted, epoch = self.db.get([INCARNATION_KEY, COUNT_KEY, EPOCH_KEY])
+                if epoch is None:  # it is new, or of a release that did not note it
+                    entries = (entry[:EPOCH_BYTES] for key, entry in self.db.items() if not key.startswith(b"\0"))
+                    epoch = max(entries, default=bytes(EPOCH_BYTES))
             except BaseException:
                 self.db.close()
                 raise
-            return incarnation, counted
+            return incarnation, counted, epoch
 
     @property
     def is_present(self) -> bool:
         """False when the store was wiped under its owner, whose writes would go to files that nobody can find."""
         return bool(os.fstat(self._identity_fd).st_nlink and os.fstat(self._seq_fd).st_nlink)
 
-    def write(self, batch: WriteBatch) -> None:
-        """Write a batch, and tell readers that there is news."""
+    def write(self, batch: WriteBatch, epoch: bytes = b"") -> None:
+        """Write a batch, whose entries' highest epoch is given, and tell readers that there is news."""
         count = (self._count + 1).to_bytes(COUNT_BYTES, "little")
         batch[COUNT_KEY] = count
+        if epoch > self.epoch:
+            batch[EPOCH_KEY] = epoch
         self.db.write(batch)
         self._count += 1
+        self.epoch = max(self.epoch, epoch)
         os.pwrite(self._seq_fd, count, COUNT_OFFSET)
 
     def close(self) -> None:

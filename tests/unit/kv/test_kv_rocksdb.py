@@ -7,16 +7,17 @@ import os
 import shutil
 import stat
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from kv_entries import entry, eventually
 
-from stream.errors import StateError, StoreError, StoreLocked, StoreLost
+from stream.errors import Fenced, StateError, StoreError, StoreLocked, StoreLost
 from stream.kv.protocol import Meta, Serving
 from stream.kv.rocksdb import reader as rocksdb_reader
-from stream.kv.rocksdb.layout import INCARNATION_KEY, read_meta
+from stream.kv.rocksdb.layout import EPOCH_KEY, INCARNATION_KEY, read_meta
 from stream.kv.rocksdb.reader import RocksReader
 from stream.kv.rocksdb.writer import RocksKV
 
@@ -331,6 +332,69 @@ class TestEmbedded:
                 await kv.put(0, dict.fromkeys(keys, entry(2, 0)))
         assert await kv.put(0, dict.fromkeys(keys, entry(1, 0))) == 0
         assert await kv.get(0, keys) == [entry(1, 0)] * 200
+        await kv.close()
+
+    async def test_what_is_ordered_and_newest_is_not_compared(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        keys = [b"k%03d" % i for i in range(100)]
+        read = RocksKV._read
+        looked_at: list[int] = []
+
+        def seen_read(kv: RocksKV, partition: int, some: Sequence[bytes]) -> list[bytes | None]:
+            looked_at.append(len(some))
+            return read(kv, partition, some)
+
+        monkeypatch.setattr(RocksKV, "_read", seen_read)
+
+        async def compared(kv: RocksKV, epoch: int, revision: int, *, ordered: bool = True) -> bool:
+            looked_at.clear()
+            assert await kv.put(0, dict.fromkeys(keys, entry(epoch, revision)), ordered=ordered) == 0
+            return looked_at == [100]
+
+        kv = RocksKV(tmp_path)
+        await kv.open_partition(0)
+        assert await compared(kv, 5, 1, ordered=False)
+        assert not await compared(kv, 5, 1)
+        assert not await compared(kv, 5, 2)
+        assert not await compared(kv, 6, 1)
+        with pytest.raises(Fenced):
+            await kv.put(0, {b"k000": entry(5, 3)}, ordered=True)
+        assert await kv.put(0, {b"k000": entry(6, 0)}) == 1, "not ordered, and older"
+        await kv.close()
+        await kv.open_partition(0)
+        assert await compared(kv, 6, 2), "of the same epoch, and perhaps another's"
+        assert not await compared(kv, 7, 1)
+        await kv.close()
+
+    async def test_a_database_that_tells_no_epoch_is_looked_through(self, tmp_path: Path) -> None:
+        kv = RocksKV(tmp_path)
+        await kv.open_partition(0)
+        await kv.put(0, {b"a": entry(1, 9), b"b": entry(7, 9), b"c": entry(3, 9)})
+        kv._partitions[0].db.delete(EPOCH_KEY)  # as earlier releases left it
+        await kv.close()
+        await kv.open_partition(0)
+        with pytest.raises(Fenced):
+            await kv.put(0, {b"b": entry(6, 1)}, ordered=True)
+        await kv.put(0, {b"a": entry(8, 1)}, ordered=True)
+        assert await kv.get(0, [b"a", b"b"]) == [entry(8, 1), entry(7, 9)]
+        await kv.close()
+
+    async def test_damage_is_found_under_what_is_not_compared(self, tmp_path: Path) -> None:
+        kv = RocksKV(tmp_path)
+        await kv.open_partition(0)
+        keys = [b"k%03d" % i for i in range(200)]
+        await kv.put(0, {key: entry(1, 1, os.urandom(300)) for key in keys})
+        kv._partitions[0].db.flush()
+        await kv.close()
+        (table,) = (tmp_path / "p-00000").glob("*.sst")
+        data = bytearray(table.read_bytes())
+        for at in range(5_000, len(data) // 2, 1_000):  # in each block but the first, which is read when it is opened
+            data[at] ^= 0xFF
+        table.write_bytes(data)
+        await kv.open_partition(0)
+        with pytest.raises(StoreLost, match="is damaged"):
+            await kv.put(0, dict.fromkeys(keys, entry(2, 1)), ordered=True)
         await kv.close()
 
     async def test_what_no_worker_wrote_does_not_stand_in_the_way(self, tmp_path: Path) -> None:
