@@ -17,7 +17,7 @@ from typing import Any, Final
 import faust
 from faust import tables as faust_tables
 from faust.stores.base import SerializedStore
-from rocksdict import AccessType, BlockBasedOptions, Cache, Options, Rdict, ReadOptions, WriteBatch
+from rocksdict import AccessType, BlockBasedOptions, Cache, DBCompressionType, Options, Rdict, ReadOptions, WriteBatch
 
 from stream.errors import StateDamaged, StateError, StoreLocked
 from stream.kafka.host import Host
@@ -46,6 +46,8 @@ class PartitionDB:
         options.set_max_write_buffer_number(2)
         options.set_keep_log_file_num(2)
         options.set_max_open_files(256)
+        # Compression saves a third of the disk, and costs 5 us of CPU for each event of a user who isn't in memory.
+        options.set_compression_type(DBCompressionType.none())
         table = BlockBasedOptions()
         table.set_block_cache(cache)
         table.set_bloom_filter(10, block_based=False)
