@@ -199,6 +199,110 @@ def _varint(data, at, end):  # type: ignore[no-untyped-def]
     return value, np.int64(-1)
 
 
+@_compiled(_INT(_U8, _INT, types.uint64))
+def _put_decimal(data, at, value):  # type: ignore[no-untyped-def]
+    """Write a number in decimal digits; return the place after them."""
+    end, rest = at + 1, value // np.uint64(10)
+    while rest:
+        end += 1
+        rest //= np.uint64(10)
+    for place in range(end - 1, at - 1, -1):
+        data[place] = np.uint8(value % np.uint64(10) + np.uint64(48))
+        value //= np.uint64(10)
+    return end
+
+
+@_compiled(_INT(_U8, _INT, _BYTES, _INT))
+def _put_uuid(data, at, source, start):  # type: ignore[no-untyped-def]
+    """Write a UUID as text; return the place after it."""
+    for i in range(16):
+        if i == 4 or i == 6 or i == 8 or i == 10:
+            data[at] = 45
+            at += 1
+        for shift in (4, 0):
+            digit = np.int64(source[start + i]) >> shift & 15
+            data[at] = digit + (48 if digit < 10 else 87)
+            at += 1
+    return at
+
+
+@_compiled(types.boolean(_BYTES, _INT, _INT))
+def _is_plain(data, start, end):  # type: ignore[no-untyped-def]
+    """Whether an item is printable ASCII that surely is no integer and no UUID, which are not stored as text."""
+    if not 1 <= end - start <= 256:
+        return False
+    is_number = True
+    for at in range(start, end):
+        if not 32 <= data[at] <= 126:
+            return False
+        is_number &= 48 <= data[at] <= 57 or data[at] == 45
+    return not is_number and not (end - start == 36 and data[start + 8] == 45 and data[start + 23] == 45)
+
+
+@_compiled(_PAIR(_BYTES, _I64_2, _I64, _BYTES, _I64, _I32, _U8, _I64, _U8, _I64, _INT))
+def learn(data, spans, codes, names, names_at, table, pool, pool_at, order, order_at, count):  # type: ignore[no-untyped-def]
+    """Number stored items and types: enter them into a table, a pool, and the pool of what they stand for.
+
+    Text that isn't plainly one is left to `HistoryCodec.item_and_type`.
+
+    Args:
+        data: what they lie in.
+        spans: start and size of each [n, 2]; those that are left to others are moved to the front.
+        codes: of the types that there are [t].
+        names: of these, one behind the other.
+        names_at: where each begins and the last ends [t + 1].
+        table: hash table of the bodies; it, and each of the pools, has room for n more.
+        pool: the bodies.
+        pool_at: where each begins and the last ends.
+        order: item and type of each, a zero byte in between.
+        order_at: where each begins and the last ends.
+        count: how many there are so far.
+
+    Returns:
+        How many there are now, -1 if one of them is no item and type; how many were left to others.
+    """
+    left = 0
+    for n in range(spans.shape[0]):
+        start, size = spans[n, 0], spans[n, 1]
+        place = find(data, start, size, hash_of(data, start, size), table, pool, pool_at)
+        if place >= 0:
+            continue  # more than one of them is the same
+        end = start + size
+        head, at = _varint(data, start, end)
+        kind = 0
+        while kind < codes.shape[0] and codes[kind] != head >> 2:
+            kind += 1
+        if kind == codes.shape[0]:
+            return -1, left
+        to = order_at[count]
+        if head & 3 == 0:
+            value, shift = np.uint64(0), np.uint64(0)
+            for i in range(at, end):
+                if shift == 63 and data[i] > 1:  # beyond 64 bits
+                    return -1, left
+                value |= np.uint64(data[i] & 0x7F) << shift
+                shift += np.uint64(7)
+            if value & np.uint64(1):
+                order[to] = 45
+                to += 1
+            to = _put_decimal(order, to, (value >> np.uint64(1)) + (value & np.uint64(1)))
+        elif head & 3 == 1:
+            to = _put_uuid(order, to, data, at)
+        else:
+            _, at = _varint(data, at, end)
+            if not _is_plain(data, at, end):
+                spans[left, 0], spans[left, 1] = start, size
+                left += 1
+                continue
+            to = _put(order, to, data, at, end - at)
+        order[to] = 0
+        order_at[count + 1] = _put(order, to + 1, names, names_at[kind], names_at[kind + 1] - names_at[kind])
+        pool_at[count + 1] = _put(pool, pool_at[count], data, start, size)
+        table[-1 - place] = count
+        count += 1
+    return count, left
+
+
 @_compiled(_PAIR(_BYTES, _I64, _I64, _I32, _U8, _I64, _U8, _I64, _I64, _I32, _I64, _I64, _I64_2))
 def read_states(  # type: ignore[no-untyped-def]
     data, bounds, base, table, pool, pool_at, order, order_at, times, numbers, revisions, erased_at, unknown

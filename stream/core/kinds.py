@@ -9,16 +9,21 @@ from typing import Any, Final, NamedTuple
 from weakref import WeakValueDictionary
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from stream.core import kernels
 from stream.core.history_codec import COUNT_AT, DAMAGED, HistoryCodec
 from stream.core.space import Space
+from stream.core.sums import grown
 from stream.errors import StateError
 
 #: Kinds that are remembered; when there are more, all are forgotten, and users in memory with them. So many take
-#: 260 MB, a quarter 70.
-_MEMO_LIMIT: Final = 1 << 20
+#: 220 MB where items are integers, 430 where they are texts of twenty letters.
+_MEMO_LIMIT: Final = 1 << 22
+#: Of those that come with events, so many are found without a look into the table.
+_RECENT_LIMIT: Final = 1 << 18
+#: Of an item's text, that is no text in what is stored.
+_LONGEST_ITEM: Final = 36
 _NOT_YET: Final = -2
 
 Int32 = NDArray[np.int32]
@@ -74,19 +79,17 @@ class Pool:
     def __init__(self) -> None:
         self.data = np.zeros(1 << 10, dtype=np.uint8)
         self.at = np.zeros(1 << 6, dtype=np.int64)
-        self._count = 0
 
-    def add(self, text: bytes) -> None:
-        """Give the next number to some bytes."""
-        start = int(self.at[self._count])
-        end = start + len(text)
+    def reserve(self, count: int, more: int, size: int) -> None:
+        """Make room for some more texts of so many bytes together, beside the `count` that there are."""
+        end = int(self.at[count]) + size
         if end > len(self.data):
-            self.data = np.resize(self.data, 2 * end)
-        if self._count + 2 > len(self.at):
-            self.at = np.resize(self.at, 2 * len(self.at))
-        self.data[start:end] = np.frombuffer(text, dtype=np.uint8)
-        self._count += 1
-        self.at[self._count] = end
+            self.data = grown(self.data, 2 * end)
+        if count + more >= len(self.at):
+            self.at = grown(self.at, 2 * (count + more))
+
+    def __getitem__(self, number: int) -> bytes:
+        return self.data[self.at[number] : self.at[number + 1]].tobytes()
 
 
 class Kinds:
@@ -96,9 +99,8 @@ class Kinds:
         codec: what stores interactions.
 
     Attributes:
-        suffixes: item and type, a zero byte in between, by number.
         bodies: stored item and type by number.
-        order: the suffixes for the compiled loops, which order interactions of one time by them.
+        order: item and type by number, a zero byte in between: interactions of one time are in the order of these.
         forgotten: how often the numbers began anew.
     """
 
@@ -107,30 +109,42 @@ class Kinds:
         self.forgotten = 0
         self._rows: WeakValueDictionary[str, ByNumber] = WeakValueDictionary()  # those of a retired version go
         self._weights: WeakValueDictionary[tuple[tuple[str, float], ...], ByNumber] = WeakValueDictionary()
+        names = {name.encode(): code for name, code in codec.type_codes.items()}
+        self._codes = np.array(list(names.values()), dtype=np.int64)
+        self._names = np.frombuffer(b"".join(names), dtype=np.uint8)
+        self._names_at = np.array([0, *accumulate(map(len, names))])
+        self._longest_name = max(map(len, names), default=0)
         self._begin()
 
     def _begin(self) -> None:
-        self.suffixes: list[bytes] = []
+        self._count = 0
         self.bodies, self.order = Pool(), Pool()
-        self._numbers: dict[bytes, int] = {}
+        self._recent: dict[bytes, int] = {}
         self._table = np.full(1 << 7, -1, dtype=np.int32)
+
+    def __len__(self) -> int:
+        return self._count
 
     def make_room(self) -> None:
         """Forget all where they are too many: to be called while nobody is about to use a number."""
-        if len(self.suffixes) >= _MEMO_LIMIT:
+        if self._count >= _MEMO_LIMIT:
             self.forgotten += 1
             self._begin()
 
     def numbers(self, suffixes: Sequence[bytes]) -> list[int]:
         """Number of each kind, given as item and type with a zero byte in between."""
-        found = list(map(self._numbers.get, suffixes))
+        found = list(map(self._recent.get, suffixes))
         if None in found:
             return [self._number(suffix) for suffix in suffixes]
         return found  # type: ignore[return-value]
 
     def _number(self, suffix: bytes) -> int:
-        number = self._numbers.get(suffix)
-        return self._learn(self.codec.body(suffix), suffix) if number is None else number
+        number = self._recent.get(suffix)
+        if number is None:
+            if len(self._recent) >= _RECENT_LIMIT:
+                self._recent.clear()
+            number = self._recent[suffix] = self._learn(self.codec.body(suffix), suffix)
+        return number
 
     def read(self, states: Sequence[bytes], limit: int) -> Columns:
         """Columns of stored states that have at most `limit` interactions each.
@@ -160,31 +174,52 @@ class Kinds:
                 raise StateError(DAMAGED)
             if not missing:
                 return Columns(base, numbers, times, revisions, erased_at)
-            for body in dict.fromkeys(data[at : at + size].tobytes() for at, size in unknown[:missing].tolist()):
-                self._learn(body, self.codec.item_and_type(body))
+            self._learn_all(data, unknown[:missing])
+
+    def _learn_all(self, data: NDArray[np.uint8], spans: Int64) -> None:
+        """Learn bodies, given by start and size [n, 2]."""
+        more, size = len(spans), int(spans[:, 1].sum())
+        self._reserve(more, size, size + more * (_LONGEST_ITEM + 1 + self._longest_name))
+        bodies, order = self.bodies, self.order
+        count, left = kernels.learn(
+            data, spans, self._codes, self._names, self._names_at, self._table, bodies.data, bodies.at, order.data,
+            order.at, self._count,
+        )  # fmt: skip
+        if count < 0:
+            raise StateError(DAMAGED)
+        self._count = count
+        for body in dict.fromkeys(data[at : at + size].tobytes() for at, size in spans[:left].tolist()):
+            self._learn(body, self.codec.item_and_type(body))
 
     def _learn(self, body: bytes, suffix: bytes) -> int:
-        number = self._numbers[suffix] = len(self.suffixes)
-        self.suffixes.append(suffix)
-        self.bodies.add(body)
-        self.order.add(suffix)
-        pool, count = self.bodies, number + 1
-        if 2 * count > len(self._table):
-            self._table = np.full(4 * len(self._table), -1, dtype=np.int32)
-            kernels.fill(self._table, pool.data, pool.at, count)
-        else:
-            at, size = int(pool.at[number]), len(body)
-            hashed = kernels.hash_of(pool.data, at, size)
-            place = kernels.find(pool.data, at, size, hashed, self._table, pool.data, pool.at)
-            self._table[-1 - place] = number
-        return number
+        """Number of a body, which means a suffix; a new one if it has none yet."""
+        self._reserve(1, len(body), len(suffix))
+        data, pool, count = np.frombuffer(body, dtype=np.uint8), self.bodies, self._count
+        place = kernels.find(data, 0, len(body), kernels.hash_of(data, 0, len(body)), self._table, pool.data, pool.at)
+        if place >= 0:
+            return int(place)
+        for texts, text in ((pool, body), (self.order, suffix)):
+            start = texts.at[count]
+            texts.at[count + 1] = end = start + len(text)
+            texts.data[start:end] = np.frombuffer(text, dtype=np.uint8)
+        self._table[-1 - place] = count
+        self._count += 1
+        return count
+
+    def _reserve(self, more: int, body_bytes: int, suffix_bytes: int) -> None:
+        count = self._count
+        self.bodies.reserve(count, more, body_bytes)
+        self.order.reserve(count, more, suffix_bytes)
+        if 2 * (count + more) > len(self._table):
+            self._table = np.full(1 << (4 * (count + more)).bit_length(), -1, dtype=np.int32)
+            kernels.fill(self._table, self.bodies.data, self.bodies.at, count)
 
     def rows_of(self, space: Space) -> "ByNumber":
         """Row of each kind's item in a space, -1 where it has none."""
         rows = self._rows.get(space.version)
         if rows is None:
-            row_of = space.row
-            rows = ByNumber(self, lambda suffix: row_of(suffix[: suffix.index(b"\0")], -1), np.int32)
+            of_items = space.rows_of
+            rows = ByNumber(self, lambda kinds: of_items([item for item, _ in kinds]), np.int32)
             self._rows[space.version] = rows
         return rows
 
@@ -194,7 +229,7 @@ class Kinds:
         weights = self._weights.get(of)
         if weights is None:
             by_name = {name.encode(): weight for name, weight in type_weights.items()}
-            weights = ByNumber(self, lambda suffix: by_name.get(suffix[suffix.index(b"\0") + 1 :], 1.0), np.float64)
+            weights = ByNumber(self, lambda kinds: [by_name.get(kind, 1.0) for _, kind in kinds], np.float64)
             self._weights[of] = weights
         return weights
 
@@ -204,11 +239,13 @@ class ByNumber:
 
     Args:
         kinds: what gives the numbers.
-        ask: called with item and type, a zero byte in between.
-        dtype: of the answers, none of which is -2.
+        ask: called with items and types; none of its answers is -2.
+        dtype: of the answers.
     """
 
-    def __init__(self, kinds: Kinds, ask: Callable[[bytes], float], dtype: type[np.number[Any]]) -> None:
+    def __init__(
+        self, kinds: Kinds, ask: Callable[[list[tuple[bytes, bytes]]], ArrayLike], dtype: type[np.number[Any]]
+    ) -> None:
         self._kinds = kinds
         self._ask = ask
         self._forgotten = kinds.forgotten
@@ -216,17 +253,22 @@ class ByNumber:
 
     def of(self, numbers: Int32) -> NDArray[Any]:
         """The answer for each number [n]."""
-        answers, suffixes = self._answers, self._kinds.suffixes
-        if self._forgotten != self._kinds.forgotten:
-            self._forgotten = self._kinds.forgotten
+        answers, kinds = self._answers, self._kinds
+        if self._forgotten != kinds.forgotten:
+            self._forgotten = kinds.forgotten
             answers.fill(_NOT_YET)
-        if len(suffixes) > len(answers):
-            self._answers = np.full(2 * len(suffixes), _NOT_YET, dtype=answers.dtype)
+        if len(kinds) > len(answers):
+            self._answers = np.full(2 * len(kinds), _NOT_YET, dtype=answers.dtype)
             self._answers[: len(answers)] = answers
             answers = self._answers
         found = answers[numbers]
         if (missing := found == _NOT_YET).any():
-            for number in np.unique(numbers[missing]).tolist():
-                answers[number] = self._ask(suffixes[number])
+            wanted = np.unique(numbers[missing])
+            answers[wanted] = self._ask([_item_and_type(kinds.order[number]) for number in wanted.tolist()])
             found = answers[numbers]
         return found
+
+
+def _item_and_type(suffix: bytes) -> tuple[bytes, bytes]:
+    item, _, name = suffix.partition(b"\0")
+    return item, name

@@ -54,6 +54,11 @@ class Space(Protocol):
         """Row of an item id in UTF-8, or the second argument where there is none."""
         ...
 
+    @property
+    def rows_of(self) -> Callable[[Sequence[bytes]], NDArray[np.int64]]:
+        """Row of each item id in UTF-8, -1 where there is none."""
+        ...
+
     def rows(self, item_ids: Sequence[str | int]) -> NDArray[np.int64]:
         """Row of each item id, -1 where there is none."""
         ...

@@ -69,6 +69,7 @@ class ItemSpace:
         self._folder = folder
         self._popular: tuple[str | None, Float32] | None = None
         self.row: Final[Callable[[bytes, int], int]] = ids.row
+        self.rows_of: Final[Callable[[Sequence[bytes]], NDArray[np.int64]]] = ids.rows
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -86,7 +87,7 @@ class ItemSpace:
     def rows(self, item_ids: Sequence[str | int]) -> NDArray[np.int64]:
         """Row of each item id, -1 where this version lacks it."""
         # what is no text in UTF-8 is no id, and not known
-        return np.array([self.row(str(i).encode(errors="surrogatepass"), -1) for i in item_ids], dtype=np.int64)
+        return self.rows_of([str(i).encode(errors="surrogatepass") for i in item_ids])
 
     @property
     def popularity_version(self) -> str | None:

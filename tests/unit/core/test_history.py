@@ -155,7 +155,7 @@ def test_the_frozen_layouts_are_read(frozen):
     kinds = Kinds(codec)
     columns = kinds.read([frozen, FROZEN], 100)
     suffixes = [f"{item}\0{kind}".encode() for _, item, kind in FROZEN_PARTS]
-    assert [kinds.suffixes[number] for number in columns.numbers.tolist()] == 2 * suffixes
+    assert [kinds.order[number] for number in columns.numbers.tolist()] == 2 * suffixes
     assert columns.times.tolist() == 2 * [ts for ts, _, _ in FROZEN_PARTS]
 
 

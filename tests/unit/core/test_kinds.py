@@ -85,7 +85,7 @@ def test_damage_is_found_as_decoding_finds_it(one: list[tuple[int, str, str]], d
         is_ordered = False
     if is_ordered:
         columns = reader.read([sound, damaged], LIMIT)
-        suffixes = [reader.suffixes[number] for number in columns.numbers.tolist()][columns.base[1] :]
+        suffixes = [reader.order[number] for number in columns.numbers.tolist()][columns.base[1] :]
         assert suffixes == [key[TS_BYTES:] for key in want.keys]
         assert columns.times.tolist()[columns.base[1] :] == [key_ts_ms(key) for key in want.keys]
     else:
@@ -119,9 +119,59 @@ def test_many_kinds_of_interactions_keep_their_numbers_apart() -> None:
     for first in range(0, 3_000, 500):
         some = [[(n, str(n // 2), "view" if n % 2 else "like")] for n in range(first, first + 1_000)]
         columns = shared.read(states_of(codec, some), LIMIT)
-        suffixes = [shared.suffixes[number] for number in columns.numbers.tolist()]
+        suffixes = [shared.order[number] for number in columns.numbers.tolist()]
         assert suffixes == [f"{n // 2}\0{'view' if n % 2 else 'like'}".encode() for n in range(first, first + 1_000)]
-    assert len(set(shared.suffixes)) == len(shared.suffixes) == 3_500
+    assert len({shared.order[number] for number in range(len(shared))}) == len(shared) == 3_500
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        "0", "-0", "-1", "007", "9223372036854775807", "9223372036854775808", "-9223372036854775808",
+        "-9223372036854775809", "4611686018427387904", "-", "1-2", "12345678901234567890123", " 7", "x", "~" * 256,
+        "00112233-4455-6677-8899-aabbccddeeff", "00112233-4455-6677-8899-AABBCCDDEEFF",
+        "0011223344556-77-8899-aabbccddeeffgg", "sku-00000001-blue-xl", "süß", "日本", "a\u00a0b",
+    ],
+)  # fmt: skip
+def test_items_of_every_form_are_learned_as_they_were_stored(item: str) -> None:
+    codec, space = HistoryCodec(TYPES), random_space("v1", 4)
+    reader = Kinds(codec)
+    columns = reader.read(states_of(codec, [[(7, item, "view"), (8, item, "like")], [(9, item, "view")]]), LIMIT)
+    suffixes = [f"{item}\0{kind}".encode() for kind in ("view", "like", "view")]
+    assert [reader.order[number] for number in columns.numbers.tolist()] == suffixes
+    assert reader.numbers(suffixes) == columns.numbers.tolist()
+    assert len(reader) == 2
+    assert reader.rows_of(space).of(columns.numbers).tolist() == [space.row(item.encode(), -1)] * 3
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "00",
+        "0400",
+        "04ffffffffffffffffff02",
+        "048000",
+        "05" + "00" * 15,
+        "06" + "00",
+        "0601" + "07",
+        "060131",
+        "fc01" + "02",
+    ],
+)
+def test_bodies_that_no_worker_writes_are_refused(body: str) -> None:
+    codec = HistoryCodec({"view": 1})
+    sound = states_of(codec, [[(7, "10", "view")]])[0]
+    state = sound[:27] + b"\x07" + bytes.fromhex(body)
+    try:
+        History.decode(state, codec, LIMIT)
+        is_sound = True
+    except StateError:
+        is_sound = False
+    if is_sound:
+        Kinds(codec).read([state], LIMIT)
+    else:
+        with pytest.raises(StateError):
+            Kinds(codec).read([state], LIMIT)
 
 
 def test_nothing_is_read_of_nothing_and_empty_histories_may_follow() -> None:

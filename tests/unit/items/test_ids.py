@@ -39,9 +39,12 @@ def test_they_are_found_as_in_a_dictionary(limit: int, some: list[str], others: 
         names = [text.encode() for text in some]
         ids = ItemIds.of(names)
         rows = {name: row for row, name in enumerate(names)}
-        for name in [*names, *names, *(text.encode() for text in others)]:
+        asked = [*names, *names, *(text.encode() for text in others)]
+        for name in asked:
             assert ids.row(name, -1) == rows.get(name, -1)
             assert ids.row(name, -7) == rows.get(name, -7)
+        assert ids.rows(asked).tolist() == [rows.get(name, -1) for name in asked]
+        assert ids.rows([]).tolist() == []
         assert ids == names
         assert [ids[n] for n in range(-len(names), len(names))] == names * 2
         assert ids[1:3] == names[1:3]
@@ -60,6 +63,7 @@ def test_many_are_found_across_chunks(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert list(ids) == names
     assert [ids.row(name, -1) for name in names] == list(range(len(names)))
     assert [ids.row(name + b"x", -1) for name in names[:500]] == [-1] * 500
+    assert ids.rows([*names[::-1], b"x", b""]).tolist() == [*range(len(names) - 1, -1, -1), -1, -1]
     assert len(ids._index._recent) + len(ids._index._before) <= 100
 
 
@@ -114,6 +118,7 @@ def test_a_repeated_id_is_named_by_its_first_repetition(monkeypatch: pytest.Monk
     monkeypatch.setattr(item_ids, "hash", lambda _: 5, raising=False)
     ids = ItemIds.of(names)
     assert [ids._index.search(name) for name in names[:50]] == list(range(50))
+    assert ids._index.search_all(names[:50]).tolist() == list(range(50))
     with pytest.raises(BadIds, match="row 3 repeats"):
         ItemIds.of([b"a", b"b", b"c", b"a"])
 
