@@ -73,7 +73,7 @@ def _partition_count(settings: Settings) -> int:
     try:
         reader = open_reader(settings.kv_url)
     except StoreError:
-        return topic_partitions(settings) or settings.partitions
+        return topic_partitions(settings, to="Read") or settings.partitions
     try:
         return reader.meta().partitions or settings.partitions
     finally:

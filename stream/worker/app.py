@@ -352,6 +352,7 @@ class EmbeddingApp(faust.App):
             self._owned_up = True
         await ready.partitions.take(partitions, standbys)
         self.clients.be_patient()
+        ready.kv.be_patient()
         if partitions:
             ready.rollout.saw(await ready.kv.update_meta(ready.enter))
         self.has_assignment = True

@@ -15,6 +15,7 @@ from stream.cli.terminal import err, out, print_json
 from stream.config import load_settings
 from stream.kafka.brokers import reach
 from stream.kafka.connection import librdkafka_config
+from stream.kafka.grants import BENCH_PREFIX
 
 _RATES: Final = (50.0, 3_000.0)
 
@@ -35,8 +36,8 @@ def bench(quick: bool, as_json: bool) -> None:
     logging.getLogger("stream").setLevel(logging.ERROR)
     reach(settings)
     sizes = Sizes(peer_events=5_000, sweep_events=2_000) if quick else Sizes()
-    prefix = f"uemb-bench-{uuid.uuid4().hex[:8]}"
-    with tempfile.TemporaryDirectory(prefix="uemb-bench-") as folder:
+    prefix = f"{BENCH_PREFIX}{uuid.uuid4().hex[:8]}"
+    with tempfile.TemporaryDirectory(prefix=BENCH_PREFIX) as folder:
         setup = Setup(settings, prefix, Path(folder), Load())
         try:
             found = compare(setup, sizes, err.print)
