@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import re
 import threading
 import time
@@ -82,6 +83,7 @@ class Feeder:
         self._topics: dict[str, str] = {}
         self._trouble = ""
         config = {**_DEFAULTS, **(client_config or {}), **_FIXED, "bootstrap.servers": bootstrap}
+        self._patience_s = float(config["message.timeout.ms"]) / 1000 or math.inf
         try:
             self._producer = Producer({**config, "error_cb": self._on_trouble, "logger": SILENT})
         except KafkaException as exc:
@@ -150,6 +152,7 @@ class Feeder:
         self._trouble = ""
         run = Run(
             self._producer,
+            self._patience_s,
             stop or threading.Event(),
             lambda sent: on_progress and on_progress(sent, None),
             on_acknowledged,
