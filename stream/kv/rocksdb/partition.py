@@ -23,6 +23,7 @@ from stream.kv.rocksdb.layout import (
     identity_path,
     read_count,
 )
+from stream.permissions import make_below
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ class Partition:
     __slots__ = ("_count", "_folder", "_identity_fd", "_seq_fd", "db", "epoch", "epoch_before")
 
     def __init__(self, folder: Path, seq_fd: int, cache: Cache) -> None:
-        folder.mkdir(mode=0o700, exist_ok=True)
+        make_below(folder)
         self._folder = folder
         self._seq_fd = seq_fd
         try:
