@@ -58,14 +58,15 @@ def _close(path: Path, group: int | None) -> None:
 
 def file_mode(folder: Path) -> int:
     """Mode of a new file: that of `folder` decides whether its group may read it."""
-    return 0o640 if _is_shared(folder) else 0o600
+    return 0o640 if is_shared(folder) else 0o600
 
 
 def make_below(folder: Path) -> None:
     """Make a folder that is as open as the one above it, which may be there already."""
     folder.mkdir(mode=0o700, exist_ok=True)
-    folder.chmod(_GROUP_READS if _is_shared(folder.parent) else 0o700)
+    folder.chmod(_GROUP_READS if is_shared(folder.parent) else 0o700)
 
 
-def _is_shared(folder: Path) -> bool:
+def is_shared(folder: Path) -> bool:
+    """Whether a group may read what is in a folder of ours."""
     return stat.S_IMODE(folder.stat().st_mode) == _GROUP_READS
