@@ -1,10 +1,13 @@
 """A broker with an access list: what is missing is one line, the listed grants suffice, replacing them stops nobody."""
 
 import asyncio
+import logging
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from operator import attrgetter
 from pathlib import Path
 
@@ -12,10 +15,12 @@ import pytest
 from acl_admin import Acls
 from aiokafka.structs import TopicPartition
 from click.testing import CliRunner
-from confluent_kafka import KafkaException, Producer
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaException, Producer
+from confluent_kafka import TopicPartition as Place
 from confluent_kafka.admin import AdminClient, NewTopic
 from doctor import diagnose
 from kafka_broker import KafkaBroker
+from kv_entries import eventually
 from odd_records import Sender
 from pipeline import Pipeline, erase
 from secured_broker import PASSWORDS, SecuredBroker, running_secured_broker
@@ -25,8 +30,10 @@ from stream.cli.bench.grants import check_grants
 from stream.cli.bench.load import Load
 from stream.cli.bench.throughput import Sizes
 from stream.cli.dlq.replay import Replayer
+from stream.cli.follow import follow
 from stream.cli.root import cli
 from stream.config import Settings
+from stream.core.events import EventRow
 from stream.errors import NotAllowed, UembError
 from stream.feed.dataset import Dataset
 from stream.feed.send_run import Outgoing
@@ -36,9 +43,10 @@ from stream.kafka import brokers
 from stream.kafka.brokers import list_topics
 from stream.kafka.clients import Clients
 from stream.kafka.connection import librdkafka_config
-from stream.kafka.grants import BENCH_PREFIX, ROLES, Grant, needed, single, worker
+from stream.kafka.grants import BENCH_PREFIX, ROLES, TOPIC_REFUSED, Grant, needed, single, worker
 from stream.kafka.group import check_group
 from stream.kafka.topics import create_topics, prepare_topics, survey_topics
+from stream.rollout.client import RolloutClient
 
 LOGIN = {"security_protocol": "SASL_PLAINTEXT", "sasl_username": "app", "sasl_password": PASSWORDS["app"]}
 UNCHECKED_WORKER = [sys.executable, str(Path(__file__).parent.parent / "faults" / "unchecked_worker.py")]
@@ -507,14 +515,146 @@ async def test_committed_offsets_that_may_not_be_seen_for_a_moment_are_not_taken
         await consumer.stop()
 
 
+def told(caplog: pytest.LogCaptureFixture, text: str) -> None:
+    """Wait until a client says so."""
+    deadline = time.monotonic() + 60
+    while text not in caplog.text:
+        assert time.monotonic() < deadline, f"nobody says {text!r}"
+        time.sleep(0.02)
+
+
+def by_tail(settings: Settings, count: int, seen: list[str]) -> None:
+    for key, _ in follow(settings, from_beginning=True, count=count):
+        seen.append(key)
+
+
+def by_hand(settings: Settings, count: int, seen: list[str]) -> None:
+    """As `stream/retrieval/README.md` shows it."""
+    topic = settings.output_topic
+    config = {"group.id": "unused", "enable.auto.commit": False, "isolation.level": "read_committed"}
+    consumer = Consumer({**librdkafka_config(settings), **config, "log_level": 2})
+    partitions = consumer.list_topics(topic, timeout=60).topics[topic].partitions
+    consumer.assign([Place(topic, number, OFFSET_BEGINNING) for number in partitions])
+    while len(seen) < count:
+        message = consumer.poll(0.5)
+        if message is not None and message.error() is None:
+            seen.append(message.key().decode())
+        elif message is not None and message.error().code() == TOPIC_REFUSED:
+            logging.getLogger("stream").warning("not allowed to Read topic %s; waiting", topic)
+    consumer.close()
+
+
+@pytest.mark.parametrize("follower", [by_tail, by_hand])
+def test_followers_wait_for_a_grant_that_is_replaced(
+    follower: Callable[[Settings, int, list[str]], None],
+    filled: Pipeline,
+    acls: Acls,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    settings, listed = settings_of(filled), needed("reader", settings_of(filled))
+    records = filled.read(filled.output)
+    acls.give(listed)
+    brokers._reached.clear()
+    seen: list[str] = []
+    following = threading.Thread(target=follower, args=(settings, len(records) + 1, seen))
+    following.start()
+    eventually(lambda: len(seen) == len(records))
+    with acls.without(listed):
+        filled.say(filled.output, records[0].key(), records[0].value())
+        told(caplog, f"not allowed to Read topic {filled.output}; waiting")
+    following.join(60)
+    assert not following.is_alive()
+    assert seen[-1] == records[0].key().decode()
+    assert "Traceback" not in caplog.text
+
+
+def test_a_follower_gives_up_in_the_end(filled: Pipeline, acls: Acls) -> None:
+    settings = settings_of(filled).model_copy(update={"delivery_timeout_s": 1.0})
+    acls.give(needed("reader", settings))
+    brokers._reached.clear()
+    following = follow(settings, from_beginning=True)
+    for _ in range(len(filled.read(filled.output))):
+        next(following)
+    acls.take()
+    with pytest.raises(NotAllowed, match=f"not allowed to Read topic {filled.output};"):
+        next(following)
+
+
+def test_a_log_that_is_read_waits_for_its_grant(filled: Pipeline, acls: Acls, caplog: pytest.LogCaptureFixture) -> None:
+    """Commands that wait for versions, and long ones as `uemb verify`, read so."""
+    settings = settings_of(filled)
+    acls.give(needed("release", settings))
+    brokers._reached.clear()
+    control = RolloutClient(settings)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            with acls.without(needed("release", settings)):
+                filled.say(filled.item_status, b"x", b"{}")
+                looking = pool.submit(control.look)
+                told(caplog, f"not allowed to Read topic {filled.item_status}; waiting")
+                assert not looking.done()
+            looking.result(60)
+    finally:
+        control.close()
+
+
+def test_a_sender_waits_for_a_grant_that_is_replaced(
+    filled: Pipeline, acls: Acls, films: Dataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every event arrives, and none twice."""
+    settings, listed, rows = settings_of(filled), needed("sender", settings_of(filled)), films.events[:1_000]
+    acls.give(listed)
+    before = sum(map(filled.length, filled.topics.values()))
+
+    def put_back() -> None:
+        told(caplog, "waiting up to 30 s for the grant")
+        acls.give(listed)
+
+    back = threading.Thread(target=put_back)
+    with Feeder(settings.bootstrap_servers, filled.topics, client_config=librdkafka_config(settings)) as feeder:
+        feeder.send(rows[:200])
+
+        def some() -> Iterator[EventRow]:
+            for number, row in enumerate(rows[200:]):
+                if number == 300:
+                    acls.take()
+                    back.start()
+                yield row
+
+        assert feeder.send(some()).sent == 800
+    back.join()
+    assert sum(map(filled.length, filled.topics.values())) == before + 1_000
+
+
+def test_a_sender_gives_up_in_the_end(filled: Pipeline, acls: Acls, films: Dataset) -> None:
+    settings = settings_of(filled)
+    acls.give(needed("sender", settings))
+    config = {**librdkafka_config(settings), "message.timeout.ms": 1_000}
+    with Feeder(settings.bootstrap_servers, filled.topics, client_config=config) as feeder:
+
+        def some() -> Iterator[EventRow]:
+            for number, row in enumerate(films.events[:400]):
+                if number == 200:
+                    feeder._producer.flush()
+                    acls.take()
+                yield row
+
+        with pytest.raises(NotAllowed, match="not allowed to Write topic grants"):
+            feeder.send(some())
+
+
 def members(pipeline: Pipeline) -> int:
     """How many workers the broker counts in the group."""
     admin = AdminClient({"bootstrap.servers": pipeline.bootstrap, "log_level": 2})
     return len(admin.describe_consumer_groups([pipeline.app_id])[pipeline.app_id].result().members)
 
 
-def test_grants_that_are_replaced_stop_nobody(filled: Pipeline, acls: Acls, films: Dataset) -> None:
-    """No more is given than is listed; each of it is missing for a moment, then all of it for longer than a session."""
+@pytest.mark.parametrize("each", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["most", "each"])
+def test_grants_that_are_replaced_stop_nobody(each: bool, filled: Pipeline, acls: Acls, films: Dataset) -> None:
+    """No more is given than is listed; each of it is missing for a moment, then all of it for longer than a session.
+
+    What a worker uses when it takes partitions is missing while it does, one after another where `each` is wanted.
+    """
     app, needs = filled, worker(settings_of(filled))
     acls.give(needs)
     app.start()
@@ -541,14 +681,15 @@ def test_grants_that_are_replaced_stop_nobody(filled: Pipeline, acls: Acls, film
                     flow(feeder)
                     until_missed(grant, start)
                 app.until_committed()
-        for missing in ([transactional_id], single(needs)):
+        late = [grant for grant in single(needs) if str(grant) in seldom] if each else [transactional_id]
+        for missing in (*([grant] for grant in late), single(needs)):
             epochs, start = app.epochs(), len(app.log.read_text())
             with acls.without(missing):
                 with acls.without([group]):
                     flow(feeder)
                     app.until(lambda: members(app) == 0, "the session is over")
-                if missing == [transactional_id]:
-                    until_missed(transactional_id, start)
+                if len(missing) == 1:
+                    until_missed(missing[0], start)
             app.until_epochs_rise(epochs)
             app.until_committed()
     log = app.log.read_text()
