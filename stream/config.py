@@ -206,6 +206,14 @@ class Settings(BaseSettings):
             raise ValueError(str(exc)) from exc
         return value
 
+    @field_validator("bootstrap_servers")
+    @classmethod
+    def _no_login(cls, value: str) -> str:
+        if "@" in value:
+            msg = "write host:port,host:port; a login belongs in UEMB_SASL_USERNAME and UEMB_SASL_PASSWORD"
+            raise ValueError(msg)
+        return value
+
     @field_validator("http")
     @classmethod
     def _address(cls, value: str) -> str:
