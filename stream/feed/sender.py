@@ -82,6 +82,7 @@ class Feeder:
         self._topic_of = topic_of if topic_of is not None else {}
         self._topics: dict[str, str] = {}
         self._trouble = ""
+        self._allowed: set[str] = set()
         config = {**_DEFAULTS, **(client_config or {}), **_FIXED, "bootstrap.servers": bootstrap}
         self._patience_s = float(config["message.timeout.ms"]) / 1000 or math.inf
         try:
@@ -157,6 +158,7 @@ class Feeder:
             lambda sent: on_progress and on_progress(sent, None),
             on_acknowledged,
         )
+        run.allowed = self._allowed
         with writing(lambda: run.topic):
             try:
                 for record in records:

@@ -62,6 +62,7 @@ class LogConsumer(Consumer):  # type: ignore[misc]  # the library has no types
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__(config)
+        self._settings: Settings | None = None
         self._admin: AdminClient | None = None
         self._patience_s = 0.0
         self._had: set[str] = set()
@@ -70,7 +71,7 @@ class LogConsumer(Consumer):  # type: ignore[misc]  # the library has no types
 
     def be_patient(self, settings: Settings) -> None:
         """Wait as long as a worker does."""
-        self._admin, self._patience_s = admin_client(settings), settings.delivery_timeout_s
+        self._settings, self._patience_s = settings, settings.delivery_timeout_s
 
     def took(self, topic: str) -> None:
         """Note that something was read."""
@@ -104,11 +105,17 @@ class LogConsumer(Consumer):  # type: ignore[misc]  # the library has no types
         if not self._refused or time.monotonic() < self._look_at:
             return
         for topic in list(self._refused):
-            if self._admin is not None and may_read(self._admin, topic):
+            if self._may_read(topic):
                 self.took(topic)
             else:
                 self.refused(topic)
         self._look_at = time.monotonic() + _GRANT_POLL_S
+
+    def _may_read(self, topic: str) -> bool:
+        if self._settings is None:
+            return False
+        self._admin = self._admin or admin_client(self._settings)  # made where it is wanted, which is seldom
+        return may_read(self._admin, topic)
 
 
 def open_consumer(settings: Settings, purpose: str, wait_ms: int = _FETCH_WAIT_MS) -> LogConsumer:

@@ -568,8 +568,8 @@ def test_followers_wait_for_a_grant_that_is_replaced(
     following.start()
     eventually(lambda: len(seen) == len(records))
     with acls.without(listed):
-        filled.say(filled.output, records[0].key(), records[0].value())
         told(spoken, f"not allowed to Read topic {filled.output}; waiting")
+        filled.say(filled.output, records[0].key(), records[0].value())
     following.join(60)
     assert not following.is_alive()
     assert seen[-1] == records[0].key().decode()
@@ -596,8 +596,7 @@ def test_a_log_that_is_read_waits_for_its_grant(filled: Pipeline, acls: Acls, sp
     control = RolloutClient(settings)
     try:
         with ThreadPoolExecutor(1) as pool:
-            with acls.without(needed("release", settings)):
-                filled.say(filled.item_status, b"x", b"{}")
+            with acls.without([Grant(("Read",), "topic", filled.item_status)]):
                 looking = pool.submit(control.look)
                 told(spoken, f"not allowed to Read topic {filled.item_status}; waiting")
                 assert not looking.done()
@@ -625,6 +624,7 @@ def test_a_sender_waits_for_a_grant_that_is_replaced(
         def some() -> Iterator[EventRow]:
             for number, row in enumerate(rows[200:]):
                 if number == 300:
+                    feeder._producer.flush()  # both topics have taken something
                     acls.take()
                     back.start()
                 yield row
