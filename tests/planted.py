@@ -1,6 +1,7 @@
 """What is planted where it belongs, and looked for where it must not be: secrets, ids of users, payloads."""
 
 import base64
+import json
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -22,13 +23,13 @@ class Planted:
 
     def __init__(self, secrets: Mapping[str, str]) -> None:
         self.secrets = dict(secrets)
-        self._written: dict[str, str] = {}
+        self._written: dict[str, bytes] = {}
         self._with_marks: set[str] = set()
 
     def add(self, where: str, text: str | bytes, *, marks: bool = False) -> None:
         """Take in something that was written; with `marks`, what is there to show users and payloads."""
         name = f"{where} ({len(self._written)})"
-        self._written[name] = text.decode("latin-1") if isinstance(text, bytes) else text
+        self._written[name] = text if isinstance(text, bytes) else text.encode()
         if marks:
             self._with_marks.add(name)
 
@@ -58,12 +59,13 @@ class Planted:
         """Where something is that must not be."""
         for where, text in self._written.items():
             for name, secret in self.secrets.items():
-                yield from (f"{name} in {where}" for form in forms(secret) if form in text)
+                yield from (f"{name} in {where}" for form in forms(secret) if form.encode() in text)
             if where not in self._with_marks:
-                yield from (f"{mark} in {where}" for mark in MARKS if mark in text)
+                yield from (f"{mark} in {where}" for mark in MARKS if mark.encode() in text)
 
 
 def forms(secret: str) -> set[str]:
     """A secret as it may be written: as it is, in a URL, in JSON or Python's `repr`, in base64 and in hex."""
     data = secret.encode()
-    return {secret, quote(secret, safe=""), base64.b64encode(data).decode().rstrip("="), data.hex()}
+    escaped = json.dumps(secret)[1:-1]
+    return {secret, escaped, quote(secret, safe=""), base64.b64encode(data).decode().rstrip("="), data.hex()}
