@@ -202,26 +202,25 @@ def test_each_role_names_what_is_missing_and_needs_no_more_than_is_listed(
         code, said = run(app, *line)
         assert (code, "not allowed to " in said) == (1 if "doctor" in line else 2, True), said
     acls.give(listed)
-    for line in (*lines, *also):
-        code, said = run(app, *line)
-        assert (code, "not allowed to " in said) == (0, False), said
     for grant in sorted(single(listed), key=attrgetter("operations"), reverse=True):  # without Write nothing changes
         with acls.without([grant]):
             answers = [(line[0], *run(app, *line)) for line in lines]
-        refused = [(name, code, said) for name, code, said in answers if code]
+        refused = [answer for answer in answers if answer[1]]
         if grant.optional:
             assert not refused, refused
             tell(role, grant, line_of("\n".join(said for *_, said in answers), grant))
             continue
         assert refused, f"{role} does without {grant}"
-        for name, code, said in refused:
+        named = [(name, code, said) for name, code, said in refused if "not allowed to " in said]
+        assert named, refused  # what else fails does so for that: there is no version to compare, say
+        for name, code, said in named:
             line = line_of(said, grant)
             if name != "doctor":  # which tells of more than one thing
                 assert (code, line) == (2, said)
-        tell(role, grant, line)
-    for line in lines:
+        tell(role, grant, line_of(named[0][2], grant))
+    for line in (*lines, *also):
         code, said = run(app, *line)
-        assert code == 0, said
+        assert (code, "not allowed to " in said) == (0, False), said
 
 
 @pytest.fixture(scope="module")
