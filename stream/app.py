@@ -17,7 +17,9 @@ def __getattr__(name: str) -> Any:
     if wants_json_lines():
         setup_logging("info", "json")
     try:
-        globals()["app"] = HostedApp(load_settings())
+        settings = load_settings()
+        guard_secrets(settings.kv_group)
+        globals()["app"] = HostedApp(settings)
     except ConfigError as exc:
         print_error(str(exc))
         raise SystemExit(exc.exit_code) from exc

@@ -146,6 +146,7 @@ class Settings(BaseSettings):
         repr=False,  # it may hold a password
         description="key-value store that retrieval reads, rocksdb:///path or redis[s]://[user:password@]host[:port][/db]",
     )
+    kv_group: str | None = Field(None, description="a group of this host that may read an embedded store, too")
     state_dir: Path = Field(_DATA / "state", description="this worker's local tables; one folder per worker")
     hot_users: int = Field(10_000, ge=1, description="users kept in memory, all partitions together")
     kv_lock_patience_s: float = Field(30.0, ge=0, description="wait for another process to let go of a database")
@@ -175,7 +176,7 @@ class Settings(BaseSettings):
     def _colons(cls, value: object) -> object:
         return _pairs(value, ":")
 
-    @field_validator("items", "encoder_folder", "event_source", "group_instance_id", mode="before")
+    @field_validator("items", "encoder_folder", "event_source", "group_instance_id", "kv_group", mode="before")
     @classmethod
     def _empty_is_unset(cls, value: object) -> object:
         return None if value == "" else value
@@ -203,6 +204,14 @@ class Settings(BaseSettings):
             parse_kv_url(value)
         except ConfigError as exc:
             raise ValueError(str(exc)) from exc
+        return value
+
+    @field_validator("bootstrap_servers")
+    @classmethod
+    def _no_login(cls, value: str) -> str:
+        if "@" in value:
+            msg = "write host:port,host:port; a login belongs in UEMB_SASL_USERNAME and UEMB_SASL_PASSWORD"
+            raise ValueError(msg)
         return value
 
     @field_validator("http")

@@ -3,7 +3,8 @@
 UembError                  1   anything else of ours
 ├── ConfigError            2   a setting or an argument is wrong; nothing was started
 │   ├── TopicMismatch      2   topics disagree with the application (partition counts, limits, policies)
-│   └── NotAllowed         2   the brokers' access lists lack a grant
+│   ├── NotAllowed         2   the brokers' access lists lack a grant
+│   └── StoreRefused       2   the store's server refuses the login, or its access list lacks something
 ├── ItemSpaceError         2   an item-vector folder is missing, damaged or of another version
 ├── EncoderError           2   an encoder's folder is missing, damaged, or of no use here
 │   └── SpaceMismatch      2   an encoder was made for another item version
@@ -70,6 +71,10 @@ class NotAllowed(ConfigError):
     def __init__(self, name: str, *, to: str = "") -> None:
         missing = f"{to} {name}".strip()
         super().__init__(f"not allowed to {missing}; grant it to this client's user (see `uemb acl`)")
+
+
+class StoreRefused(ConfigError):
+    """The store's server refuses the login, or what its access list does not allow."""
 
 
 class ItemSpaceError(UembError):

@@ -14,7 +14,7 @@ from confluent_kafka.admin import (
     ResourceType,
 )
 
-from stream.kafka.grants import Grant
+from stream.kafka.grants import Grant, single
 
 _PATIENCE_S = 120
 _WORDS = {"DescribeConfigs": AclOperation.DESCRIBE_CONFIGS}
@@ -75,11 +75,6 @@ class Acls:
         while not condition(self._held()):  # type: ignore[operator]
             assert time.monotonic() < deadline, "the broker does not apply its access list"
             time.sleep(0.02)
-
-
-def single(grants: Iterable[Grant]) -> list[Grant]:
-    """The same, one operation each."""
-    return [grant._replace(operations=(operation,)) for grant in grants for operation in grant.operations]
 
 
 def _bindings(grants: Iterable[Grant]) -> Iterator[AclBinding]:

@@ -9,9 +9,9 @@ from confluent_kafka import OFFSET_BEGINNING, OFFSET_END, KafkaError, TopicParti
 from stream.config import Settings
 from stream.core.records import CorruptRecord, decode, to_json
 from stream.errors import ConfigError, UembError
-from stream.kafka.brokers import consumer, list_topics
+from stream.kafka.brokers import list_topics
 from stream.kafka.grants import GROUP_REFUSED, TOPIC_REFUSED
-from stream.kafka.log_reader import unreadable
+from stream.kafka.log_reader import open_consumer, unreadable
 
 _POLL_S: Final = 0.5
 
@@ -30,14 +30,7 @@ def follow(
         ConfigError: the topic does not exist, or no broker answers.
         UembError: the topic can't be read, or may not be; or a record of a schema that this release does not carry.
     """
-    reader = consumer(
-        settings,
-        {
-            "group.id": f"{settings.app_id}-tail",  # which is not joined
-            "enable.auto.commit": False,
-            "isolation.level": "read_committed",
-        },
-    )
+    reader = open_consumer(settings, "tail", wait_ms=500)
     try:
         topic = list_topics(reader, settings, settings.output_topic).topics[settings.output_topic]
         if topic.error is not None:
@@ -48,13 +41,19 @@ def follow(
         start = OFFSET_BEGINNING if from_beginning else OFFSET_END
         reader.assign([TopicPartition(settings.output_topic, partition, start) for partition in topic.partitions])
         while count is None or count > 0:
+            reader.look_again()
             message = reader.poll(_POLL_S)
             if message is None:
                 continue
-            if message.error():
-                if message.error().code() in (KafkaError._PARTITION_EOF, GROUP_REFUSED):  # we need no group
-                    continue
-                raise unreadable(settings.output_topic, message.error())
+            if (error := message.error()) is not None:
+                if error.code() == TOPIC_REFUSED:
+                    reader.refused(settings.output_topic)
+                elif error.code() == KafkaError._PARTITION_EOF:
+                    reader.took(settings.output_topic)
+                elif error.code() != GROUP_REFUSED:  # we need no group
+                    raise unreadable(settings.output_topic, error)
+                continue
+            reader.took(settings.output_topic)
             yield message.key().decode(), _record(message.value())
             count = None if count is None else count - 1
     finally:

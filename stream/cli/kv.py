@@ -13,6 +13,7 @@ from stream.errors import StoreError
 from stream.kafka.topics import topic_partitions
 from stream.kv.protocol import KVWriter
 from stream.kv.stores import open_reader, open_writer
+from stream.permissions import guard
 
 _POLL_S: Final = 0.2
 
@@ -32,6 +33,7 @@ def rebuild(partitions: tuple[int, ...], as_json: bool) -> None:
     done; it needs the worker's own settings.
     """
     settings = load_settings(http="")  # a worker that is run here is nobody's to watch
+    guard(settings.kv_group)
     store = open_writer(settings.kv_url)
     count = _partition_count(settings)
     wanted = sorted(set(partitions)) or list(range(count))
@@ -73,7 +75,7 @@ def _partition_count(settings: Settings) -> int:
     try:
         reader = open_reader(settings.kv_url)
     except StoreError:
-        return topic_partitions(settings) or settings.partitions
+        return topic_partitions(settings, to="Read") or settings.partitions
     try:
         return reader.meta().partitions or settings.partitions
     finally:

@@ -7,6 +7,8 @@ import click
 
 from stream.cli.terminal import err, out, print_json
 from stream.config import load_settings
+from stream.kv.stores import check_place
+from stream.permissions import guard
 
 
 @click.command()
@@ -23,7 +25,10 @@ def repartition(partitions: int, dry_run: bool, as_json: bool) -> None:
     from stream.worker.repartition import Repartition
 
     began = time.monotonic()
-    work = Repartition(load_settings(), partitions, err.print)
+    settings = load_settings()
+    guard(settings.kv_group)
+    check_place(settings.kv_url, settings.kv_group)
+    work = Repartition(settings, partitions, err.print)
     if dry_run:
         grown = {topic: {"from": count, "to": partitions} for topic, count in work.grown.items()}
         if as_json:

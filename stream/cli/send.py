@@ -69,6 +69,7 @@ def send(
         raise click.UsageError(msg)
     settings = load_settings()
     logging.getLogger("stream").setLevel(logging.ERROR)  # what the client says is part of the error
+    logging.getLogger("stream.feed.send_run").setLevel(logging.WARNING)
     shape = shape_of_files(settings, look, topic)
     files = tuple(files_in(files))
     progress = None if movielens else _progress(files, settings, shape, topic, place)

@@ -9,7 +9,6 @@ from stream.kafka.brokers import admin_client
 from stream.kafka.topics import topic_configs
 
 _FOR_EVER_MS: Final = (1 << 63) - 1
-_UNTOLD: Final = "how long can't be said: not allowed to DescribeConfigs the topic"
 
 
 @dataclass(frozen=True)
@@ -68,9 +67,13 @@ def _marker(settings: Settings, changelog: dict[str, str] | None) -> list[Trace]
     return [Trace(where, what, longest_s, f"UEMB_ERASURE_MARKER_RETENTION + the changelog's {removed.bound}"), own]
 
 
+def _untold(topic: str) -> str:
+    return f"how long can't be said: not allowed to DescribeConfigs topic {topic} (see `uemb acl`)"
+
+
 def _retained(name: str, what: str, config: dict[str, str] | None) -> Trace:
     if config is None:
-        return Trace(name, what, None, _UNTOLD)
+        return Trace(name, what, None, _untold(name))
     if "delete" not in config["cleanup.policy"] or int(config["retention.ms"]) < 0:
         return Trace(name, what, None, "set retention.ms")
     # a segment goes when its newest record is old enough
@@ -80,7 +83,7 @@ def _retained(name: str, what: str, config: dict[str, str] | None) -> Trace:
 
 def _compacted(name: str, what: str, config: dict[str, str] | None, *, tombstone: bool) -> Trace:
     if config is None:
-        return Trace(name, what, None, _UNTOLD)
+        return Trace(name, what, None, _untold(name))
     lag_ms = int(config["max.compaction.lag.ms"])
     if lag_ms == _FOR_EVER_MS:
         return Trace(name, what, None, "set max.compaction.lag.ms")

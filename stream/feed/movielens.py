@@ -70,7 +70,7 @@ def _wheel(cache_dir: Path, on_progress: OnProgress | None, timeout_s: float) ->
         data = cached.read_bytes() if cached.exists() else b""
         if _is_pinned(data):
             return data
-        cached.parent.mkdir(parents=True, exist_ok=True)
+        cached.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         # Within the cache folder, so that the rename below stays on one file system and is atomic.
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cached.parent) as staging:
             data = _fetch(Path(staging), on_progress, time.monotonic() + timeout_s)

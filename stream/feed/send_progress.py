@@ -95,6 +95,7 @@ class SendProgress:
         temporary = self.path.with_name(self.path.name + ".tmp")
         try:
             with temporary.open("wb") as file:
+                os.fchmod(file.fileno(), 0o600)
                 file.write(msgspec.json.format(msgspec.json.encode(saved)) + b"\n")
                 file.flush()
                 os.fsync(file.fileno())

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import re
 import threading
 import time
@@ -81,7 +82,9 @@ class Feeder:
         self._topic_of = topic_of if topic_of is not None else {}
         self._topics: dict[str, str] = {}
         self._trouble = ""
+        self._allowed: set[str] = set()
         config = {**_DEFAULTS, **(client_config or {}), **_FIXED, "bootstrap.servers": bootstrap}
+        self._patience_s = float(config["message.timeout.ms"]) / 1000 or math.inf
         try:
             self._producer = Producer({**config, "error_cb": self._on_trouble, "logger": SILENT})
         except KafkaException as exc:
@@ -150,10 +153,12 @@ class Feeder:
         self._trouble = ""
         run = Run(
             self._producer,
+            self._patience_s,
             stop or threading.Event(),
             lambda sent: on_progress and on_progress(sent, None),
             on_acknowledged,
         )
+        run.allowed = self._allowed
         with writing(lambda: run.topic):
             try:
                 for record in records:

@@ -12,7 +12,7 @@ import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, TypeVar
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer
 from confluent_kafka.admin import AdminClient, ClusterMetadata
@@ -56,6 +56,7 @@ _LEARNED: Final = re.compile(
     r"(?:\w+://)?(?P<address>\S+:\d+)/\d+: (?:Connect to|Failed to resolve|Connection setup timed out)"
 )
 
+_Consumer = TypeVar("_Consumer")
 _reached: set[tuple[tuple[str, Any], ...]] = set()
 
 
@@ -70,15 +71,15 @@ def admin_client(settings: Settings) -> AdminClient:
     return AdminClient({**librdkafka_config(settings), **_QUIET})
 
 
-def consumer(settings: Settings, config: Mapping[str, Any]) -> Consumer:
-    """A client that reads; `config` are its settings beside those of the connection.
+def consumer(settings: Settings, config: Mapping[str, Any], kind: Callable[[dict[str, Any]], _Consumer]) -> _Consumer:
+    """A client that reads; `kind` makes it of `config` and the settings of the connection.
 
     Raises:
         ConfigError: the brokers can't be reached, and why.
         DeliveryError: no broker answers.
     """
     reach(settings)
-    return Consumer({**librdkafka_config(settings), **_QUIET, **config})
+    return kind({**librdkafka_config(settings), **_QUIET, **config})
 
 
 def producer(settings: Settings, config: Mapping[str, Any]) -> Producer:

@@ -24,7 +24,7 @@ from stream.kafka.brokers import (
     host_and_port,
     look_at,
 )
-from stream.kafka.grants import worker
+from stream.kafka.grants import needed
 from stream.kafka.group import look_at_group
 from stream.kafka.log_reader import log_ends
 from stream.kafka.topic_owners import check_owners
@@ -57,13 +57,15 @@ class BrokerCheckup:
 
     Args:
         settings: the worker's own.
+        role: of whose grants to look for.
 
     Attributes:
         survey: the topics, once `topics` has looked at them.
         levels: newest version of each request that a broker answers, once `handshakes` has looked.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, role: str) -> None:
+        self._needed = needed(role, settings)
         self.survey: Survey | None = None
         self.levels: dict[int, int] = {}
         self._settings = settings
@@ -170,15 +172,14 @@ class BrokerCheckup:
     # -- what is there --------------------------------------------------------------------------------------------
 
     def grants(self) -> list[Finding]:
-        """Whether each grant on a topic is there that a worker needs."""
+        """Whether each grant on a topic is there that the role needs."""
         if not self.administered:
             return [skipped(EMBEDDED)]
-        missing = missing_grants(self.admin, self._settings)
+        missing = missing_grants(self.admin, self._needed)
         found = [failed(f"not allowed to {grant}", _GRANT) for grant in missing]
-        needed = worker(self._settings)
-        unasked = [grant for grant in needed if grant.kind == "transactional id"]
+        unasked = [grant for grant in self._needed if grant.kind == "transactional id"]
         return [
-            *(found or [ok(f"{sum(grant.kind == 'topic' for grant in needed)} topics may be used as needed")]),
+            *(found or [ok(f"{sum(grant.kind == 'topic' for grant in self._needed)} topics may be used as needed")]),
             *(skipped(f"{grant}: no broker tells before it is used", grant.kind) for grant in unasked),
         ]
 
@@ -225,7 +226,7 @@ class BrokerCheckup:
         return [ok("no other application writes to the output or the dead letters")]
 
     def group(self) -> list[Finding]:
-        """Whether this worker may join, and its members read the same.
+        """Whether this client may do with the group what its role does, and the members read what a worker would.
 
         Raises:
             ConfigError: they read other topics.
@@ -233,11 +234,11 @@ class BrokerCheckup:
         """
         if not self.administered:
             return [skipped(EMBEDDED)]
-        members = look_at_group(self._settings)
+        grant = next(grant for grant in self._needed if grant.kind == "group")
+        (operation,) = grant.operations
+        members = look_at_group(self._settings, operation)
         if members is None:
-            return [
-                skipped(f"no broker tells of it before somebody joins; Read group {self._settings.app_id} is needed")
-            ]
+            return [skipped(f"no broker tells of it before somebody joins; {grant} is needed")]
         return [ok(f"{members} worker{'s'[: members != 1]} in {self._settings.app_id}")]
 
     def clock(self) -> list[Finding]:

@@ -20,13 +20,17 @@ _TIMEOUT_S: Final = 3.0
 _OFFSETS_TOPIC: Final = "__consumer_offsets"
 
 
-def check_group(settings: Settings) -> int | None:
+def check_group(settings: Settings, operation: str = "Read") -> int | None:
     """Refuse to join a running group whose workers read other topics; blocking.
 
     Returns the number of workers in it, None where that is not told, as before anybody has ever joined a group.
 
     One user's topics and history would go to several owners. A worker that joins in spite of it (two start at the same
     moment, or the broker does not let us look) is found by `Consumer.check_assignment`, which can only stop them all.
+
+    Args:
+        settings: topics and group.
+        operation: what must be allowed: a worker's, or that of who only looks (``Describe``).
 
     Raises:
         ConfigError: the group's workers read other topics.
@@ -43,13 +47,14 @@ def check_group(settings: Settings) -> int | None:
         group = asked[settings.app_id].result()
     except KafkaException as exc:
         if exc.args[0].code() == GROUP_REFUSED:
-            raise NotAllowed(settings.app_id, to="Read group") from exc
+            raise NotAllowed(settings.app_id, to=f"{operation} group") from exc
         if exc.args[0].code() == KafkaError.GROUP_ID_NOT_FOUND:  # nobody has ever joined it
             return 0
         log.info("the group's workers can't be listed (%s): their topics are not compared", exc.args[0].str())
         return None
-    if group.authorized_operations is not None and AclOperation.READ not in group.authorized_operations:
-        raise NotAllowed(settings.app_id, to="Read group")
+    allowed = group.authorized_operations
+    if allowed is not None and AclOperation[operation.upper()] not in allowed:
+        raise NotAllowed(settings.app_id, to=f"{operation} group")
     ours = {*settings.event_topics, settings.deletion_topic}
     is_static = all(member.group_instance_id for member in group.members)
     theirs = {tp.topic for member in group.members if member.assignment for tp in member.assignment.topic_partitions}
@@ -66,7 +71,7 @@ def check_group(settings: Settings) -> int | None:
     return len(group.members)
 
 
-def look_at_group(settings: Settings) -> int | None:
+def look_at_group(settings: Settings, operation: str = "Read") -> int | None:
     """As `check_group`, for who is not about to join, and leaves no trace; blocking.
 
     Who asks for the coordinator of a group first has the brokers make the topic of all groups' offsets.
@@ -82,9 +87,9 @@ def look_at_group(settings: Settings) -> int | None:
         groups = admin.list_consumer_groups(request_timeout=_TIMEOUT_S).result().valid
         if settings.app_id not in {group.group_id for group in groups}:
             if asyncio.run(_answer_of_some_broker(settings)) == GROUP_REFUSED:
-                raise NotAllowed(settings.app_id, to="Read group")
+                raise NotAllowed(settings.app_id, to=f"{operation} group")
             return None
-    return check_group(settings)
+    return check_group(settings, operation)
 
 
 async def _answer_of_some_broker(settings: Settings) -> int:

@@ -14,7 +14,7 @@ from stream.config import Settings
 from stream.core.history_codec import max_state_bytes
 from stream.errors import ConfigError, NotAllowed, TopicMismatch, way_on
 from stream.kafka.brokers import admin_client, list_topics, refused
-from stream.kafka.grants import REFUSED, TOPIC_REFUSED, worker
+from stream.kafka.grants import REFUSED, TOPIC_REFUSED, Grant, worker
 
 log = logging.getLogger(__name__)
 
@@ -182,8 +182,13 @@ def room_for_dims(settings: Settings, output: Mapping[str, str]) -> int:
     return room // _bytes_per_dim(settings)
 
 
-def topic_partitions(settings: Settings, *topics: str) -> int | None:
+def topic_partitions(settings: Settings, *topics: str, to: str = "Describe") -> int | None:
     """Number of partitions of the first of `topics` that is there, by default of the event topics; blocking.
+
+    Args:
+        settings: how to reach the brokers.
+        topics: their names.
+        to: what whoever asks is there to do with them, and so must be allowed.
 
     Raises:
         NotAllowed: none is there that may be described.
@@ -195,7 +200,7 @@ def topic_partitions(settings: Settings, *topics: str) -> int | None:
         return found[there]
     for topic, description in _described(admin, names[:1]).items():
         if _is_hidden(description):
-            raise NotAllowed(topic, to="Describe topic")
+            raise NotAllowed(topic, to=f"{to} topic")
     return None
 
 
@@ -288,13 +293,13 @@ def _check_grants(admin: AdminClient, settings: Settings) -> None:
     Raises:
         NotAllowed: all that is missing on topics that are there, or may be.
     """
-    if missing := missing_grants(admin, settings):
+    if missing := missing_grants(admin, worker(settings)):
         raise NotAllowed(", ".join(missing))
 
 
-def missing_grants(admin: AdminClient, settings: Settings) -> list[str]:
-    """Operations and name of each topic, there or not, with which a worker may not do what it must; blocking."""
-    needed = {grant.name: grant.operations for grant in worker(settings) if grant.kind == "topic"}
+def missing_grants(admin: AdminClient, grants: Iterable[Grant]) -> list[str]:
+    """Of grants on topics, there or not, which this client lacks: operations and name of each; blocking."""
+    needed = {grant.name: grant.operations for grant in grants if grant.kind == "topic"}
     missing = []
     for name, description in _described(admin, needed).items():
         lacks: Sequence[str] = ()

@@ -6,7 +6,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final, TypeVar
 
-from stream.errors import StoreError, StoreLocked, StoreLost
+from stream.errors import StoreError, StoreLocked, StoreLost, StoreRefused, UembError
 from stream.kv.protocol import KVWriter, Meta
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,12 @@ class PatientKV:
         self._patience_s = patience_s
         self._away_since: float | None = None
         self._calls: dict[object, float] = {}
+        self._awaits_grants = False
         self.errors = dict.fromkeys(KINDS, 0)
+
+    def be_patient(self) -> None:
+        """From here on a refusal is waited out, too: access lists are replaced; who only starts is told at once."""
+        self._awaits_grants = True
 
     @property
     def is_away(self) -> bool:
@@ -111,9 +116,10 @@ class PatientKV:
         while True:
             try:
                 result = await call()
-            except StoreError as exc:
+            except (StoreError, StoreRefused) as exc:
                 self.errors[_kind(exc)] += 1
-                if not exc.retriable or clock() >= give_up_at:
+                may_pass = self._awaits_grants if isinstance(exc, StoreRefused) else exc.retriable
+                if not may_pass or clock() >= give_up_at:
                     raise
                 if self._away_since is None:
                     self._away_since = clock()
@@ -127,5 +133,5 @@ class PatientKV:
             pause_s = min(2 * pause_s, _PAUSES_S[1])
 
 
-def _kind(exc: StoreError) -> str:
+def _kind(exc: UembError) -> str:
     return LOCKED if isinstance(exc, StoreLocked) else LOST if isinstance(exc, StoreLost) else FAILED

@@ -5,7 +5,9 @@ import os
 
 from stream.errors import ConfigError
 from stream.kv.protocol import KVReader, KVWriter
+from stream.kv.rocksdb.layout import is_of_store
 from stream.kv.urls import MemoryAddress, RedisAddress, parse_kv_url
+from stream.permissions import close_folder
 
 
 def open_writer(url: str, *, lock_patience_s: float = 10.0) -> KVWriter:
@@ -38,11 +40,17 @@ def open_writer(url: str, *, lock_patience_s: float = 10.0) -> KVWriter:
     return RocksKV(address.path, lock_patience_s=lock_patience_s)
 
 
-def check_place(url: str) -> None:
+def check_place(url: str, group: str | None = None) -> None:
     """Make the folder of a store that is one: a place that can't be written is no store that is away for a while.
 
+    It is closed to other users, whatever it was before.
+
+    Args:
+        url: where the store is.
+        group: whose members may read it, too.
+
     Raises:
-        ConfigError: it can't be made, or not written to, or it is in memory.
+        ConfigError: it can't be made, or not written to, or it is in memory; or there is no such group.
     """
     address = parse_kv_url(url)
     if isinstance(address, RedisAddress):
@@ -54,9 +62,12 @@ def check_place(url: str) -> None:
         )
         raise ConfigError(msg)
     try:
-        address.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        close_folder(address.path, is_of_store, group)
         if not os.access(address.path, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except LookupError as exc:
+        msg = f"UEMB_KV_GROUP: there is no group {group} on this host; make it, or name another"
+        raise ConfigError(msg) from exc
     except OSError as exc:
         msg = f"UEMB_KV_URL: {address.path} can't be used ({exc.strerror})"
         raise ConfigError(msg) from exc

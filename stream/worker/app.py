@@ -4,12 +4,10 @@
 """
 
 import asyncio
-import contextlib
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import faust
@@ -31,6 +29,7 @@ from stream.kv.protocol import Meta
 from stream.kv.retrying import PatientKV
 from stream.kv.stores import check_place, open_writer
 from stream.logs import log_config, log_what_python_prints, print_error
+from stream.permissions import close_folder, guard
 from stream.pipeline.lanes import Lanes, OnStage
 from stream.pipeline.measures import Measures
 from stream.pipeline.processor import BatchProcessor
@@ -174,7 +173,7 @@ class EmbeddingApp(faust.App):
         watch = await asyncio.to_thread(self._check_group, topics) if topics.administered else None
         if not topics.administered:
             self.consumer.hold_no_fetch_for_long()
-        check_place(settings.kv_url)
+        check_place(settings.kv_url, settings.kv_group)
         store = open_writer(settings.kv_url, lock_patience_s=settings.kv_lock_patience_s)
         kv = PatientKV(store, settings.delivery_timeout_s)
         rollout = Rollout(settings, self.clients, kv, self.processor, self._tell, self._records, self.crash)
@@ -203,9 +202,8 @@ class EmbeddingApp(faust.App):
         await kv.update_meta(lambda meta: registered(settings, topics.partitions, meta))
         await rollout.start(base, topics.partitions, topics.largest_dim)
         try:
-            own = settings.state_dir / settings.app_id
-            own.mkdir(parents=True, exist_ok=True, mode=0o700)
-            _close_to_others(own)
+            close_folder(settings.state_dir, lambda name: name == settings.app_id)
+            close_folder(settings.state_dir / settings.app_id, lambda _: True)
             await super().on_first_start()
         except OSError as exc:
             msg = f"UEMB_STATE_DIR {settings.state_dir} can't be used ({exc.strerror})"
@@ -352,6 +350,7 @@ class EmbeddingApp(faust.App):
             self._owned_up = True
         await ready.partitions.take(partitions, standbys)
         self.clients.be_patient()
+        ready.kv.be_patient()
         if partitions:
             ready.rollout.saw(await ready.kv.update_meta(ready.enter))
         self.has_assignment = True
@@ -475,15 +474,11 @@ class HostedApp(EmbeddingApp):
         os._exit(reason.exit_code)
 
 
-def _close_to_others(folder: Path) -> None:
-    """Take what others may do away from all that lies in a folder, which may have been there, open to all."""
-    for path in [folder, *folder.rglob("*")]:
-        with contextlib.suppress(FileNotFoundError):  # RocksDB clears away what an earlier process has left
-            if not path.is_symlink():  # what it leads to may be somebody else's
-                path.chmod(0o700 if path.is_dir() else 0o600)
+def guard_secrets(group: str | None = None) -> None:
+    """Keep what this process writes to itself: histories, and the password of the brokers; whoever starts it.
 
-
-def guard_secrets() -> None:
-    """Keep what this process writes to itself: histories, and the password of the brokers; whoever starts it."""
-    os.umask(0o077)
+    Args:
+        group: whose members may read the embedded store.
+    """
+    guard(group)
     logging.getLogger("aiokafka.conn").setLevel(logging.WARNING)  # it tells of requests whole, of the login's too

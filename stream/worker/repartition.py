@@ -151,7 +151,7 @@ class Repartition:
             raise ConfigError(msg)
         known = {name: len(topic.partitions) for name, topic in metadata.topics.items() if topic.error is None}
         for topic in self._topics:
-            if topic not in known and topic_partitions(self._settings, topic) is None:
+            if topic not in known and topic_partitions(self._settings, topic, to="Alter") is None:
                 msg = f"there is no topic {topic}; an application that has none yet starts with UEMB_PARTITIONS"
                 raise ConfigError(msg)
             if known[topic] > self._partitions:
@@ -194,9 +194,11 @@ class Repartition:
                 await client.start()
                 await fence(client, partition, [topic for topic in topics if partition < self.counts[topic]])
             except TransactionalIdAuthorizationFailed as exc:
-                raise NotAllowed(name, to="Write transactional id") from exc
+                every = f"{self._settings.app_id}-*"
+                raise NotAllowed(every, to="Write transactional id") from exc
             except TopicAuthorizationFailedError as exc:
-                raise NotAllowed(" and ".join(topics), to="Write topic") from exc
+                refused = sorted(exc.args[0]) if exc.args else topics
+                raise NotAllowed(" and ".join(refused), to="Write topic") from exc
             except ClientError as exc:
                 msg = f"transactional id {name}: {type(exc).__name__}; see the brokers, then run this again"
                 raise DeliveryError(msg) from exc

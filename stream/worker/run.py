@@ -105,7 +105,7 @@ async def _stop(app: EmbeddingApp, starting: "asyncio.Task[None]") -> None:
 
 def main(app: EmbeddingApp, until: Callable[[], Awaitable[object]] | None = None) -> NoReturn:
     """Run a worker and end the process with its exit code."""
-    guard_secrets()
+    guard_secrets(app.settings.kv_group)
     code = asyncio.new_event_loop().run_until_complete(run_worker(app, until))
     logging.shutdown()
     # Nothing is left to save, and a client thread that does not end must not keep a stopped worker alive.

@@ -477,13 +477,6 @@ def test_usage_is_exit_2(make_pipeline: Callable[..., Pipeline]) -> None:
     assert "no such option" in make_pipeline().uemb("doctor", "--fix", code=2).lower()
 
 
-def test_the_grants_it_needs_are_printed(make_pipeline: Callable[..., Pipeline]) -> None:
-    pipeline = make_pipeline()
-    said = pipeline.uemb("acl", "doctor")
-    assert f"--operation Describe --operation DescribeConfigs --topic {pipeline.output}\n" in said
-    assert f"--operation Describe --group {pipeline.app_id}\n" in said
-
-
 def test_a_state_folder_that_can_not_be_written(settings: Callable[..., dict[str, str]], tmp_path: Path) -> None:
     """On a file system that takes no writes, from root neither."""
     check_named(diagnose(settings(state_dir="/proc/1/state")), "UEMB_STATE_DIR /proc/1/state", "can't be written to")

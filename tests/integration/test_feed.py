@@ -163,7 +163,7 @@ def own_time(monkeypatch):
 
 
 def test_a_rate_is_kept(feeder, topic, own_time, monkeypatch):
-    run = feed_run.Run(own_time, threading.Event(), lambda _: None, None)
+    run = feed_run.Run(own_time, 30.0, threading.Event(), lambda _: None, None)
     began_s = own_time.now_s
     for _ in range(300):
         run.await_turn(500.0, None)
@@ -178,7 +178,7 @@ def test_a_rate_is_kept(feeder, topic, own_time, monkeypatch):
 def test_acknowledgements_are_not_waited_for_long_once_it_is_to_stop(own_time):
     stop = threading.Event()
     stop.set()
-    run = feed_run.Run(own_time, stop, lambda _: None, None)
+    run = feed_run.Run(own_time, 30.0, stop, lambda _: None, None)
     began_s = own_time.now_s
     run.drain()
     assert own_time.now_s - began_s == pytest.approx(feed_run._STOP_PATIENCE_S, abs=0.3)

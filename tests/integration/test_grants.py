@@ -1,38 +1,52 @@
 """A broker with an access list: what is missing is one line, the listed grants suffice, replacing them stops nobody."""
 
 import asyncio
+import logging
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from operator import attrgetter
 from pathlib import Path
 
 import pytest
-from acl_admin import Acls, single
+from acl_admin import Acls
 from aiokafka.structs import TopicPartition
 from click.testing import CliRunner
-from confluent_kafka import KafkaException, Producer
-from confluent_kafka.admin import AdminClient
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaException, Producer
+from confluent_kafka import TopicPartition as Place
+from confluent_kafka.admin import AdminClient, NewTopic
 from doctor import diagnose
 from kafka_broker import KafkaBroker
+from kv_entries import eventually
 from odd_records import Sender
 from pipeline import Pipeline, erase
 from secured_broker import PASSWORDS, SecuredBroker, running_secured_broker
 
+from stream.cli.bench import command, footprint, load, throughput
+from stream.cli.bench.grants import check_grants
+from stream.cli.bench.load import Load
+from stream.cli.bench.throughput import Sizes
 from stream.cli.dlq.replay import Replayer
+from stream.cli.follow import follow
 from stream.cli.root import cli
 from stream.config import Settings
+from stream.core.events import EventRow
 from stream.errors import NotAllowed, UembError
 from stream.feed.dataset import Dataset
 from stream.feed.send_run import Outgoing
 from stream.feed.sender import Feeder
+from stream.items.space import ItemSpace
 from stream.kafka import brokers
+from stream.kafka.brokers import list_topics
 from stream.kafka.clients import Clients
 from stream.kafka.connection import librdkafka_config
-from stream.kafka.grants import NEEDS, Grant, worker, worker_extras
+from stream.kafka.grants import BENCH_PREFIX, ROLES, TOPIC_REFUSED, Grant, needed, single, worker
 from stream.kafka.group import check_group
-from stream.kafka.topics import prepare_topics
+from stream.kafka.topics import create_topics, prepare_topics, survey_topics
+from stream.rollout.client import RolloutClient
 
 LOGIN = {"security_protocol": "SASL_PLAINTEXT", "sasl_username": "app", "sasl_password": PASSWORDS["app"]}
 UNCHECKED_WORKER = [sys.executable, str(Path(__file__).parent.parent / "faults" / "unchecked_worker.py")]
@@ -55,7 +69,7 @@ def filled(
     app = Pipeline(kafka.bootstrap, "grants", tmp_path_factory.mktemp("filled"), item_folder, **settings)
     app.environment["UEMB_BOOTSTRAP_SERVERS"] = kafka.at["SASL"]
     acls = Acls(kafka.bootstrap)
-    acls.give([*worker(settings_of(app)), *worker_extras(settings_of(app))])
+    acls.give(ROLES["worker"].grants(settings_of(app)))
     app.start()
     app.until_ready()
     with Feeder(app.bootstrap, app.topics) as feeder:
@@ -118,51 +132,114 @@ def refused(pipeline: Pipeline) -> str:
     return line.removeprefix("uemb: ")
 
 
-#: By who needs them, commands that each fail without any of the grants, and succeed with them.
+#: By role, commands that each of its grants is needed by, and what else it runs; all succeed with what is listed.
 COMMANDS = {
-    "send": ["send {events}"],
-    "delete": ["delete 1"],
-    "tail": ["tail --from-beginning -n 1"],
-    "items": ["items status", "items publish {items}"],
-    "dlq": ["dlq list", "dlq replay"],
-    "verify": ["verify --patience 0"],
+    "sender": ["send {events}"],
+    "reader": ["tail --from-beginning -n 1"],
+    "release": ["items status", "items publish {second}", "items status films_v2 --compare 5"],
+    "eraser": ["delete 1"],
+    "auditor": ["verify --patience 0", "dlq list", "doctor --role auditor"],
+    "replayer": ["dlq list", "dlq replay"],
+}
+ALSO = {
+    "release": [
+        "items activate films_v2 --force",
+        "items rollback --force",
+        "items retire films_v2",
+        "encoder publish avg --as tuned",
+        "encoder activate tuned --force",
+        "encoder status",
+        "encoder rollback --force",
+    ],
+    "auditor": ["dlq show {letter}", "items status"],
+    "replayer": ["dlq show {letter}"],
+}
+QUICK = ("sender", "reader", "eraser")
+#: Roles that tests of their own are for.
+OTHERS = {
+    "worker": "test_a_start_names_each_grant",
+    "operator": "test_partitions_are_raised_with_what_is_listed_and_no_less",
+    "bench": "test_the_bench_names_each_grant_before_it_begins",
 }
 
 
-@pytest.mark.parametrize("who", COMMANDS)
-def test_each_command_names_what_is_missing_and_needs_no_more_than_is_listed(
-    who: str,
+def tell(role: str, grant: Grant, line: str) -> None:
+    """A row of the table that these tests draw with `-s`."""
+    print(f"| {role} | {grant} | {'may be missing: ' if grant.optional else ''}{line} |")
+
+
+def line_of(said: str, grant: Grant) -> str:
+    """The one line that names a grant, be it of an error or among others."""
+    named = re.compile(rf"not allowed to {re.escape(str(grant))}(?=[;: )]|$)")
+    lines = [line.strip() for line in said.splitlines() if named.search(line)]
+    assert lines, f"{grant} is not named: {said}"
+    return lines[0]
+
+
+def test_no_role_is_without_a_test() -> None:
+    assert {*COMMANDS, *OTHERS} == set(ROLES)
+    assert all(name in globals() for name in OTHERS.values())
+
+
+@pytest.mark.parametrize("role", [pytest.param(r, marks=() if r in QUICK else pytest.mark.slow) for r in COMMANDS])
+def test_each_role_names_what_is_missing_and_needs_no_more_than_is_listed(
+    role: str,
     filled: Pipeline,
     acls: Acls,
     run: Callable[..., tuple[int, str]],
-    item_folder: Path,
+    releases: Pipeline,
     tmp_path: Path,
 ) -> None:
     events = tmp_path / "events.csv"
     events.write_text("user_id,item_id,type,ts\n1,2,view,1700000000000\n1,2,like,1700000000000\n")
-    lines = [command.format(events=events, items=item_folder).split() for command in COMMANDS[who]]
-    needs = NEEDS[who](settings_of(filled))
+    app = releases if role == "release" else filled
+    (letter,) = [f"{record.partition()}:{record.offset()}" for record in filled.read(filled.dlq)][:1]
+    words = {"events": events, "second": releases.folder / "v2", "letter": letter}
+    lines = [line.format(**words).split() for line in COMMANDS[role]]
+    also = [line.format(**words).split() for line in ALSO.get(role, [])]
+    listed = ROLES[role].grants(settings_of(app))
     for line in lines:
-        code, said = run(filled, *line)
-        assert (code, said.count("\n")) == (2, 0), said
-        assert said.startswith("not allowed to "), said
-    acls.give(needs)
-    for grant in sorted(single(needs), key=attrgetter("operations"), reverse=True):  # without Write nothing changes
+        code, said = run(app, *line)
+        assert (code, "not allowed to " in said) == (1 if "doctor" in line else 2, True), said
+    acls.give(listed)
+    for grant in sorted(single(listed), key=attrgetter("operations"), reverse=True):  # without Write nothing changes
         with acls.without([grant]):
-            answers = [run(filled, *line) for line in lines]
-        found = [said for code, said in answers if code]
-        assert found, f"{who} does without {grant}"
-        assert all(said.startswith("not allowed to ") for said in found), found
-        assert all(f" {grant.kind} {grant.name}; " in said for said in found), found
-    for line in lines:
-        code, said = run(filled, *line)
-        assert code == 0, said
+            answers = [(line[0], *run(app, *line)) for line in lines]
+        refused = [answer for answer in answers if answer[1]]
+        if grant.optional:
+            assert not refused, refused
+            tell(role, grant, line_of("\n".join(said for *_, said in answers), grant))
+            continue
+        assert refused, f"{role} does without {grant}"
+        named = [(name, code, said) for name, code, said in refused if "not allowed to " in said]
+        assert named, refused  # what else fails does so for that: there is no version to compare, say
+        for name, code, said in named:
+            line = line_of(said, grant)
+            if name != "doctor":  # which tells of more than one thing
+                assert (code, line) == (2, said)
+        tell(role, grant, line_of(named[0][2], grant))
+    for line in (*lines, *also):
+        code, said = run(app, *line)
+        assert (code, "not allowed to " in said) == (0, False), said
+
+
+@pytest.fixture(scope="module")
+def releases(filled: Pipeline, space: ItemSpace) -> Iterator[Pipeline]:
+    """The same application with a control topic on which versions come and go, and a second version to publish."""
+    app = Pipeline(filled.bootstrap, filled.app_id, filled.folder, Path(filled.environment["UEMB_ITEMS"]))
+    app.environment = {**filled.environment, "UEMB_ITEM_VERSIONS_TOPIC": "grants.releases"}
+    admin = AdminClient({"bootstrap.servers": filled.bootstrap, "log_level": 2})
+    for made in admin.create_topics([NewTopic("grants.releases", 1, config={"cleanup.policy": "compact"})]).values():
+        made.result()
+    ItemSpace.save(filled.folder / "v2", "films_v2", [i.decode() for i in space.ids], space.vectors[:, ::-1])
+    yield app
+    app.close()
 
 
 def test_a_client_that_has_given_up_says_why(filled: Pipeline, acls: Acls, capfd: pytest.CaptureFixture[str]) -> None:
     """One that numbers its records needs leave for that first, and is told no before or after it has some to send."""
     settings = settings_of(filled)
-    acls.give(NEEDS["tail"](settings))
+    acls.give(needed("reader", settings))
     topic = filled.topics["view"]
     with Feeder(settings.bootstrap_servers, client_config=librdkafka_config(settings)) as feeder:
         until_given_up(feeder._producer)
@@ -184,10 +261,42 @@ def until_given_up(producer: Producer) -> None:
 
 
 def test_other_commands_say_one_line(filled: Pipeline, acls: Acls, run: Callable[..., tuple[int, str]]) -> None:
-    for line in ("bench --quick", "dlq show 0:0", "items activate films_v1", "tail", "repartition --partitions 6"):
+    for line in ("dlq show 0:0", "items activate films_v1", "repartition --partitions 6"):
         code, said = run(filled, *line.split())
         assert (code, said.count("\n")) == (2, 0), said
         assert said.startswith("not allowed to "), said
+
+
+def test_the_bench_names_each_grant_before_it_begins(
+    filled: Pipeline, acls: Acls, run: Callable[..., tuple[int, str]]
+) -> None:
+    """It takes minutes, and some of its grants are used at the end only."""
+    listed = needed("bench", settings_of(filled))
+    acls.give(listed)
+    for grant in single(listed):
+        with acls.without([grant]):
+            code, said = run(filled, "bench", "--quick")
+        assert code == 2
+        assert line_of(said, grant) == said
+        tell("bench", grant, said)
+    check_grants(settings_of(filled))
+    topics = AdminClient({"bootstrap.servers": filled.bootstrap, "log_level": 2}).list_topics(timeout=60).topics
+    assert not [name for name in topics if name.startswith(BENCH_PREFIX)]
+
+
+@pytest.mark.slow
+def test_the_bench_needs_no_more_than_is_listed(
+    filled: Pipeline, acls: Acls, run: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With few users, and little to do for each of the systems that it compares."""
+    acls.give(needed("bench", settings_of(filled)))
+    sizes = Sizes(rounds=1, worker_events=2_000, peer_events=300, sweep_events=100)
+    monkeypatch.setattr(throughput, "Sizes", lambda **_: sizes)
+    monkeypatch.setattr(load, "Load", lambda: Load(users=100, length=20, items=500))
+    monkeypatch.setattr(command, "latencies", lambda *_: {})
+    monkeypatch.setattr(footprint, "_USERS", 50)
+    code, said = run(filled, "bench", "--quick", "--json")
+    assert code == 0, said
 
 
 def test_partitions_are_raised_with_what_is_listed_and_no_less(
@@ -207,23 +316,23 @@ def test_partitions_are_raised_with_what_is_listed_and_no_less(
     erase(pipeline, films.events[:500])  # which are to be sent on
     pipeline.environment |= {f"UEMB_{name.upper()}": value for name, value in LOGIN.items()}
     pipeline.environment["UEMB_BOOTSTRAP_SERVERS"] = kafka.at["SASL"]
-    needs = NEEDS["repartition"](settings_of(pipeline))
+    needs = needed("operator", settings_of(pipeline))
     acls.give(needs)
-    alter = [grant for grant in single(needs) if grant.operations == ("Alter",)]
-    # a run raises what it may, and what has grown needs it no more
-    for missing in (alter, *([grant] for grant in single(needs) if grant not in alter)):
-        with acls.without(missing):
-            code, said = run(pipeline, "repartition", "--partitions", "6")
-        assert code == 2, f"it does without {missing}"
-        assert "not allowed to " in said, said
-    code, said = run(pipeline, "repartition", "--partitions", "6")
+    for partitions, grant in enumerate(
+        single(needs), 5
+    ):  # a run raises what it may, and what has grown needs it no more
+        with acls.without([grant]):
+            code, said = run(pipeline, "repartition", "--partitions", str(partitions))
+        assert code == 2, f"it does without {grant}: {said}"
+        tell("operator", grant, line_of(said, grant))
+    code, said = run(pipeline, "repartition", "--partitions", str(partitions + 1))
     assert code == 0, said
 
 
 def test_the_doctor_names_each_grant_that_is_missing(filled: Pipeline, acls: Acls) -> None:
     settings = settings_of(filled)
     needs = worker(settings)
-    acls.give([*needs, *worker_extras(settings)])
+    acls.give(ROLES["worker"].grants(settings))
     found = diagnose(filled.environment)
     assert (found.code, found.wrong) == (0, [])
     assert [line for line in found.of("skipped") if str(needs[-1]) in line]
@@ -233,7 +342,7 @@ def test_the_doctor_names_each_grant_that_is_missing(filled: Pipeline, acls: Acl
                 found = diagnose(filled.environment)
             assert found.code == 1, f"it does not miss {grant}"
             assert [line for line in found.of("failed") if f"not allowed to {grant};" in line], found.wrong
-    with acls.without([grant for grant in worker_extras(settings) if grant.name == filled.output]):
+    with acls.without([Grant(("DescribeConfigs",), "topic", filled.output)]):
         found = diagnose(filled.environment)
     (line,) = found.wrong
     assert f"not allowed to DescribeConfigs topic {filled.output}: these settings are not checked" in line
@@ -243,48 +352,84 @@ def test_the_doctor_names_each_grant_that_is_missing(filled: Pipeline, acls: Acl
     assert [line for line in found.of("failed") if "not allowed to Create topic grants.another" in line], found.wrong
 
 
-def test_the_doctor_needs_no_more_than_is_listed(filled: Pipeline, acls: Acls) -> None:
-    """With that it can tell all that the worker lacks, and looks at all the rest."""
-    settings = settings_of(filled)
-    needs = NEEDS["doctor"](settings)
-    acls.give(needs)
-    found = diagnose(filled.environment)
-    lacks = {f"{grant.kind} {grant.name}" for grant in worker(settings) if grant.kind != "transactional id"}
-    readable = {f"topic {settings.item_versions_topic}"}
-    told = " ".join(found.of("failed"))
-    assert {thing for thing in lacks if thing not in told} == readable, told
-    looked = {check: found.statuses[check] for check in ("topics", "topics' owner", "clock", "changelog", "versions")}
-    assert looked == dict.fromkeys(looked, "ok")
-    for grant in single(needs):
-        with acls.without([grant]):
-            assert diagnose(filled.environment).lines != found.lines, f"it does without {grant}"
-
-
 def test_the_list_is_printed(filled: Pipeline, run: Callable[..., tuple[int, str]]) -> None:
-    code, said = run(filled, "acl")
+    code, said = run(filled, "acl", "--role", "worker")
     assert code == 0
-    needed, _, extras = said.partition("#")
-    assert len(needed.splitlines()) == len(worker(settings_of(filled)))
-    assert f"--allow-principal User:app --operation Read --operation Write --topic {filled.changelog}\n" in needed
-    assert "--operation Write --transactional-id grants- --resource-pattern-type prefixed\n" in needed
-    assert "--operation Create --operation DescribeConfigs --topic" in extras
-    code, said = run(filled, "acl", "tail")
-    assert said.endswith(f" --operation Read --topic {filled.output}\n")
-    assert said.count("\n") == 1
+    lines = [line for line in said.splitlines() if not line.startswith("#")]
+    assert len(lines) == len(ROLES["worker"].grants(settings_of(filled)))
+    assert f"--allow-principal User:app --operation Read --operation Write --topic {filled.changelog}\n" in said
+    assert "--operation Write --transactional-id grants- --resource-pattern-type prefixed\n" in said
+    assert "#   not a must: topics that are not there yet\n" in said
+    code, said = run(filled, "acl", "--role", "reader", "--user", "ann")
+    assert said.endswith(f"--allow-principal User:ann --operation Read --topic {filled.output}\n")
+    code, said = run(filled, "acl")
+    assert all(f"# {role}: " in said for role in ROLES)
+    assert "User:sender --operation Write" in said
 
 
-def test_a_start_names_what_is_missing(filled: Pipeline, acls: Acls) -> None:
-    settings = settings_of(filled)
-    needs = worker(settings)
+def test_a_start_names_all_that_is_missing(filled: Pipeline, acls: Acls) -> None:
     filled.start()
     line = refused(filled)
-    assert all(grant.kind != "topic" or str(grant) in line for grant in needs), line
-    acls.give(needs)
-    for grant in single(needs):
-        if grant.kind != "transactional id":  # of which no broker tells before it is used
-            with acls.without([grant]), pytest.raises(NotAllowed, match=re.escape(f"not allowed to {grant};")):
-                start_checks(settings)
+    assert all(grant.kind != "topic" or str(grant) in line for grant in worker(settings_of(filled))), line
+
+
+def test_a_start_names_each_grant(
+    filled: Pipeline, acls: Acls, films: Dataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With what is listed all goes; what may be missing is said in a line, or when a topic must be made."""
+    settings = settings_of(filled)
+    listed = ROLES["worker"].grants(settings)
+    acls.give(listed)
+    caplog.set_level("WARNING", logger="stream")
+    for grant in single(listed):
+        if grant.operations == ("Create",):  # see the next test
+            continue
+        caplog.clear()
+        with acls.without([grant]):
+            tell("worker", grant, line_of(start_without(grant, filled, caplog), grant))
+    caplog.clear()
     start_checks(settings)
+    assert caplog.text == ""
+    filled.log.unlink()
+    filled.start()
+    filled.until_ready()
+    with Feeder(filled.bootstrap, filled.topics) as feeder:
+        feeder.send(films.events[:100])
+    filled.until_committed()
+    assert filled.stop() == 0
+    assert "not allowed" not in filled.log.read_text()
+
+
+def start_without(grant: Grant, filled: Pipeline, caplog: pytest.LogCaptureFixture) -> str:
+    """What a start says of a grant that is missing."""
+    settings = settings_of(filled)
+    if grant.kind == "transactional id":  # of which no broker tells before it is used
+        filled.start()
+        return f"not allowed to {refused(filled).removeprefix('not allowed to ')}"
+    if grant.operations == ("DescribeConfigs",):
+        start_checks(settings)
+        return caplog.messages[0]
+    with pytest.raises(NotAllowed) as caught:
+        start_checks(settings)
+    return str(caught.value)
+
+
+def test_a_start_names_each_topic_that_it_may_not_make(filled: Pipeline, acls: Acls) -> None:
+    settings = settings_of(filled)
+    names = {name: f"{getattr(settings, name)}-new" for name in ("deletion_topic", "output_topic", "dlq_topic")}
+    names |= {"item_versions_topic": "grants.versions-new", "app_id": "grants-new"}
+    fresh = settings.model_copy(update={**names, "event_topics": tuple(f"{t}-new" for t in settings.event_topics)})
+    listed = ROLES["worker"].grants(fresh)
+    acls.give(listed)
+    admin = AdminClient(librdkafka_config(fresh))
+    survey = survey_topics(fresh, admin, list_topics(admin, fresh), 48)
+    create_topics(admin, survey.missing, fresh, 4, dry_run=True)
+    creating = [grant for grant in single(listed) if grant.operations == ("Create",)]
+    assert {grant.name for grant in creating} == {topic.name for topic in survey.missing}
+    for grant in creating:
+        with acls.without([grant]), pytest.raises(NotAllowed) as caught:
+            create_topics(admin, survey.missing, fresh, 4, dry_run=True)
+        tell("worker", grant, line_of(str(caught.value), grant))
 
 
 def start_checks(settings: Settings) -> None:
@@ -370,14 +515,153 @@ async def test_committed_offsets_that_may_not_be_seen_for_a_moment_are_not_taken
         await consumer.stop()
 
 
+@pytest.fixture
+def spoken(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """What clients say; commands that ran in this process before have silenced some of them."""
+    caplog.set_level("INFO", logger="stream")
+    return caplog
+
+
+def told(caplog: pytest.LogCaptureFixture, text: str) -> None:
+    """Wait until a client says so."""
+    deadline = time.monotonic() + 60
+    while text not in caplog.text:
+        assert time.monotonic() < deadline, f"nobody says {text!r}"
+        time.sleep(0.02)
+
+
+def by_tail(settings: Settings, count: int, seen: list[str]) -> None:
+    for key, _ in follow(settings, from_beginning=True, count=count):
+        seen.append(key)
+
+
+def by_hand(settings: Settings, count: int, seen: list[str]) -> None:
+    """As `stream/retrieval/README.md` shows it."""
+    topic = settings.output_topic
+    config = {"group.id": "unused", "enable.auto.commit": False, "isolation.level": "read_committed"}
+    consumer = Consumer({**librdkafka_config(settings), **config, "log_level": 2})
+    partitions = consumer.list_topics(topic, timeout=60).topics[topic].partitions
+    consumer.assign([Place(topic, number, OFFSET_BEGINNING) for number in partitions])
+    while len(seen) < count:
+        message = consumer.poll(0.5)
+        if message is not None and message.error() is None:
+            seen.append(message.key().decode())
+        elif message is not None and message.error().code() == TOPIC_REFUSED:
+            logging.getLogger("stream").warning("not allowed to Read topic %s; waiting", topic)
+    consumer.close()
+
+
+@pytest.mark.parametrize("follower", [by_tail, by_hand])
+def test_followers_wait_for_a_grant_that_is_replaced(
+    follower: Callable[[Settings, int, list[str]], None],
+    filled: Pipeline,
+    acls: Acls,
+    spoken: pytest.LogCaptureFixture,
+) -> None:
+    settings, listed = settings_of(filled), needed("reader", settings_of(filled))
+    records = filled.read(filled.output)
+    acls.give(listed)
+    brokers._reached.clear()
+    seen: list[str] = []
+    following = threading.Thread(target=follower, args=(settings, len(records) + 1, seen))
+    following.start()
+    eventually(lambda: len(seen) == len(records))
+    with acls.without(listed):
+        told(spoken, f"not allowed to Read topic {filled.output}; waiting")
+        filled.say(filled.output, records[0].key(), records[0].value())
+    following.join(60)
+    assert not following.is_alive()
+    assert seen[-1] == records[0].key().decode()
+    assert "Traceback" not in spoken.text
+
+
+def test_a_follower_gives_up_in_the_end(filled: Pipeline, acls: Acls) -> None:
+    settings = settings_of(filled).model_copy(update={"delivery_timeout_s": 1.0})
+    acls.give(needed("reader", settings))
+    brokers._reached.clear()
+    following = follow(settings, from_beginning=True)
+    for _ in range(len(filled.read(filled.output))):
+        next(following)
+    acls.take()
+    with pytest.raises(NotAllowed, match=f"not allowed to Read topic {filled.output};"):
+        next(following)
+
+
+def test_a_log_that_is_read_waits_for_its_grant(filled: Pipeline, acls: Acls, spoken: pytest.LogCaptureFixture) -> None:
+    """Commands that wait for versions, and long ones as `uemb verify`, read so."""
+    settings = settings_of(filled)
+    acls.give(needed("release", settings))
+    brokers._reached.clear()
+    control = RolloutClient(settings)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            with acls.without([Grant(("Read",), "topic", filled.item_status)]):
+                looking = pool.submit(control.look)
+                told(spoken, f"not allowed to Read topic {filled.item_status}; waiting")
+                assert not looking.done()
+            looking.result(60)
+    finally:
+        control.close()
+
+
+def test_a_sender_waits_for_a_grant_that_is_replaced(
+    filled: Pipeline, acls: Acls, films: Dataset, spoken: pytest.LogCaptureFixture
+) -> None:
+    """Every event arrives, and none twice."""
+    settings, listed, rows = settings_of(filled), needed("sender", settings_of(filled)), films.events[:1_000]
+    acls.give(listed)
+    before = sum(map(filled.length, filled.topics.values()))
+
+    def put_back() -> None:
+        told(spoken, "waiting up to 30 s for the grant")
+        acls.give(listed)
+
+    back = threading.Thread(target=put_back)
+    with Feeder(settings.bootstrap_servers, filled.topics, client_config=librdkafka_config(settings)) as feeder:
+        feeder.send(rows[:200])
+
+        def some() -> Iterator[EventRow]:
+            for number, row in enumerate(rows[200:]):
+                if number == 300:
+                    feeder._producer.flush()  # both topics have taken something
+                    acls.take()
+                    back.start()
+                yield row
+
+        assert feeder.send(some()).sent == 800
+    back.join()
+    assert sum(map(filled.length, filled.topics.values())) == before + 1_000
+
+
+def test_a_sender_gives_up_in_the_end(filled: Pipeline, acls: Acls, films: Dataset) -> None:
+    settings = settings_of(filled)
+    acls.give(needed("sender", settings))
+    config = {**librdkafka_config(settings), "message.timeout.ms": 1_000}
+    with Feeder(settings.bootstrap_servers, filled.topics, client_config=config) as feeder:
+
+        def some() -> Iterator[EventRow]:
+            for number, row in enumerate(films.events[:400]):
+                if number == 200:
+                    feeder._producer.flush()
+                    acls.take()
+                yield row
+
+        with pytest.raises(NotAllowed, match="not allowed to Write topic grants"):
+            feeder.send(some())
+
+
 def members(pipeline: Pipeline) -> int:
     """How many workers the broker counts in the group."""
     admin = AdminClient({"bootstrap.servers": pipeline.bootstrap, "log_level": 2})
     return len(admin.describe_consumer_groups([pipeline.app_id])[pipeline.app_id].result().members)
 
 
-def test_grants_that_are_replaced_stop_nobody(filled: Pipeline, acls: Acls, films: Dataset) -> None:
-    """No more is given than is listed; each of it is missing for a moment, then all of it for longer than a session."""
+@pytest.mark.parametrize("each", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["most", "each"])
+def test_grants_that_are_replaced_stop_nobody(each: bool, filled: Pipeline, acls: Acls, films: Dataset) -> None:
+    """No more is given than is listed; each of it is missing for a moment, then all of it for longer than a session.
+
+    What a worker uses when it takes partitions is missing while it does, one after another where `each` is wanted.
+    """
     app, needs = filled, worker(settings_of(filled))
     acls.give(needs)
     app.start()
@@ -404,14 +688,15 @@ def test_grants_that_are_replaced_stop_nobody(filled: Pipeline, acls: Acls, film
                     flow(feeder)
                     until_missed(grant, start)
                 app.until_committed()
-        for missing in ([transactional_id], single(needs)):
+        late = [grant for grant in single(needs) if str(grant) in seldom] if each else [transactional_id]
+        for missing in (*([grant] for grant in late), single(needs)):
             epochs, start = app.epochs(), len(app.log.read_text())
             with acls.without(missing):
                 with acls.without([group]):
                     flow(feeder)
                     app.until(lambda: members(app) == 0, "the session is over")
-                if missing == [transactional_id]:
-                    until_missed(transactional_id, start)
+                if len(missing) == 1:
+                    until_missed(missing[0], start)
             app.until_epochs_rise(epochs)
             app.until_committed()
     log = app.log.read_text()
@@ -424,7 +709,7 @@ def test_grants_that_are_replaced_stop_nobody(filled: Pipeline, acls: Acls, film
 
 def in_order(app: Pipeline, acls: Acls) -> None:
     """Nothing was lost."""
-    acls.give(NEEDS["verify"](settings_of(app)))
+    acls.give(needed("auditor", settings_of(app)))
     report = app.verify()
     assert (report["differ"], report["busy"], report["letterless"]) == (0, 0, 0), report
 

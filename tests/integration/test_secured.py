@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 from kafka_broker import KafkaBroker, free_ports
 from pipeline import Pipeline
+from planted import ITEM, PAYLOAD, USER, Planted
 from redis_server import RedisServer
 from secured_broker import (
     BOTH,
@@ -25,8 +26,6 @@ from secured_broker import (
 
 from stream.cli.root import cli
 from stream.errors import UembError
-from stream.feed.dataset import Dataset
-from stream.feed.sender import Feeder
 from stream.kafka import brokers
 
 
@@ -135,32 +134,111 @@ def test_a_worker_that_is_refused_says_one_line(secured: SecuredBroker, make_pip
     assert all("CRITICAL stream.worker.app: stopping" in line for line in before), before
 
 
-@pytest.mark.parametrize("command", ["uemb", pytest.param("faust", marks=pytest.mark.slow)])
+#: Who starts the worker, how talkative it is, in which form, and whether all commands are run.
+LOGS = [
+    ("uemb", "debug", "text", False),
+    *(
+        pytest.param(*log, True, marks=pytest.mark.slow)
+        for log in (
+            ("uemb", "debug", "text"),
+            ("uemb", "debug", "json"),
+            ("uemb", "info", "text"),
+            ("uemb", "warning", "json"),
+            ("uemb", "error", "text"),
+            ("faust", "debug", "text"),
+            ("faust", "debug", "json"),
+        )
+    ),
+]
+#: Commands that show no user and no payload, and those that are there to do so.
+SHOW_NONE = [
+    "config",
+    "config --json",
+    "acl",
+    "acl --format redis-acl",
+    "acl --format json",
+    "items status",
+    "items status --json",
+    "encoder status",
+    "verify",
+    "verify --json",
+    "doctor",
+    "doctor --json",
+    "dlq list",
+    "dlq list --records --json",
+    "dlq replay --dry-run",
+    f"delete {USER}",
+]
+SHOW_USERS = [f"get {USER}", f"get {USER} --json", "tail --from-beginning -n 1", "dlq show {letter}"]
+FEW = ["config", "items status", "doctor", "dlq list --records --json", f"delete {USER}"]
+FAIL = ["items status", "verify", "dlq list", "delete 1", "tail", "items activate v9", "worker"]
+
+
+@pytest.mark.parametrize(("command", "level", "form", "all_commands"), LOGS)
 def test_no_secret_is_ever_written(
     command: str,
+    level: str,
+    form: str,
+    all_commands: bool,
     secured: SecuredBroker,
     folder: Path,
     make_redis: Callable[..., RedisServer],
     make_pipeline: Callable[..., Pipeline],
-    films: Dataset,
+    tmp_path: Path,
 ) -> None:
-    """By a worker at its most talkative, by the clients in it, and by any command."""
+    """Nor what is of users: by a worker, by the clients in it, by any command, whether all goes well or it fails."""
     redis = make_redis(requirepass="kv-secret-4")
     settings = there(folder, {**BOTH, **CLIENT})
-    pipeline = make_pipeline(kv_url=redis.url, log_level="debug", **settings)
+    (port,) = free_ports(1)
+    pipeline = make_pipeline(kv_url=redis.url, log_level=level, log_format=form, http=f"127.0.0.1:{port}", **settings)
     pipeline.environment["UEMB_BOOTSTRAP_SERVERS"] = secured.at["SASLSSL"]
-    by_faust = [sys.executable, "-m", "faust", "-A", "stream.app", "worker", "-l", "debug", "--without-web"]
-    pipeline.start(by_faust if command == "faust" else None)
+    planted = Planted({**{f"password of {name}": secret for name, secret in PASSWORDS.items()}, "key": KEY_PASSWORD})
+    planted.secrets["password of the store"] = redis.password
+    by_faust = [sys.executable, "-m", "faust", "-A", "stream.app", "worker", "-l", level.replace("warning", "warn")]
+    pipeline.start([*by_faust, "--without-web"] if command == "faust" else None)
     pipeline.until_ready()
-    with Feeder(pipeline.bootstrap, pipeline.topics) as feeder:
-        feeder.send(films.events[:200])
+    # what goes well
+    events, bad = tmp_path / "events.csv", tmp_path / "bad.csv"
+    events.write_text(f"user_id,item_id,type,ts\n{USER},50,view,1700000000000\n{USER},{ITEM},like,1700000000001\n")
+    bad.write_text(f"user_id,item_id,type,ts\n{USER},{ITEM},view,{PAYLOAD}\n")
+    planted.add_commands(pipeline, [f"send {events}"])
+    for topic in pipeline.inputs:
+        pipeline.say(topic, USER.encode(), f'{{"user_id": "{USER}", "{PAYLOAD}'.encode())
     pipeline.until_committed()
-    said = [
-        pipeline.uemb(*words.split())
-        for words in ("config", "config --json", "get 1", "tail --from-beginning -n 1", "items status", "verify")
-    ]
-    assert pipeline.stop() == 0
-    said.append(pipeline.log.read_text())
-    assert "DEBUG" in said[-1]
-    for secret in (*PASSWORDS.values(), KEY_PASSWORD, redis.password):
-        assert not any(secret in text for text in said), secret
+    (letter, *_) = pipeline.read(pipeline.dlq)
+    *reading, deleting = SHOW_NONE if all_commands else FEW
+    planted.add_commands(pipeline, reading)
+    shown = [line.format(letter=f"{letter.partition()}:{letter.offset()}") for line in SHOW_USERS]
+    planted.add_commands(pipeline, shown if all_commands else shown[-1:], marks=True)
+    planted.add_commands(pipeline, [deleting])
+    pipeline.until_committed()
+    planted.add_pages(f"127.0.0.1:{port}")
+    for topic in (pipeline.item_status, pipeline.item_versions):
+        planted.add_topic(pipeline, topic)
+    # what fails: a row, a password, a store, a setting
+    pipeline.environment["UEMB_HTTP"] = ""
+    planted.add_commands(pipeline, [f"send {bad}"], 2)
+    wrong = {"UEMB_SASL_PASSWORD": "wrong-secret-5", "UEMB_KV_URL": redis.url.replace("kv-secret-4", "wrong-secret-6")}
+    malformed = {
+        "UEMB_BOOTSTRAP_SERVERS": "ann:wrong-secret-7@127.0.0.1:9092",
+        "UEMB_KV_URL": "redis://ann:wrong-secret-8/x@h:port",
+    }
+    planted.secrets |= {f"wrong secret {n}": f"wrong-secret-{n}" for n in (5, 6, 7, 8)}
+    before = dict(pipeline.environment)
+    for name, value in (*wrong.items(), *malformed.items()):
+        pipeline.environment[name] = value
+        needs_store = name == "UEMB_KV_URL" and value in wrong.values()
+        planted.add_commands(pipeline, ["worker"] if needs_store or not all_commands else FAIL, 2)
+        if all_commands:
+            planted.add_commands(pipeline, ["doctor"], 1 if value == wrong.get(name) else 2)
+        pipeline.environment = dict(before)
+    # a fault of the worker; then what it has kept
+    with redis.client() as client:
+        for key in client.keys("uemb:watermark:*"):
+            client.delete(key)
+            client.lpush(key, PAYLOAD)
+    assert pipeline.wait(60) == 1
+    planted.add(f"log, {level}, {form}", pipeline.log.read_bytes())
+    assert level != "debug" or b"DEBUG" in pipeline.log.read_bytes() or b'"debug"' in pipeline.log.read_bytes().lower()
+    planted.add_folder(pipeline.state)
+    assert list(planted.found()) == []

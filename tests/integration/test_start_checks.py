@@ -366,10 +366,11 @@ def test_a_refused_worker_does_not_change_what_readers_follow(make_pipeline: Cal
 def test_histories_are_nobody_elses_to_read(make_pipeline: Callable[..., Pipeline]) -> None:
     """Whatever the umask, and also where the folder was there and open to all."""
     pipeline = make_pipeline()
-    own = pipeline.state / pipeline.app_id
-    (own / "v1" / "tables").mkdir(parents=True)
-    (own / "v1" / "tables" / "note").write_text("")
-    for path in (own, *own.rglob("*")):
+    own = [pipeline.state, pipeline.kv_path]
+    (pipeline.state / pipeline.app_id / "v1" / "tables").mkdir(parents=True)
+    (pipeline.state / pipeline.app_id / "v1" / "tables" / "note").write_text("")
+    pipeline.kv_path.mkdir()
+    for path in (*own, *pipeline.state.rglob("*")):
         path.chmod(0o755)
     umask = os.umask(0)
     try:
@@ -380,8 +381,8 @@ def test_histories_are_nobody_elses_to_read(make_pipeline: Callable[..., Pipelin
     with Feeder(pipeline.bootstrap, pipeline.topics) as feeder:
         feeder.send([EventRow(*event) for event in events_of(range(1, 9), 2)])
     pipeline.until_committed()
-    modes = {path: path.stat().st_mode & 0o777 for path in [own, *own.rglob("*")]}
-    assert len(modes) > pipeline.partitions
+    modes = {path: path.stat().st_mode & 0o777 for folder in own for path in [folder, *folder.rglob("*")]}
+    assert len(modes) > 2 * pipeline.partitions
     assert {path: mode for path, mode in modes.items() if mode & 0o077} == {}
     assert pipeline.stop() == 0
 

@@ -367,3 +367,10 @@ def test_a_misspelt_variable_is_warned_of_by_name(load: Loader, caplog: pytest.L
 def test_settings_and_variables_of_others_are_not() -> None:
     settings = {ENV_PREFIX + name.upper() for name in Settings.model_fields}
     assert misspelt({*settings, "uemb_items", "UEMB_ITEMS_DIR", "UEMB_COMPOSE_KV_URL", "HISTORY_LIMT"}) == {}
+
+
+def test_a_login_among_the_brokers_addresses_is_refused_and_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UEMB_BOOTSTRAP_SERVERS", "ann:secret-9@127.0.0.1:9092")
+    with pytest.raises(ConfigError, match="UEMB_BOOTSTRAP_SERVERS: write host:port") as caught:
+        load_settings()
+    assert "secret-9" not in str(caught.value)

@@ -13,8 +13,8 @@ import click
 
 from stream.cli.terminal import err, out, print_json
 from stream.config import load_settings
-from stream.kafka.brokers import reach
 from stream.kafka.connection import librdkafka_config
+from stream.kafka.grants import BENCH_PREFIX
 
 _RATES: Final = (50.0, 3_000.0)
 
@@ -28,15 +28,16 @@ def bench(quick: bool, as_json: bool) -> None:
     Uses topics of its own on the broker in UEMB_BOOTSTRAP_SERVERS and removes them. Wants the machine to itself.
     """
     from stream.cli.bench.footprint import measure_footprint
+    from stream.cli.bench.grants import check_grants
     from stream.cli.bench.load import Load, delete_topics
     from stream.cli.bench.throughput import Setup, Sizes, compare
 
     settings = load_settings()
     logging.getLogger("stream").setLevel(logging.ERROR)
-    reach(settings)
+    check_grants(settings)
     sizes = Sizes(peer_events=5_000, sweep_events=2_000) if quick else Sizes()
-    prefix = f"uemb-bench-{uuid.uuid4().hex[:8]}"
-    with tempfile.TemporaryDirectory(prefix="uemb-bench-") as folder:
+    prefix = f"{BENCH_PREFIX}{uuid.uuid4().hex[:8]}"
+    with tempfile.TemporaryDirectory(prefix=BENCH_PREFIX) as folder:
         setup = Setup(settings, prefix, Path(folder), Load())
         try:
             found = compare(setup, sizes, err.print)

@@ -35,11 +35,12 @@ class Checkup:
 
     Args:
         settings: the worker's own.
+        role: of whose grants to look for.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, role: str) -> None:
         self._settings = settings
-        self._brokers = BrokerCheckup(settings)
+        self._brokers = BrokerCheckup(settings, role)
         self._store: StoreLook | None = None
         self._base: ItemSpace | None = None
         self._catalogue: Catalogue | None = None

@@ -18,8 +18,15 @@ _SETTINGS: Final = "settings"
 
 
 @click.command()
+@click.option(
+    "--role",
+    type=click.Choice(["worker", "auditor"]),
+    default="worker",
+    show_default=True,
+    help="whose grants this user must have; an auditor may look at everything, and do nothing (`uemb acl`)",
+)
 @click.option("--json", "as_json", is_flag=True, help="print all lines as one JSON document")
-def doctor(as_json: bool) -> None:
+def doctor(role: str, as_json: bool) -> None:
     """Check all that a worker with these settings depends on, and say what to do about what is wrong.
 
     Writes nothing, joins no group, and disturbs no running worker. Exit 0 where nothing failed, 1 where something did,
@@ -27,7 +34,7 @@ def doctor(as_json: bool) -> None:
     """
     for name in ("stream", "aiokafka"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # what it finds is on screen
-    found = asyncio.run(_checked(as_json))
+    found = asyncio.run(_checked(role, as_json))
     if as_json:
         print_json([_document(name, finding) for name, finding in found])
     statuses = [finding.status for _, finding in found]
@@ -39,16 +46,16 @@ def doctor(as_json: bool) -> None:
         sys.exit(ExitCode.FAULT)
 
 
-async def _checked(as_json: bool) -> list[tuple[str, Finding]]:
+async def _checked(role: str, as_json: bool) -> list[tuple[str, Finding]]:
     found = []
-    async for name, finding in _all():
+    async for name, finding in _all(role):
         found.append((name, finding))
         if not as_json:
             _print(name, finding)
     return found
 
 
-async def _all() -> AsyncIterator[tuple[str, Finding]]:
+async def _all(role: str) -> AsyncIterator[tuple[str, Finding]]:
     faults = settings_faults()
     for fault in faults:
         detail, _, todo = fault.partition("; ")
@@ -63,7 +70,7 @@ async def _all() -> AsyncIterator[tuple[str, Finding]]:
     from stream.cli.doctor.checks import Checkup
     from stream.cli.doctor.run import run_checks
 
-    async for name, finding in run_checks(Checkup(settings).checks):
+    async for name, finding in run_checks(Checkup(settings, role).checks):
         yield name, finding
 
 

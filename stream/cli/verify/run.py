@@ -114,7 +114,8 @@ class Verifier:
             ended_ms=None if kept_ms is None else time.time_ns() // 1_000_000 - kept_ms,
         )
         self._inputs = (*settings.event_topics, settings.deletion_topic)
-        partitions, letters = topic_partitions(settings), topic_partitions(settings, settings.dlq_topic)
+        partitions = topic_partitions(settings, to="Read")
+        letters = topic_partitions(settings, settings.dlq_topic, to="Read")
         if partitions is None:
             msg = f"there is no topic {settings.event_topics[0]}; set UEMB_EVENT_TOPICS"
             raise ConfigError(msg)

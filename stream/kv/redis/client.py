@@ -1,6 +1,7 @@
 """What the Redis writer and reader share: how to connect, and every error of the client as one of ours."""
 
 import logging
+import re
 import ssl
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -8,7 +9,9 @@ from typing import Any, Final
 
 from redis import exceptions
 
-from stream.errors import ConfigError, StateError, StoreError
+from stream.errors import ConfigError, StateError, StoreError, StoreRefused
+from stream.kv.redis.grants import KEYS, KEYS_TO_READ
+from stream.kv.redis.scripts import command_at
 from stream.kv.tls_probe import speaks_tls
 from stream.kv.urls import RedisAddress
 
@@ -19,10 +22,6 @@ REPAIR: Final = "stop the workers, remove the keys uemb:* and start them again, 
 CONNECT_TIMEOUT_S: Final = 1.0
 
 READ_ONLY: Final = "is a read-only replica: name its primary in UEMB_KV_URL"
-#: Access list of a user that may do all that workers and readers do.
-GRANTS: Final = "+@read +@write +@connection +eval +evalsha +info +time ~uemb:*"
-#: What the user of a cluster may do beside that.
-CLUSTER_GRANTS: Final = f"{GRANTS} +cluster|slots +ping"
 IN_CLUSTER: Final = "is part of a cluster: write redis+cluster://host:port in UEMB_KV_URL"
 NO_CLUSTER: Final = "is not part of a cluster: write redis://host:port/db in UEMB_KV_URL"
 
@@ -43,6 +42,11 @@ _AWAY: Final = {
 _CLUSTER: Final = ("MOVED", "ASK", "CROSSSLOT", "CLUSTERDOWN")
 _EXPIRED: Final = 10  # X509_V_ERR_CERT_HAS_EXPIRED
 _LOGIN: Final = ("WRONGPASS", "NOAUTH")
+#: How servers, from 6 to 7 and Valkey, say which command a user may not run.
+_COMMAND: Final = re.compile(r"permissions? to run the '([a-z|]{1,40})' command")
+#: What they say of one within a script: where it is, and before 7.2 not which.
+_IN_SCRIPT: Final = "The user executing the script can't"
+_KEYS: Final = "keys"
 
 
 def connection_arguments(address: RedisAddress, timeout_s: float) -> dict[str, Any]:
@@ -93,7 +97,8 @@ def eviction_risk(info: Mapping[str, Any], where: str) -> str | None:
     """Why a server may drop keys when memory is short, and what to do; None where it won't."""
     policy = _policy(info)
     if policy is None:
-        return f"{where} doesn't tell its maxmemory-policy; make sure that it is noeviction"
+        why = "(+info is not granted, or it is hidden)"
+        return f"{where} doesn't tell its maxmemory-policy {why}; make sure that it is noeviction"
     if policy == "noeviction":
         return None
     return (
@@ -143,9 +148,9 @@ def _ours(exc: exceptions.RedisError, address: RedisAddress) -> ConfigError | St
     if isinstance(exc, exceptions.AuthenticationError | exceptions.AuthenticationWrongNumberOfArgsError) or (
         words.intersection(_LOGIN)
     ):
-        return ConfigError(f"{where} refused the login; check user and password in UEMB_KV_URL")
-    if "NOPERM" in words:
-        return ConfigError(f"{where} lets its user do too little; grant {CLUSTER_GRANTS if address.seeds else GRANTS}")
+        return StoreRefused(f"{where} refused the login; check user and password in UEMB_KV_URL")
+    if "NOPERM" in words or _IN_SCRIPT in text:
+        return _not_allowed(text, where)
     if "cluster support disabled" in text:
         return ConfigError(f"{where} {NO_CLUSTER}")
     if not address.seeds and words.intersection(_CLUSTER):
@@ -163,6 +168,19 @@ def _ours(exc: exceptions.RedisError, address: RedisAddress) -> ConfigError | St
         return StoreError(f"{where} can't be reached: {text.rstrip('.')}")
     # The server repeats arguments of a command that it doesn't know.
     return StoreError(f"{where} answered with an error: {text.partition(', with args')[0][:160]}")
+
+
+def _not_allowed(text: str, where: str) -> StoreRefused:
+    """What an access list lacks."""
+    if (named := _COMMAND.search(text)) is not None:
+        command: str | None = named[1]
+    else:
+        command = None if _KEYS in text else command_at(text)
+    if command is None:
+        what, missing = "use our keys", f"{KEYS}, to who only reads {KEYS_TO_READ}"
+    else:
+        what, missing = f"run {command}", f"+{command}"
+    return StoreRefused(f"{where} does not let its user {what}; grant {missing} (see `uemb acl --format redis-acl`)")
 
 
 def _mistrusted(exc: BaseException, address: RedisAddress) -> str | None:

@@ -6,10 +6,9 @@ import threading
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import CancelledError
-from contextlib import suppress
 from typing import Final
 
-from redis.exceptions import RedisError
+from redis.exceptions import NoPermissionError, RedisError
 
 from stream.errors import ConfigError, StateError, StoreError, StorePartlyDown, UembError
 from stream.keys import META_KEY, partition_of, watermark_key
@@ -56,7 +55,7 @@ class _Seen:
             StoreError: the shared record can't be read; what can't be stays as it was last seen.
         """
         with translated(self.address):
-            await asyncio.gather(*(_ping(router, primary.place) for primary in await router.primaries()))
+            pinged = await asyncio.gather(*(_ping(router, primary.place) for primary in await router.primaries()))
             keys = [META_KEY, *map(watermark_key, range(self.meta.partitions or 0))]
             raw, *watermarks = await router.run([Call("GET", key) for key in keys], hasty=True)
             if isinstance(raw, bytes) and raw != self.raw:  # removed, the last one stays: its vectors may be served yet
@@ -69,8 +68,9 @@ class _Seen:
             self.watermarks = tuple(
                 before[n] if isinstance(watermark, Exception) else watermark for n, watermark in enumerate(watermarks)
             )
-            if isinstance(raw, Exception):
-                raise raw
+            for error in (raw, *pinged):  # a server that may not be asked how it is would stay down when it is back
+                if isinstance(error, Exception):
+                    raise error
 
 
 class ClusterReader:
@@ -152,10 +152,15 @@ async def _found(router: Router, calls: Sequence[Call], address: RedisAddress) -
         return await router.run(calls, hasty=True)
 
 
-async def _ping(router: Router, place: Address) -> None:
+async def _ping(router: Router, place: Address) -> NoPermissionError | None:
     """Find out whether a server is well; the router remembers."""
-    with suppress(RedisError, OSError):
+    try:
         await router.ask(place, ("PING",))
+    except NoPermissionError as exc:
+        return exc
+    except (RedisError, OSError):
+        pass
+    return None
 
 
 def _serve(seen: _Seen, refresh_s: float) -> None:

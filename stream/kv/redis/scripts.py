@@ -1,10 +1,12 @@
 """What the networked store does in one step: Lua scripts, which a server runs whole, with nothing in between.
 
 Prefixes are compared byte by byte: Lua's ``<`` on strings follows the server's locale, and its numbers are doubles,
-which hold no 64-bit epoch. A script reads all that it needs before it writes, so what fails, fails before that.
+which hold no 64-bit epoch. A script reads all that it needs before it writes, so what fails, fails before that. A line
+calls one command at most: where a server's access list forbids it, some servers tell no more than the line.
 """
 
 import hashlib
+import re
 from typing import Final, NamedTuple
 
 
@@ -117,6 +119,22 @@ return 1
 
 #: KEYS: one key; ARGV: the value that is removed, another one stays.
 REMOVE_IF: Final = _script("""\
-if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end
+if redis.call('GET', KEYS[1]) == ARGV[1] then
+  redis.call('DEL', KEYS[1])
+end
 return 1
 """)
+
+_ALL: Final = {script.sha: script.text for script in (PUT, PUT_ONE, REPLACE_ONE, REPLACE_META, REMOVE, REMOVE_IF)}
+_PLACE: Final = re.compile(r"([0-9a-f]{40})\b.*@user_script:(\d+)")
+_CALL: Final = re.compile(r"redis\.call\('([A-Z]+)'")
+
+
+def command_at(error: str) -> str | None:
+    """The command, in small letters, on the line of a script of ours that an error names; None where it names none."""
+    if (place := _PLACE.search(error)) is None:
+        return None
+    lines = _ALL.get(place[1], "").splitlines()
+    number = int(place[2])
+    call = _CALL.search(lines[number - 1]) if 0 < number <= len(lines) else None
+    return call[1].lower() if call else None

@@ -1,6 +1,6 @@
 """Files of the embedded store, as writer and readers find them.
 
-Layout under the store's path (folders 0700, our own files 0600)::
+Layout under the store's path (folders 0700 and files 0600; 2750 and 0640 where a group may read)::
 
     meta.json     the reserved keys that belong to no partition; replaced whole, under meta.lock
     p-00003/      RocksDB of partition 3
@@ -11,6 +11,7 @@ Readers in other processes watch the ``.seq`` files: a moved count means news, a
 """
 
 import os
+import re
 import struct
 from pathlib import Path
 from typing import Final
@@ -18,9 +19,11 @@ from typing import Final
 from stream.errors import StoreError
 from stream.kv.meta import decode_meta
 from stream.kv.protocol import Meta
+from stream.permissions import file_mode
 
 META_FILE: Final = "meta.json"
 META_LOCK: Final = "meta.lock"
+_OURS: Final = re.compile(r"meta\.(json|lock|tmp)|p-\d{5,}(\.seq|\.ask|\.tmp)?")
 
 #: Incarnation (16 bytes) and write count of a ``.seq`` file.
 SEQ_HEADER: Final = struct.Struct("<16sQ")
@@ -38,6 +41,11 @@ COUNT_KEY: Final = b"\x00count"
 def partition_path(path: Path, partition: int) -> Path:
     """Folder of a partition's database."""
     return path / f"p-{partition:05d}"
+
+
+def is_of_store(name: str) -> bool:
+    """Whether a file or folder of this name is one of the above."""
+    return _OURS.fullmatch(name) is not None
 
 
 def seq_path(path: Path, partition: int) -> Path:
@@ -83,6 +91,7 @@ def replace_file(file: Path, data: bytes) -> None:
     staging = file.with_suffix(".tmp")
     fd = os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(fd, "wb") as out:
+        os.fchmod(fd, file_mode(file.parent))
         out.write(data)
         out.flush()
         os.fsync(fd)

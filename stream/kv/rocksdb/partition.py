@@ -23,6 +23,7 @@ from stream.kv.rocksdb.layout import (
     identity_path,
     read_count,
 )
+from stream.permissions import is_shared, make_below
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +78,10 @@ def _options(cache: Cache) -> Options:
     return options
 
 
+#: Written anew by the library, always with the same, wherever a database is opened: by readers, too.
+_LIBRARY_FILE: Final = "rocksdict-config.json"
+
+
 class Partition:
     """One open database, and the file that tells readers about it; both locked until `close`.
 
@@ -91,7 +96,7 @@ class Partition:
     __slots__ = ("_count", "_folder", "_identity_fd", "_seq_fd", "db", "epoch", "epoch_before")
 
     def __init__(self, folder: Path, seq_fd: int, cache: Cache) -> None:
-        folder.mkdir(mode=0o700, exist_ok=True)
+        make_below(folder)
         self._folder = folder
         self._seq_fd = seq_fd
         try:
@@ -99,8 +104,11 @@ class Partition:
         except StateDamaged as exc:
             log.warning("%s of the store is begun anew: its owner rebuilds it", exc)
             shutil.rmtree(folder)
+            make_below(folder)
             incarnation, counted, epoch = self._open(cache)
         self.epoch = self.epoch_before = epoch
+        if is_shared(folder):
+            (folder / _LIBRARY_FILE).chmod(0o660)
         try:
             if incarnation is None:
                 incarnation = self.db[INCARNATION_KEY] = uuid.uuid4().bytes

@@ -22,6 +22,7 @@ from stream.kv.meta import encode_meta
 from stream.kv.protocol import Meta, fenced, user_of
 from stream.kv.rocksdb.layout import META_FILE, META_LOCK, ask_path, partition_path, read_meta, replace_file, seq_path
 from stream.kv.rocksdb.partition import EPOCH_BYTES, Partition, translated
+from stream.permissions import file_mode
 
 log = logging.getLogger(__name__)
 
@@ -282,6 +283,7 @@ def _try_lock(file: Path) -> int | None:
     """Open and lock `file`; None when another holds it."""
     fd = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
     try:
+        os.fchmod(fd, file_mode(file.parent))
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # Who wiped the store between the two calls has left us the lock of a file that is gone.
         if os.path.samestat(os.fstat(fd), file.stat()):

@@ -7,15 +7,15 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from cluster_writers import CLAIM, KEYS, WATERMARK, claimed, entries, insist, put
+from cluster_writers import CLAIM, KEYS, WATERMARK, at, claimed, entries, insist, put
 from kv_entries import entry, eventually
 from redis.exceptions import ResponseError
 from redis_cluster import RedisCluster
 
 from stream.core.records import kv_prefix
 from stream.errors import StoreLost
-from stream.kv.redis.client import CLUSTER_GRANTS
 from stream.kv.redis.cluster_writer import ClusterKV
+from stream.kv.redis.grants import writer
 from stream.kv.redis.slots import slot_of
 
 
@@ -102,7 +102,7 @@ class TestLosses:
     ) -> None:
         cluster = make_cluster()
         for number in range(3):  # so that what a redirection needs is granted too
-            cluster.call(number, "ACL", "SETUSER", "ali", "on", ">p", *CLUSTER_GRANTS.split())
+            cluster.call(number, "ACL", "SETUSER", "ali", "on", ">p", *writer(at(cluster)).rules.split())
         kv = await claimed(make_cluster_kv(cluster, "ali:p@"), 5)
         slots = {slot_of(key): key for key in KEYS}
         slot = next(slot for slot in slots if slot < 5000)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import pytest
 
 from stream.core.records import kv_prefix
-from stream.errors import Fenced, StoreError, StoreLocked
+from stream.errors import Fenced, StoreError, StoreLocked, StoreRefused
 from stream.kv.memory import MemoryStore, MemoryWriter
 from stream.kv.retrying import PatientKV
 
@@ -62,6 +62,22 @@ def test_patience_ends() -> None:
 
     asyncio.run(run())
     assert 3 <= store.calls <= 10
+
+
+def test_a_refusal_is_waited_out_by_who_runs_and_told_at_once_to_who_starts() -> None:
+    store = Away([StoreRefused("grant +mset")] * 2, after=False)
+
+    async def run() -> None:
+        kv = PatientKV(store, 30)
+        await kv.open_partition(0)
+        with pytest.raises(StoreRefused):
+            await kv.put(0, {KEY: kv_prefix(1, 1)})
+        kv.be_patient()
+        assert await kv.put(0, {KEY: kv_prefix(1, 1)}) == 0
+        await kv.close()
+
+    asyncio.run(run())
+    assert store.calls == 3
 
 
 @pytest.mark.parametrize("failure", [Fenced("a newer owner"), StoreLocked("held"), ValueError("short")])
