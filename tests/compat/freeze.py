@@ -57,7 +57,7 @@ def main(again: bool) -> None:
         sys.exit(f"{folder} is there; give the version in pyproject.toml a new number, or --again before its release")
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "schemas").mkdir(parents=True)
-    for file in [*ROOT.glob("schemas/*.json"), *ROOT.glob("schemas/*.avsc"), *ROOT.glob("schemas/*.yaml")]:
+    for file in [*ROOT.glob("schemas/*.json"), *ROOT.glob("schemas/*.avsc")]:
         shutil.copyfile(file, folder / "schemas" / file.name)
     for name, stored in FORMATS.items():
         cases = {

@@ -25,6 +25,7 @@ from stream.kafka.dead_letters import Header
 from stream.kafka.grants import worker
 from stream.kafka.topic_owners import KEY, Written
 from stream.kafka.topics import _wanted
+from stream.keys import RESERVED_WORDS
 from stream.rollout.records import STAGES, STATES, BadRecord, ControlRecord, EncoderRecord, Stage, State, Status
 
 SCHEMAS: Final = ROOT / "schemas"
@@ -218,6 +219,12 @@ def test_states_and_stages_are_those_of_the_code() -> None:
     assert tuple(schema("item_status.v1.schema.json")["properties"]["stage"]["enum"]) == STAGES == get_args(Stage)
 
 
+def test_reserved_words_are_those_of_the_code() -> None:
+    for name, field in (("item_version.v1.schema.json", "version"), ("encoder_version.v1.schema.json", "user_version")):
+        _, reserved = schema(name)["properties"][field]["not"]["anyOf"]
+        assert reserved["enum"] == sorted(RESERVED_WORDS)
+
+
 def test_headers_and_reasons_are_those_of_the_code() -> None:
     told = schema("dead_letter_headers.v1.schema.json")
     assert list(told["properties"]) == [name for name in Header if name is not Header.REPLAYED]
@@ -269,6 +276,7 @@ ENCODER: Final = {"user_version": "avg-1", "state": "active", "hash": HASH, "enc
 @pytest.mark.parametrize("change", [
     {}, {"force": True}, {"force": "yes"}, {"later": 1}, {"state": "served"}, {"uri": "items"}, {"uri": "s3://b/items"},
     {"uri": "file:///items"}, {"uri": 7}, {"sha256": "AB"}, {"version": "a:b"}, {"version": ""}, {"version": None},
+    {"version": "current"}, {"version": ".."},
 ])  # fmt: skip
 def test_a_control_record_is_refused_by_code_and_schema_alike(change: dict[str, object]) -> None:
     record = {**CONTROL, **change}
@@ -280,6 +288,7 @@ def test_a_control_record_is_refused_by_code_and_schema_alike(change: dict[str, 
     {}, {"force": True}, {"later": 1}, {"state": "x"}, {"hash": "xyz"}, {"params": {"decay": 0.3}}, {"uri": "relative"},
     {"params": {"decay": "x"}}, {"type_weights": 3}, {"uri": "/e"}, {"uri": ""}, {"epochs": {"0": 5}}, {"epochs": None},
     {"epochs": {"0": "x"}}, {"epochs": {"a": 1}}, {"epochs": 3}, {"user_version": "a:b"}, {"encoder": None},
+    {"user_version": "meta"}, {"user_version": "."},
 ])  # fmt: skip
 def test_an_encoders_record_is_refused_by_code_and_schema_alike(change: dict[str, object]) -> None:
     record = {**ENCODER, **change}

@@ -5,12 +5,9 @@ import java.nio.file.*;
 import java.time.Duration;
 import java.util.*;
 import org.apache.avro.Schema;
-import org.apache.avro.generic.GenericData;
-import org.apache.avro.generic.GenericRecord;
+import org.apache.avro.generic.*;
 import org.apache.avro.message.BinaryMessageDecoder;
-import org.apache.kafka.clients.consumer.ConsumerRecord;
-import org.apache.kafka.clients.consumer.InvalidOffsetException;
-import org.apache.kafka.clients.consumer.KafkaConsumer;
+import org.apache.kafka.clients.consumer.*;
 import org.apache.kafka.common.TopicPartition;
 import org.apache.kafka.common.serialization.ByteArrayDeserializer;
 import org.apache.kafka.common.utils.Utils;
@@ -36,7 +33,7 @@ public final class FollowVectors {
     private final BinaryMessageDecoder<GenericRecord> decoder;
     private final Map<String, User> users = new HashMap<>();
     private final Map<Integer, Long> positions = new TreeMap<>(); // next offset of each partition
-    private long completeAtMs; // when all that the topic held had been read
+    private long completeAtMs; // all that the topic held at this time was read
 
     FollowVectors(Map<String, String> options) throws IOException {
         this.options = options;
@@ -70,19 +67,19 @@ public final class FollowVectors {
             List<TopicPartition> partitions = consumer.partitionsFor(topic).stream()
                     .map(info -> new TopicPartition(topic, info.partition())).toList();
             consumer.assign(partitions);
-            if (!load(partitions.size())) {
+            if (!Files.exists(file) || !load(partitions.size())) {
                 beginAnew(consumer, partitions);
             }
-            positions.forEach((partition, offset) -> consumer.seek(new TopicPartition(topic, partition), offset));
             follow(consumer, partitions);
         }
     }
 
     private void follow(KafkaConsumer<byte[], byte[]> consumer, List<TopicPartition> partitions) throws IOException {
+        partitions.forEach(partition -> consumer.seek(partition, positions.get(partition.partition())));
+        long askedAtMs = System.currentTimeMillis();
         Map<TopicPartition, Long> ends = consumer.endOffsets(partitions);
         long saveEvery = Long.parseLong(options.getOrDefault("save-every", "10000"));
         for (long unsaved = 0; ; ) {
-            long now = System.currentTimeMillis();
             try {
                 for (ConsumerRecord<byte[], byte[]> record : consumer.poll(Duration.ofMillis(200))) {
                     apply(record, partitions.size());
@@ -96,7 +93,8 @@ public final class FollowVectors {
             partitions.forEach(partition -> positions.put(partition.partition(), consumer.position(partition)));
             boolean atEnd = ends.entrySet().stream().allMatch(end -> consumer.position(end.getKey()) >= end.getValue());
             if (atEnd) {
-                completeAtMs = now;
+                completeAtMs = askedAtMs;
+                askedAtMs = System.currentTimeMillis();
                 ends = consumer.endOffsets(partitions);
             }
             if (unsaved >= saveEvery || atEnd && unsaved > 0) {
@@ -116,7 +114,7 @@ public final class FollowVectors {
     private void apply(ConsumerRecord<byte[], byte[]> record, int partitions) throws IOException {
         String key = new String(record.key(), StandardCharsets.UTF_8);
         if (!key.startsWith(prefix)) {
-            return; // another pair of versions
+            return; // of another pair of versions
         }
         String user = key.substring(prefix.length()); // it may hold colons
         int place = Utils.toPositive(Utils.murmur2(user.getBytes(StandardCharsets.UTF_8))) % partitions;
@@ -129,8 +127,7 @@ public final class FollowVectors {
         }
         GenericRecord found = decoder.decode(record.value()); // a schema that is not among ours ends the program
         User held = users.get(user);
-        long epoch = (long) found.get("epoch");
-        long revision = (long) found.get("revision");
+        long epoch = (long) found.get("epoch"), revision = (long) found.get("revision");
         if (held != null && (epoch < held.epoch || epoch == held.epoch && revision < held.revision)) {
             return; // older than what we have
         }
@@ -147,11 +144,8 @@ public final class FollowVectors {
         });
     }
 
-    /** What was saved; false where there is nothing, or nothing that can be trusted. */
+    /** Takes over what was saved; false where it can't be trusted any more. */
     private boolean load(int partitions) throws IOException {
-        if (!Files.exists(file)) {
-            return false;
-        }
         try (DataInputStream in = new DataInputStream(Files.newInputStream(file))) {
             completeAtMs = in.readLong();
             long kept = Long.parseLong(options.getOrDefault("delete-retention-ms", "86400000"));
