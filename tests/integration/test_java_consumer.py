@@ -23,7 +23,7 @@ import pytest
 from confluent_kafka import Producer
 from documents import ROOT
 from kafka_broker import MIN_JAVA
-from pipeline import Event, Pipeline, event_json
+from pipeline import Event, Pipeline, compact, event_json
 
 from stream.config import load_settings
 from stream.core.records import decode, encode
@@ -66,7 +66,7 @@ def program() -> list[str]:
         if not (home / "complete").exists():
             shutil.rmtree(home, ignore_errors=True)
             shutil.copytree(_PROJECT, home)
-            goals = ["package", "dependency:copy-dependencies", "-DoutputDirectory=target/libs"]
+            goals = ["compile", "dependency:copy-dependencies", "-DoutputDirectory=target/libs"]
             built = subprocess.run(
                 ["mvn", "-q", "-B", "-ntp", *goals], cwd=home, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S
             )
@@ -222,3 +222,42 @@ def test_it_ends_with_the_rows_of_the_user_matrix(
     other = rows_of(pipeline, ItemSpace.load(spaces / "items_v2"))
     assert set(other) == set(want)
     assert Follower(program, pipeline, "items_v2", tmp_path / "other").until_end()[0] == other
+
+
+@pytest.mark.slow
+def test_it_reads_what_compaction_left_and_begins_anew_when_the_topic_has_grown(
+    program: list[str], spaces: Path, make_pipeline: Callable[..., Pipeline], tmp_path: Path
+) -> None:
+    rng, space = random.Random(4), ItemSpace.load(spaces / "items_v1")
+    pipeline = make_pipeline()
+    pipeline.start()
+    pipeline.until_ready()
+    send(pipeline, some_events(rng, USERS, 1_000))
+    pipeline.until_committed()
+    length = len(pipeline.read(pipeline.output))
+    compact(pipeline)
+    for _ in range(2):  # segments roll, and are compacted, when there is news
+        send(pipeline, some_events(rng, USERS, 100))
+        pipeline.until_committed()
+    pipeline.until(lambda: len(pipeline.read(pipeline.output)) < length, "the output is compacted")
+    assert pipeline.stop() == 0
+    follower = Follower(program, pipeline, "items_v1", tmp_path / "follower")
+    want = rows_of(pipeline, space)
+    assert set(want) == {*USERS}
+    assert follower.until_end()[0] == want
+
+    with follower.running() as process:
+        pipeline.uemb("repartition", "--partitions", "6")
+        assert process.wait(_RUN_TIMEOUT_S) == 1, "it knows neither what moved nor that it should"
+    pipeline.partitions = 6
+    pipeline.forget()
+    pipeline.start()
+    pipeline.until_ready()
+    send(pipeline, some_events(rng, USERS, 100))
+    pipeline.until_committed()
+    assert pipeline.stop() == 0
+    want = rows_of(pipeline, space)
+    assert set(want) == {*USERS}
+    rows, said = follower.until_end()
+    assert "goes on with" not in said
+    assert rows == want

@@ -19,7 +19,7 @@ from documents import ROOT
 from jsonschema import Draft202012Validator
 
 from stream.config import load_settings
-from stream.core.events import Reason, UserDeletion, UserEvent
+from stream.core.events import DeletionDecoder, EventDecoder, EventRules, Reason, Reject, UserDeletion, UserEvent
 from stream.core.records import SCHEMA_FILES, EmbeddingRecord, to_json
 from stream.kafka.dead_letters import Header
 from stream.kafka.grants import worker
@@ -267,6 +267,29 @@ def test_keys_are_those_of_the_code(document: dict[str, Any]) -> None:
         assert re.search(pattern(message), key.decode()), message
         others = {"itemVersion", "encoderVersion", "status", "writtenTopics"} - {message, "itemVersion"}
         assert not any(re.search(pattern(other), key.decode()) for other in others), message
+
+
+EVENT: Final = {"user_id": 42, "item_id": "311", "type": "view", "ts": 1_700_000_000_000}
+LEFT_OUT: Final = object()
+
+
+@pytest.mark.parametrize("change", [
+    {}, {"later": 1}, {"user_id": "Zoë"}, {"user_id": ""}, {"user_id": "a" * 256}, {"user_id": "a" * 257},
+    {"user_id": "a\nb"}, {"user_id": "a\x85b"}, {"user_id": True}, {"user_id": None}, {"user_id": 1.5},
+    {"user_id": -(2**63)}, {"user_id": 2**63}, {"user_id": LEFT_OUT}, {"item_id": ""}, {"item_id": [1]},
+    {"item_id": LEFT_OUT}, {"type": 1}, {"type": LEFT_OUT}, {"ts": "now"}, {"ts": 1.5}, {"ts": 315_532_799_999},
+    {"ts": 315_532_800_000}, {"ts": 2**48 - 1}, {"ts": 2**48}, {"ts": LEFT_OUT},
+])  # fmt: skip
+def test_an_event_or_erasure_is_refused_by_code_and_schema_alike(change: dict[str, object]) -> None:
+    event = {name: value for name, value in {**EVENT, **change}.items() if value is not LEFT_OUT}
+    key, value = str(event.get("user_id")).encode(), json.dumps(event).encode()
+    sent_at = event["ts"] if isinstance(event.get("ts"), int) else EVENT["ts"]  # no event is ahead of its record
+    decoded = EventDecoder(EventRules({"view": 1})).decode("user-events", key, value, sent_at)
+    valid = Draft202012Validator(schema("user_event.v1.schema.json")).is_valid(event)
+    assert valid == (not isinstance(decoded, Reject)), decoded
+    erased = DeletionDecoder().decode(key, value, sent_at)
+    valid = Draft202012Validator(schema("user_deletion.v1.schema.json")).is_valid(event)
+    assert valid == (not isinstance(erased, Reject)), erased
 
 
 CONTROL: Final = {"version": "v1", "uri": "/items", "sha256": HASH, "state": "active"}
