@@ -38,6 +38,7 @@ USERS: Final = [*(str(n) for n in range(40)), "anna", "a:b", "Zoë:1 東京", "9
 ERASED: Final = ("7", "a:b")
 BACK: Final = "8"  # erased, and seen again
 FALLBACK: Final = "one"  # has a single event
+QUIET: Final = USERS[20:30]  # nothing follows on the records of a former owner
 _PROJECT: Final = ROOT / "tests" / "consumers" / "java"
 _SCHEMAS: Final = sorted((ROOT / "schemas").glob("*.avsc"))
 _BUILD_TIMEOUT_S: Final = 300.0
@@ -172,10 +173,11 @@ def write(pipeline: Pipeline, records: Sequence[Record], *, and_abort: bool = Fa
         producer.abort_transaction(60)
 
 
-def look_newer(value: bytes) -> bytes:
-    """A record that would count before all others, with another vector."""
+def by_another_owner(value: bytes, epochs: int) -> bytes:
+    """The state that an owner of so many epochs later, or earlier, might have made of many events more."""
     record = decode(value)
-    return encode(replace(record, epoch=record.epoch + 1_000, vector=-record.vector))
+    later = replace(record, epoch=record.epoch + epochs, revision=record.revision + 1_000, vector=-record.vector)
+    return encode(later)
 
 
 def test_it_ends_with_the_rows_of_the_user_matrix(
@@ -194,9 +196,11 @@ def test_it_ends_with_the_rows_of_the_user_matrix(
 
     sent: list[Record] = [(m.partition(), m.key(), m.value()) for m in pipeline.read(pipeline.output)]
     newest = {key: (place, key, value) for place, key, value in sent}
-    write(pipeline, rng.sample(sent, 100))  # older states once more, as a former owner of the partition may send them
-    write(pipeline, list(newest.values()))  # and the newest
-    write(pipeline, [(place, key, look_newer(value or b"")) for place, key, value in newest.values()], and_abort=True)
+    write(pipeline, list(newest.values()))  # the newest states once more
+    write(pipeline, rng.sample(sent, 200))  # and older ones, as a former owner of the partition may send them
+    write(pipeline, [(place, key, by_another_owner(value or b"", -1)) for place, key, value in newest.values()])
+    ahead: list[Record] = [(place, key, by_another_owner(value or b"", 9)) for place, key, value in newest.values()]
+    write(pipeline, ahead, and_abort=True)
     moved = [key for place, key, _ in newest.values() if place != 0]
     write(pipeline, [(0, key, None) for key in moved])  # taken away where they were before the topic grew
 
@@ -206,7 +210,7 @@ def test_it_ends_with_the_rows_of_the_user_matrix(
     pipeline.start()  # with higher epochs
     pipeline.until_ready()
     pipeline.uemb("items", "publish", str(spaces / "items_v2"), "--wait")
-    send(pipeline, some_events(rng, [user for user in USERS if user not in ERASED], 200))
+    send(pipeline, some_events(rng, [user for user in USERS if user not in (*ERASED, *QUIET)], 200))
     send(pipeline, [(BACK, item, "like", NOW_MS) for item in "123"])
     pipeline.until_committed()
     assert pipeline.stop() == 0
