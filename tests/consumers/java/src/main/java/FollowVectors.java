@@ -61,6 +61,7 @@ public final class FollowVectors {
                 "bootstrap.servers", options.get("bootstrap"),
                 "isolation.level", "read_committed",
                 "enable.auto.commit", false,
+                "metadata.max.age.ms", 5000, // how late it may notice that the topic has grown
                 "auto.offset.reset", "none");
         ByteArrayDeserializer bytes = new ByteArrayDeserializer();
         try (KafkaConsumer<byte[], byte[]> consumer = new KafkaConsumer<>(config, bytes, bytes)) {
@@ -97,10 +98,10 @@ public final class FollowVectors {
                 askedAtMs = System.currentTimeMillis();
                 ends = consumer.endOffsets(partitions);
             }
+            if (consumer.partitionsFor(topic).size() != partitions.size()) {
+                throw new IllegalStateException("the topic has grown, users lie elsewhere: start again");
+            }
             if (unsaved >= saveEvery || atEnd && unsaved > 0) {
-                if (consumer.partitionsFor(topic).size() != partitions.size()) {
-                    throw new IllegalStateException("the topic has grown, users lie elsewhere: start again");
-                }
                 save(partitions.size());
                 unsaved = 0;
             }
