@@ -123,12 +123,11 @@ class Follower:
     @contextmanager
     def running(self) -> Iterator[subprocess.Popen[bytes]]:
         """The program as a service has it; killed when the block is left."""
-        process = subprocess.Popen(self.command, stdout=subprocess.DEVNULL)
-        try:
-            yield process
-        finally:
-            process.kill()
-            process.wait()
+        with subprocess.Popen(self.command, stdout=subprocess.PIPE) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
 
 
 def rows_of(pipeline: Pipeline, space: ItemSpace) -> dict[str, bytes]:
@@ -251,6 +250,8 @@ def test_it_reads_what_compaction_left_and_begins_anew_when_the_topic_has_grown(
     assert follower.until_end()[0] == want
 
     with follower.running() as process:
+        assert process.stdout is not None
+        assert b"goes on with" in process.stdout.readline()  # with as many partitions as there were
         pipeline.uemb("repartition", "--partitions", "6")
         assert process.wait(_RUN_TIMEOUT_S) == 1, "it goes on, without the users that have moved"
     pipeline.partitions = 6
