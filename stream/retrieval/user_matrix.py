@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from stream.core.formulas import Float32
 from stream.core.records import CorruptRecord, decode
-from stream.keys import check_version_name
+from stream.keys import check_version_name, partition_of
 
 _FIRST_ROWS = 1024
 _NO_ROW = -1
@@ -51,22 +51,26 @@ class UserMatrix:
         dim: dimension d of the vectors.
         item_version: the item version that they live in.
         user_version: the user-embedding version.
+        partitions: how many the topic has. When a topic grows, users move to other partitions, and are taken away where
+            they were, in no order between the two: with this, and `apply` told where a record lies, only the one counts
+            that lies on its user's partition. When the topic has grown, begin anew with a new matrix.
 
     Attributes:
         ids: canonical user id of each row [rows], None where the row is free.
-        others: records of other pairs of versions that were left alone.
+        others: records of other pairs of versions, or on other partitions than their user's, that were left alone.
 
     Raises:
-        ValueError: a version is no name, or the dimension is not positive.
+        ValueError: a version is no name, or a number is not positive.
     """
 
-    def __init__(self, dim: int, item_version: str, user_version: str) -> None:
-        if dim < 1:
-            msg = f"the dimension must be positive, not {dim}"
+    def __init__(self, dim: int, item_version: str, user_version: str, partitions: int | None = None) -> None:
+        if dim < 1 or (partitions is not None and partitions < 1):
+            msg = f"dimension and partitions must be positive, not {dim} and {partitions}"
             raise ValueError(msg)
         self.dim = dim
         self.item_version = check_version_name(item_version)
         self.user_version = check_version_name(user_version)
+        self.partitions = partitions
         self.ids: list[str | None] = []
         self.others = 0
         self._prefix = f"uemb:{user_version}:{item_version}:"
@@ -96,12 +100,13 @@ class UserMatrix:
         seen = self._seen.get(str(user_id))
         return None if seen is None or seen.row == _NO_ROW else seen.row
 
-    def apply(self, key: bytes | None, value: bytes | None) -> int | None:
+    def apply(self, key: bytes | None, value: bytes | None, partition: int | None = None) -> int | None:
         """Take in one record; return the row to index anew, or to remove where `ids` has None there.
 
         Args:
             key: the record's key.
             value: the record in Avro single-object encoding, or None for a tombstone.
+            partition: where it lies; looked at where the matrix knows how many there are.
 
         Returns:
             The row that changed, or None if nothing did.
@@ -114,6 +119,9 @@ class UserMatrix:
             self.others += 1
             return None
         user = name[len(self._prefix) :]
+        if partition is not None and self.partitions and partition_of(user.encode(), self.partitions) != partition:
+            self.others += 1
+            return None
         if value is None:
             gone = self._seen.pop(user, None)
             return None if gone is None else self._freed(gone.row)

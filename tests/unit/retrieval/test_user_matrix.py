@@ -1,5 +1,7 @@
 """`UserMatrix` against a dictionary: whatever order, repeats and tombstones come in."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -165,7 +167,25 @@ def test_other_keys_are_counted_and_left_alone(other: bytes | None) -> None:
     assert (users.others, len(users)) == (2, 0)
 
 
-@pytest.mark.parametrize("arguments", [(0, ITEMS, USER), (8, "a b", USER), (8, ITEMS, "current")])
-def test_arguments_that_can_not_be_right(arguments: tuple[int, str, str]) -> None:
+def test_what_lies_where_a_user_was_before_the_topic_grew_is_left_alone() -> None:
+    """Users are written to their new partitions and taken away from their old ones; these are read in any order."""
+    users = UserMatrix(DIM, ITEMS, USER, partitions=6)
+    values = {user: encode(record(user)) for user in USERS}
+    place = {user: partition_of(user.encode(), 6) for user in USERS}
+    before = {user: partition_of(user.encode(), 4) for user in USERS}
+    moved = [user for user in USERS if place[user] != before[user]]
+    assert moved
+    for user in USERS:
+        users.apply(key(user), values[user], place[user])
+    for user in moved:
+        assert users.apply(key(user), values[user], before[user]) is None
+        assert users.apply(key(user), None, before[user]) is None
+    check(users, {user: record(user).vector for user in USERS})
+    assert users.others == 2 * len(moved)
+    assert users.apply(key(moved[0]), None, place[moved[0]]) is not None
+
+
+@pytest.mark.parametrize("arguments", [(0, ITEMS, USER), (8, "a b", USER), (8, ITEMS, "current"), (8, ITEMS, USER, 0)])
+def test_arguments_that_can_not_be_right(arguments: tuple[Any, ...]) -> None:
     with pytest.raises(ValueError, match=r"\w"):
         UserMatrix(*arguments)
