@@ -9,8 +9,14 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Final, Literal, NamedTuple
 
-from pydantic import Field, SecretStr, ValidationError, field_serializer, field_validator, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+try:
+    from pydantic import Field, SecretStr, ValidationError, field_serializer, field_validator, model_validator
+    from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+except ModuleNotFoundError:
+    from stream.extras import need_worker
+
+    need_worker(__name__)
+    raise
 
 from stream.core.encoders import VersionedEncoder, make_encoder
 from stream.core.events import FIELDS, EventRules, TsUnit

@@ -16,8 +16,6 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import Final, Literal
 
-import click
-
 log = logging.getLogger(__name__)
 
 #: What the Kafka client says, it says again ten times a second until it is mended; we pass it on once in so long.
@@ -51,7 +49,7 @@ def print_error(text: str) -> None:
     if any(isinstance(handler.formatter, JsonLines) for handler in logging.getLogger().handlers):
         log.critical("%s", line)
     else:
-        click.echo(f"uemb: {line}", err=True)
+        sys.stderr.write(f"uemb: {line}\n")
 
 
 class OncePerMinute(logging.Filter):

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,7 +22,9 @@ from redis_cluster import RedisCluster
 from redis_server import RedisServer, why_no_redis
 from xdist.scheduler import LoadScopeScheduling
 
-pytest_plugins = ["cluster_writers", "pipeline_fixtures", "redis_writers", "secured_broker"]
+pytest_plugins = ["cluster_writers", "redis_writers", "secured_broker"]
+if find_spec("faust") is not None:  # else readers' tests run, on what readers bring
+    pytest_plugins += ["pipeline_fixtures"]
 
 #: Markers of tests that run only where `-m` names them.
 ON_REQUEST: Final = ("slow", "bench")

@@ -23,8 +23,6 @@ from pathlib import Path
 from typing import Final
 
 from closing import Closing
-from confluent_kafka import KafkaException
-from confluent_kafka.admin import AdminClient
 
 KAFKA_VERSION: Final = "4.3.1"
 MIN_JAVA: Final = 17
@@ -477,6 +475,10 @@ def free_ports(n: int) -> list[int]:
 
 def _answers(bootstrap: str) -> bool:
     """Whether the broker serves metadata that names a broker."""
+    # Imported here: tests of readers run without a client of Kafka.
+    from confluent_kafka import KafkaException
+    from confluent_kafka.admin import AdminClient
+
     host, _, port = bootstrap.split(",")[0].strip().rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=1.0).close()

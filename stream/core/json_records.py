@@ -12,6 +12,10 @@ class NotJson(ValueError):
     """A value that is no JSON object at all; its text says what it is not."""
 
 
+class WrongFields(ValueError):
+    """A JSON object that lacks a field, or has one of another kind; its text says which."""
+
+
 class _Format(msgspec.Struct):
     format: int
 
@@ -21,7 +25,7 @@ def format_of(data: bytes) -> int:
 
     Raises:
         NotJson: as `decode_json`.
-        msgspec.ValidationError: it says none.
+        WrongFields: it says none.
     """
     return decode_json(data, _Format).format
 
@@ -40,7 +44,7 @@ def decode_json(data: bytes, kind: type[_Kind]) -> _Kind:
 
     Raises:
         NotJson: the bytes are no JSON object.
-        msgspec.ValidationError: a field is missing, or has no value of its kind; as `NotJson` it is a ``ValueError``.
+        WrongFields: a field is missing, or has no value of its kind.
     """
     try:
         fields = json.loads(data)
@@ -50,4 +54,7 @@ def decode_json(data: bytes, kind: type[_Kind]) -> _Kind:
     if not isinstance(fields, dict):
         msg = "the value is no JSON object"
         raise NotJson(msg)
-    return msgspec.convert(fields, kind, str_keys=True)
+    try:
+        return msgspec.convert(fields, kind, str_keys=True)
+    except msgspec.ValidationError as exc:
+        raise WrongFields(str(exc)) from exc

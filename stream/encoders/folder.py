@@ -71,7 +71,7 @@ def read_manifest(folder: Path) -> Manifest:
     data = _read(folder / MANIFEST, _MAX_MANIFEST_BYTES)
     try:
         return msgspec.json.decode(data, type=Manifest)
-    except (ValueError, RecursionError) as exc:  # msgspec's errors are ValueErrors
+    except (ValueError, msgspec.MsgspecError, RecursionError) as exc:
         text = f"{MANIFEST} is not a manifest of this format; make it with `uemb encoder train`"
         raise bad_encoder(folder, text) from exc
 

@@ -1,1 +1,5 @@
 """Interactions from files and data sets onto topics."""
+
+from stream.extras import need_worker
+
+need_worker(__name__)

@@ -183,7 +183,7 @@ def read_popularity(folder: Path, space: Space) -> tuple[Description, Float32] |
         if not file.is_file() or file_sha256(file) != made.sha256:
             raise bad_space(folder, f"{file.name} is not the file that {NAME} describes; make a new list")
         scores = np.asarray(np.load(file, allow_pickle=False))
-    except (OSError, ValueError, RecursionError) as exc:  # msgspec's errors are ValueErrors
+    except (OSError, ValueError, msgspec.MsgspecError, RecursionError) as exc:
         raise bad_space(folder, f"{NAME} or its list can't be read; make a new one with `uemb items popular`") from exc
     if made.items_sha256 != space.sha256:
         raise bad_space(folder, f"{NAME} is of item version {made.item_version!r} in another form; make a new one")

@@ -228,7 +228,7 @@ def _read_manifest(folder: Path) -> tuple[Manifest, str]:
     try:
         manifest = msgspec.json.decode((folder / "manifest.json").read_bytes(), type=Manifest)
         check_version_name(manifest.version)
-    except (ValueError, RecursionError) as exc:  # msgspec's errors are ValueErrors
+    except (ValueError, msgspec.MsgspecError, RecursionError) as exc:
         raise bad_space(folder, "manifest.json is not a manifest of this format; make it with `uemb items`") from exc
     files = set(manifest.sha256)
     needed = {IDS, VECTORS} if manifest.history_max_row_norm is None else {IDS, VECTORS, HISTORY_VECTORS}

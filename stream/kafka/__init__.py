@@ -1,1 +1,5 @@
 """The wire: Faust's transport and producer, topics and access, logs read whole, the embedded broker."""
+
+from stream.extras import need_worker
+
+need_worker(__name__)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Final, Literal, TypeVar, get_args, get_type_h
 
 import msgspec
 
-from stream.core.json_records import NotJson, decode_json, encode_json
+from stream.core.json_records import NotJson, WrongFields, decode_json, encode_json
 from stream.keys import check_version_name
 
 State = Literal["prepare", "active", "retired"]
@@ -329,7 +329,7 @@ def _decoded(value: bytes, kind: type[_Kind]) -> _Kind:
         return decode_json(value, kind)
     except NotJson as exc:
         raise BadRecord(str(exc)) from exc
-    except msgspec.ValidationError as exc:
+    except WrongFields as exc:
         raise BadRecord(_refusal(str(exc), kind)) from exc
 
 

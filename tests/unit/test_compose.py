@@ -92,6 +92,15 @@ def test_images_are_pinned(services: dict[str, Service]) -> None:
     assert built == [f"user-embedding-stream:{version[1]}"] * 3
 
 
+def test_the_image_takes_no_file_whose_hash_is_not_known(services: dict[str, Service]) -> None:
+    recipe = services["worker"]["build"]["dockerfile_inline"]
+    lines = re.findall(r"pip install ([^&\n]*)", recipe)
+    assert [next(word for word in ("--require-hashes", "--no-index") if word in line) for line in lines] == [
+        "--require-hashes",
+        "--no-index",
+    ]
+
+
 def test_health_is_asked_for_cheaply(services: dict[str, Service]) -> None:
     for name, service in services.items():
         if name in ONE_SHOT:

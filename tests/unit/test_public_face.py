@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -10,9 +11,15 @@ from pathlib import Path
 import pytest
 
 import stream
+from stream import extras
+from stream.cli import main
+from stream.extras import need_worker
 
 ROOT = Path(__file__).resolve().parents[2]
 KAFKA = {"faust", "mode", "aiokafka", "confluent_kafka"}
+#: What services that read vectors don't install, or load for themselves only.
+NOT_FOR_READERS = {*KAFKA, "numba", "llvmlite", "scipy", "threadpoolctl", "click", "rich", "pydantic", "pydantic_core"}
+NOT_FOR_READERS |= {"pydantic_settings", "prometheus_client", "onnxruntime", "pyarrow", "matplotlib", "sklearn"}
 
 FACES = {
     "stream": {
@@ -101,7 +108,25 @@ def test_reading_through_the_face_loads_no_kafka_client() -> None:
         "    assert reader.get('42').status == 'ok'\n"
     )
     assert "numpy" in loaded
-    assert not KAFKA & loaded
+    assert not NOT_FOR_READERS & loaded
+
+
+@pytest.mark.parametrize("reader", ["rocksdb.reader", "redis.reader", "redis.cluster_reader"])
+def test_no_reader_of_a_store_loads_what_services_do_without(reader: str) -> None:
+    loaded = loaded_by(f"from stream import *; import stream.kv.{reader}")
+    assert reader.partition(".")[0].replace("rocksdb", "rocksdict") in loaded
+    assert not NOT_FOR_READERS & loaded
+
+
+def test_who_needs_the_worker_and_lacks_it_is_told_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    need_worker("uemb")
+    monkeypatch.setattr(extras, "_missing", lambda: ("no_such_module",))
+    text = "uemb needs no_such_module, which readers do without: pip install 'user-embedding-stream[worker]'"
+    with pytest.raises(ImportError, match=re.escape(text)):
+        need_worker("uemb")
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
 
 
 def test_no_store_loads_the_library_of_another() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
 
+import redis
 from redis import exceptions
 
 from stream.errors import ConfigError, StateError, StoreError, StoreRefused
@@ -20,6 +21,10 @@ log = logging.getLogger(__name__)
 #: What to do about a damaged shared record.
 REPAIR: Final = "stop the workers, remove the keys uemb:* and start them again, they rebuild the store"
 CONNECT_TIMEOUT_S: Final = 1.0
+#: A client that doesn't tell its name, which servers before 7.2 don't want to know; in redis-py before 7.2 and since.
+_UNNAMED: Final[Mapping[str, None]] = (
+    {"driver_info": None} if hasattr(redis, "DriverInfo") else {"lib_name": None, "lib_version": None}
+)
 
 READ_ONLY: Final = "is a read-only replica: name its primary in UEMB_KV_URL"
 IN_CLUSTER: Final = "is part of a cluster: write redis+cluster://host:port in UEMB_KV_URL"
@@ -38,6 +43,19 @@ _AWAY: Final = {
     "MOVED": "is moving slots faster than they can be followed",
     "ASK": "is moving slots faster than they can be followed",
     "TRYAGAIN": "is moving slots faster than they can be followed",
+}
+#: First words of errors that the client takes away, for it has a class for them.
+_CODES: Final[Mapping[type[Exception], str]] = {
+    exceptions.OutOfMemoryError: "OOM",
+    exceptions.BusyLoadingError: "LOADING",
+    exceptions.ReadOnlyError: "READONLY",
+    exceptions.NoPermissionError: "NOPERM",
+    exceptions.MovedError: "MOVED",
+    exceptions.AskError: "ASK",
+    exceptions.TryAgainError: "TRYAGAIN",
+    exceptions.ClusterDownError: "CLUSTERDOWN",
+    exceptions.ClusterCrossSlotError: "CROSSSLOT",
+    exceptions.MasterDownError: "MASTERDOWN",
 }
 _CLUSTER: Final = ("MOVED", "ASK", "CROSSSLOT", "CLUSTERDOWN")
 _EXPIRED: Final = 10  # X509_V_ERR_CERT_HAS_EXPIRED
@@ -64,7 +82,7 @@ def connection_arguments(address: RedisAddress, timeout_s: float) -> dict[str, A
         "socket_timeout": timeout_s,
         "socket_connect_timeout": max(CONNECT_TIMEOUT_S, timeout_s),  # who waits for answers can wait for that as well
         "protocol": 2,  # all that is needed, and no more handshake than every server and proxy answers
-        "driver_info": None,
+        **_UNNAMED,
         "decode_responses": False,
     }
     if address.tls:
@@ -142,7 +160,7 @@ def _ours(exc: exceptions.RedisError, address: RedisAddress) -> ConfigError | St
     where = f"the store at {address}"
     # Servers before 7 wrap what fails within a script: "Error running script (…): -OOM command not allowed …".
     text = (str(exc).splitlines() or [""])[0]
-    words = {exc.status_code, *(word.lstrip("-") for word in text.split())}
+    words = {_CODES.get(type(exc)), *(word.lstrip("-") for word in text.split())}
     if isinstance(exc, exceptions.TimeoutError):
         return StoreError(f"{where} did not answer in time")
     if isinstance(exc, exceptions.AuthenticationError | exceptions.AuthenticationWrongNumberOfArgsError) or (

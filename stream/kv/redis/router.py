@@ -139,7 +139,11 @@ class Router:
             async with self._client(place).pipeline(transaction=False) as pipeline:
                 for command in commands:
                     pipeline.execute_command(*command)
-                answers: list[Any] = await pipeline.execute()
+                # What it raises itself says which command failed, and before redis-py 7.1 not how.
+                answers: list[Any] = await pipeline.execute(raise_on_error=False)
+            for answer in answers:
+                if isinstance(answer, Exception):
+                    raise answer
         except (RedisError, OSError) as exc:
             self._outdated = True
             if isinstance(exc, Dropped | Silent | OSError):
