@@ -148,7 +148,7 @@ class BrokerCheckup:
         """
         self._cluster = first_contact(self._settings, LOGIN_S)
         self._admin = admin_client(self._settings)
-        how = self._settings.sasl_mechanism if self._settings.security_protocol.startswith("SASL") else "without login"
+        how = self._settings.sasl_mechanism if self._settings.uses_sasl else "without login"
         count = len(self._cluster.brokers)
         return [ok(f"let in ({how}); the cluster has {count} broker{'s'[: count != 1]}")]
 

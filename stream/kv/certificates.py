@@ -46,6 +46,14 @@ def end_of_file(path: Path) -> datetime:
     return end_of(ssl.PEM_cert_to_DER_cert(f"{begin}{rest.partition(_END)[0]}{_END}"))
 
 
+def has_ended(path: Path) -> bool:
+    """Whether the certificate that is shown from a file has expired; not known is no."""
+    try:
+        return end_of_file(path) < datetime.now(UTC)
+    except (OSError, ValueError):
+        return False
+
+
 def _element(data: bytes) -> tuple[int, bytes, bytes]:
     """Tag and content of the first element of `data`, and what follows it; ``IndexError`` for nothing."""
     size, start = data[1], 2
