@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Final
 
 import pytest
+from confluent_kafka.admin import (
+    AdminClient,
+    ScramCredentialInfo,
+    ScramMechanism,
+    UserScramCredentialUpsertion,
+)
 from kafka_broker import PATIENT, KafkaBroker, why_unavailable
+from token_issuer import AUDIENCE, CLIENT_ID, CLIENT_SECRET, NAME, TokenIssuer
 
 #: Users of PLAIN and their passwords; `app` may do nothing until it is granted.
 PASSWORDS: Final = {"admin": "admin-secret-1", "app": "app-secret-2"}
@@ -18,6 +25,10 @@ LISTENERS: Final = {
     "MTLS": "SSL",
     "SASL": "SASL_PLAINTEXT",
     "SASLSSL": "SASL_SSL",
+    "SCRAM": "SASL_PLAINTEXT",
+    "SCRAMSSL": "SASL_SSL",
+    "BRIEF": "SASL_SSL",
+    "OAUTH": "SASL_SSL",
     "ENDED": "SSL",
     "ELSEWHERE": "SSL",
     "ASTRAY": "PLAINTEXT",
@@ -55,7 +66,8 @@ FAULTS: Final[Mapping[str, tuple[str, dict[str, str], str]]] = {
     "key password": ("MTLS", {**TLS, **CLIENT, "ssl_key_password": "no"}, "UEMB_SSL_KEY_PASSWORD"),
     "no key password": ("MTLS", {**TLS, **CLIENT, "ssl_key_password": ""}, "UEMB_SSL_KEY_PASSWORD"),
 }
-SECRETS: Final = (*PASSWORDS.values(), KEY_PASSWORD)
+SECRETS: Final = (*PASSWORDS.values(), KEY_PASSWORD, CLIENT_SECRET)
+_OAUTH: Final = "org.apache.kafka.common.security.oauthbearer"
 
 
 def there(folder: Path, settings: Mapping[str, str]) -> dict[str, str]:
@@ -66,16 +78,20 @@ def there(folder: Path, settings: Mapping[str, str]) -> dict[str, str]:
 class SecuredBroker(KafkaBroker):
     """PLAINTEXT may do all; `at` has the addresses of SSL, MTLS (demands a client's certificate), SASL and SASLSSL.
 
+    SCRAM and SCRAMSSL take the same users by SCRAM, and so does BRIEF, which lets a login be good for three seconds.
+    OAUTH takes the tokens of `issuer`, each until its end. MTLS can be advertised elsewhere, for a proxy before it.
     ENDED shows a certificate that has expired, ELSEWHERE one of another host; ASTRAY sends its
     clients to a port that nobody listens on. What `FAULTS` names lies in the folder.
 
     Attributes:
+        issuer: gives tokens; its certificate is the broker's.
         ca: certificate to check the broker against.
         client: certificate that MTLS trusts; `client_key` is encrypted with `KEY_PASSWORD`.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, astray: Mapping[str, str] | None = None) -> None:
         self.ca, server_key = make_certificate(folder, "server", days=90)
+        self.issuer = TokenIssuer(self.ca, server_key)
         self.client, self.client_key = make_certificate(folder, "client", KEY_PASSWORD)
         make_certificate(folder, "other")
         (folder / "empty.pem").write_text("")
@@ -84,9 +100,36 @@ class SecuredBroker(KafkaBroker):
         elsewhere = _keystore(folder, "elsewhere", *make_certificate(folder, "elsewhere", address="127.0.0.9"))
         users = " ".join(f'user_{name}="{password}"' for name, password in PASSWORDS.items())
         login = f"org.apache.kafka.common.security.plain.PlainLoginModule required {users};"
+        by_scram = "org.apache.kafka.common.security.scram.ScramLoginModule required;"
+        by_token = (
+            f'{_OAUTH}.OAuthBearerLoginModule required unsecuredLoginStringClaim_sub="broker" '
+            f'ssl.truststore.type="PEM" ssl.truststore.location="{self.ca}";'
+        )
+        scram = {
+            f"listener.name.{listener}.{mechanism}.sasl.jaas.config": by_scram
+            for listener in ("scram", "scramssl", "brief")
+            for mechanism in ("scram-sha-256", "scram-sha-512")
+        }
+        mechanisms = {
+            f"listener.name.{listener}.sasl.enabled.mechanisms": "SCRAM-SHA-256,SCRAM-SHA-512"
+            for listener in ("scram", "scramssl", "brief")
+        }
         super().__init__(
             {
                 **PATIENT,
+                **scram,
+                **mechanisms,
+                "listener.name.brief.scram-sha-512.connections.max.reauth.ms": "3000",
+                "listener.name.oauth.sasl.enabled.mechanisms": "OAUTHBEARER",
+                "listener.name.oauth.oauthbearer.sasl.jaas.config": by_token,
+                "listener.name.oauth.oauthbearer.sasl.server.callback.handler.class": (
+                    f"{_OAUTH}.OAuthBearerValidatorCallbackHandler"
+                ),
+                # Not 0: a token's end is none of a connection's then.
+                "listener.name.oauth.oauthbearer.connections.max.reauth.ms": "3600000",
+                "sasl.oauthbearer.jwks.endpoint.url": self.issuer.jwks_url,
+                "sasl.oauthbearer.expected.audience": AUDIENCE,
+                "sasl.oauthbearer.expected.issuer": NAME,
                 "ssl.keystore.type": "PEM",
                 "ssl.keystore.location": str(keystore),
                 "ssl.truststore.type": "PEM",
@@ -98,11 +141,28 @@ class SecuredBroker(KafkaBroker):
                 "listener.name.sasl.plain.sasl.jaas.config": login,
                 "listener.name.saslssl.plain.sasl.jaas.config": login,
                 "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
-                "super.users": "User:ANONYMOUS;User:admin;User:CN=client",
+                "super.users": f"User:ANONYMOUS;User:admin;User:CN=client;User:{CLIENT_ID}",
             },
             listeners=LISTENERS,
-            astray={"ASTRAY": "127.0.0.1:1"},
+            astray={"ASTRAY": "127.0.0.1:1", **(astray or {})},
+            java=[f"-Dorg.apache.kafka.sasl.oauthbearer.allowed.urls={self.issuer.jwks_url}"],
         )
+        for user, password in PASSWORDS.items():
+            self.set_scram_password(user, password)
+
+    def set_scram_password(self, user: str, password: str) -> None:
+        """Give a user another password for SCRAM; who is logged in stays so."""
+        admin = AdminClient({"bootstrap.servers": self.bootstrap, "log_level": 0})
+        for mechanism in (ScramMechanism.SCRAM_SHA_256, ScramMechanism.SCRAM_SHA_512):  # no two in one request
+            how = ScramCredentialInfo(mechanism, 4096)
+            change = UserScramCredentialUpsertion(user, how, password.encode())
+            for future in admin.alter_user_scram_credentials([change]).values():
+                future.result()
+
+    def close(self) -> None:
+        """See `KafkaBroker`."""
+        super().close()
+        self.issuer.close()
 
 
 def make_certificate(
