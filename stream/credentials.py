@@ -17,8 +17,14 @@ log.addFilter(OncePerMinute())
 _EXPIRED: Final = 10  # X509_V_ERR_CERT_HAS_EXPIRED
 _OTHER_HOST: Final = (62, 64)  # X509_V_ERR_HOSTNAME_MISMATCH, X509_V_ERR_IP_ADDRESS_MISMATCH
 #: What servers say of the client's certificate, after the client has shaken hands (RFC 8446, 6.2).
-_DEMANDED: Final = "CERTIFICATE_REQUIRED"
-_REFUSED: Final = ("UNKNOWN_CA", "CERTIFICATE_UNKNOWN", "BAD_CERTIFICATE", "CERTIFICATE_EXPIRED", "DECRYPT_ERROR")
+_ABOUT_CLIENTS: Final = (
+    "alert certificate required",
+    "alert unknown ca",
+    "alert certificate unknown",
+    "alert bad certificate",
+    "alert certificate expired",
+    "alert decrypt error",
+)
 
 
 def read_secret(path: Path, setting: str) -> str:
@@ -156,8 +162,6 @@ def server_fault(exc: ssl.SSLCertVerificationError, ca: Path | None) -> str:
 
 
 def client_fault(exc: ssl.SSLError) -> str | None:
-    """What a server has against the client's certificate: ``demanded``, ``refused``; None for something else."""
-    reason = exc.reason or ""
-    if _DEMANDED in reason:
-        return "demanded"
-    return "refused" if any(word in reason for word in _REFUSED) else None
+    """What a server has against the client's certificate, in its words; None where it is about something else."""
+    words = (exc.reason or "").lower().replace("_", " ")
+    return words if any(alert in words for alert in _ABOUT_CLIENTS) else None

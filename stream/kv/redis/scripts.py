@@ -120,3 +120,6 @@ REMOVE_IF: Final = _script("""\
 if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end
 return 1
 """)
+
+#: KEYS: one; set to nothing if it is there.
+SET_IF_THERE: Final = _script("redis.call('SET', KEYS[1], '', 'XX')\n")
