@@ -10,10 +10,14 @@ from typing import Final
 import pytest
 from confluent_kafka.admin import (
     AdminClient,
+    AlterConfigOpType,
+    ConfigEntry,
+    ConfigResource,
     ScramCredentialInfo,
     ScramMechanism,
     UserScramCredentialUpsertion,
 )
+from half_open import HalfOpenProxy
 from kafka_broker import PATIENT, KafkaBroker, why_unavailable
 from token_issuer import AUDIENCE, CLIENT_ID, CLIENT_SECRET, NAME, TokenIssuer
 
@@ -37,12 +41,27 @@ LISTENERS: Final = {
 TLS: Final = {"security_protocol": "SSL", "ssl_cafile": "server.pem"}
 LOGIN: Final = {"security_protocol": "SASL_PLAINTEXT", "sasl_username": "admin", "sasl_password": PASSWORDS["admin"]}
 BOTH: Final = {**LOGIN, **TLS, "security_protocol": "SASL_SSL"}
+SCRAM: Final = {**BOTH, "sasl_mechanism": "SCRAM-SHA-512"}
 OTHER: Final = {"ssl_certfile": "other.pem", "ssl_keyfile": "other-key.pem"}
 CLIENT: Final = {"ssl_certfile": "client.pem", "ssl_keyfile": "client-key.pem", "ssl_key_password": KEY_PASSWORD}
 #: Listener, settings, and what the one line says.
 FAULTS: Final[Mapping[str, tuple[str, dict[str, str], str]]] = {
     "password": ("SASL", {**LOGIN, "sasl_password": "no"}, "UEMB_SASL_USERNAME and UEMB_SASL_PASSWORD"),
     "no password": ("SASLSSL", {**BOTH, "sasl_password": ""}, "UEMB_SASL_USERNAME and UEMB_SASL_PASSWORD"),
+    "SCRAM password": ("SCRAMSSL", {**SCRAM, "sasl_password": "no"}, "UEMB_SASL_USERNAME and UEMB_SASL_PASSWORD"),
+    "SCRAM mechanism": ("SCRAMSSL", BOTH, "UEMB_SASL_MECHANISM to one of: SCRAM-SHA-"),
+    "token mechanism": ("OAUTH", BOTH, "UEMB_SASL_MECHANISM to one of: OAUTHBEARER"),
+    "ended client certificate": (
+        "MTLS",
+        {**TLS, "ssl_certfile": "ended.pem", "ssl_keyfile": "ended-key.pem"},
+        "refuses the certificate in UEMB_SSL_CERTFILE, which has expired",
+    ),
+    "two passwords": ("SASL", {**LOGIN, "sasl_password_file": "server.pem"}, "UEMB_SASL_PASSWORD_FILE are both set"),
+    "missing password": (
+        "SASL",
+        {**LOGIN, "sasl_password": "", "sasl_password_file": "none.pem"},
+        "UEMB_SASL_PASSWORD_FILE",
+    ),
     "mechanism": ("SASL", {**LOGIN, "sasl_mechanism": "SCRAM-SHA-256"}, "UEMB_SASL_MECHANISM to one of: PLAIN"),
     "no login": ("SASL", {}, "demands a login; set UEMB_SECURITY_PROTOCOL to SASL_PLAINTEXT"),
     "no login in TLS": ("SASLSSL", TLS, "demands a login; set UEMB_SECURITY_PROTOCOL to SASL_SSL"),
@@ -66,7 +85,10 @@ FAULTS: Final[Mapping[str, tuple[str, dict[str, str], str]]] = {
     "key password": ("MTLS", {**TLS, **CLIENT, "ssl_key_password": "no"}, "UEMB_SSL_KEY_PASSWORD"),
     "no key password": ("MTLS", {**TLS, **CLIENT, "ssl_key_password": ""}, "UEMB_SSL_KEY_PASSWORD"),
 }
+#: Of a user for SCRAM, until a test gives it another.
+ROTATED_PASSWORD: Final = "rotated-secret-7"
 SECRETS: Final = (*PASSWORDS.values(), KEY_PASSWORD, CLIENT_SECRET)
+_SUPER_USERS: Final = ("ANONYMOUS", "admin", "rotated", CLIENT_ID, "CN=client", "CN=second", "CN=third")
 _OAUTH: Final = "org.apache.kafka.common.security.oauthbearer"
 
 
@@ -79,7 +101,8 @@ class SecuredBroker(KafkaBroker):
     """PLAINTEXT may do all; `at` has the addresses of SSL, MTLS (demands a client's certificate), SASL and SASLSSL.
 
     SCRAM and SCRAMSSL take the same users by SCRAM, and so does BRIEF, which lets a login be good for three seconds.
-    OAUTH takes the tokens of `issuer`, each until its end. MTLS can be advertised elsewhere, for a proxy before it.
+    OAUTH takes the tokens of `issuer`, each until its end. Clients of MTLS and BRIEF are sent to `proxies`, which pass
+    them on.
     ENDED shows a certificate that has expired, ELSEWHERE one of another host; ASTRAY sends its
     clients to a port that nobody listens on. What `FAULTS` names lies in the folder.
 
@@ -87,13 +110,18 @@ class SecuredBroker(KafkaBroker):
         issuer: gives tokens; its certificate is the broker's.
         ca: certificate to check the broker against.
         client: certificate that MTLS trusts; `client_key` is encrypted with `KEY_PASSWORD`.
+        second: another one that it trusts; `second_key` is not encrypted.
     """
 
-    def __init__(self, folder: Path, astray: Mapping[str, str] | None = None) -> None:
+    def __init__(self, folder: Path) -> None:
         self.ca, server_key = make_certificate(folder, "server", days=90)
         self.issuer = TokenIssuer(self.ca, server_key)
         self.client, self.client_key = make_certificate(folder, "client", KEY_PASSWORD)
+        self.second, self.second_key = make_certificate(folder, "second")
+        make_certificate(folder, "third")
         make_certificate(folder, "other")
+        (folder / "trusted.pem").write_text(self.client.read_text() + self.second.read_text())
+        self.proxies = {listener: HalfOpenProxy(0) for listener in ("MTLS", "BRIEF")}
         (folder / "empty.pem").write_text("")
         keystore = _keystore(folder, "server", self.ca, server_key)
         ended = _keystore(folder, "ended", *make_ended_certificate(folder, "ended"))
@@ -133,7 +161,7 @@ class SecuredBroker(KafkaBroker):
                 "ssl.keystore.type": "PEM",
                 "ssl.keystore.location": str(keystore),
                 "ssl.truststore.type": "PEM",
-                "ssl.truststore.location": str(self.client),
+                "ssl.truststore.location": str(folder / "trusted.pem"),
                 "listener.name.mtls.ssl.client.auth": "required",
                 "listener.name.ended.ssl.keystore.location": str(ended),
                 "listener.name.elsewhere.ssl.keystore.location": str(elsewhere),
@@ -141,14 +169,32 @@ class SecuredBroker(KafkaBroker):
                 "listener.name.sasl.plain.sasl.jaas.config": login,
                 "listener.name.saslssl.plain.sasl.jaas.config": login,
                 "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
-                "super.users": f"User:ANONYMOUS;User:admin;User:CN=client;User:{CLIENT_ID}",
+                "super.users": ";".join(f"User:{name}" for name in _SUPER_USERS),
             },
             listeners=LISTENERS,
-            astray={"ASTRAY": "127.0.0.1:1", **(astray or {})},
+            astray={
+                "ASTRAY": "127.0.0.1:1",
+                **{listener: f"127.0.0.1:{proxy.port}" for listener, proxy in self.proxies.items()},
+            },
             java=[f"-Dorg.apache.kafka.sasl.oauthbearer.allowed.urls={self.issuer.jwks_url}"],
         )
-        for user, password in PASSWORDS.items():
+        for listener, proxy in self.proxies.items():
+            proxy.target = int(self.at[listener].rpartition(":")[2])
+        for user, password in {**PASSWORDS, "rotated": ROTATED_PASSWORD}.items():
             self.set_scram_password(user, password)
+
+    @property
+    def token_settings(self) -> dict[str, str]:
+        """What a client of OAUTH is told; files as elsewhere here."""
+        return {
+            **TLS,
+            "security_protocol": "SASL_SSL",
+            "sasl_mechanism": "OAUTHBEARER",
+            "sasl_oauth_token_url": self.issuer.url,
+            "sasl_oauth_client_id": CLIENT_ID,
+            "sasl_oauth_client_secret": CLIENT_SECRET,
+            "sasl_oauth_cafile": "server.pem",
+        }
 
     def set_scram_password(self, user: str, password: str) -> None:
         """Give a user another password for SCRAM; who is logged in stays so."""
@@ -163,6 +209,20 @@ class SecuredBroker(KafkaBroker):
         """See `KafkaBroker`."""
         super().close()
         self.issuer.close()
+        for proxy in self.proxies.values():
+            proxy.__exit__(None, None, None)
+
+    def trust_on_mtls(self, certificate: Path) -> None:
+        """Let in who shows this certificate, and nobody else, from the next connection on."""
+        admin = AdminClient({"bootstrap.servers": self.bootstrap, "log_level": 0})
+        entry = ConfigEntry(
+            "listener.name.mtls.ssl.truststore.location",
+            str(certificate),
+            incremental_operation=AlterConfigOpType.SET,
+        )
+        changed = ConfigResource(ConfigResource.Type.BROKER, "1", incremental_configs=[entry])
+        for future in admin.incremental_alter_configs([changed]).values():
+            future.result()
 
 
 def make_certificate(

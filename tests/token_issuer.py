@@ -68,7 +68,9 @@ class TokenIssuer(Closing):
         return f"{self.base}/jwks"
 
     def start(self) -> None:
-        """Serve, at the port of before."""
+        """Serve, at the port of before; any number of times."""
+        if self._server is not None:
+            return
         issuer = self
 
         class Handler(BaseHTTPRequestHandler):

@@ -1,7 +1,7 @@
 """Tokens for SASL OAUTHBEARER: from an issuer, or a function of the operator's; one cache for both client libraries.
 
-An issuer is asked by OAuth's client credentials grant (RFC 6749, 4.4). A token is renewed once four fifths of its life
-are over, and used to its end where no new one can be had.
+An issuer is asked by OAuth's client credentials grant (RFC 6749, 4.4). A token is renewed when a fifth of its life is
+left, and used to its end where no new one can be had.
 """
 
 import asyncio
@@ -36,8 +36,10 @@ log.addFilter(OncePerMinute())
 
 #: Longest wait for an issuer's answer; less than what a check, or a first contact, may take.
 ANSWER_S: Final = 4.0
-#: What is left of a token's life when it is renewed.
+#: What is left of a token's life when it is renewed: this share of it and, so that a client that is being made can
+#: still show it, these seconds, but never more than half of it.
 _LEFT: Final = 0.2
+_LEFT_S: Final = 10.0
 #: After a failure the source is left alone for so long while the token is still good.
 _PAUSE_S: Final = 1.0
 _LARGEST_ANSWER: Final = 1 << 20
@@ -110,8 +112,8 @@ class Tokens:
                 log.warning("the token for the brokers is not renewed yet, and tried again: %s", exc)
                 self._token = token._replace(renew_at_s=min(self._clock() + _PAUSE_S, token.ends_at_s))
                 return self._token
-            now_s = self._clock()
-            self._token = Token(value, ends_at_s, ends_at_s - _LEFT * max(0.0, ends_at_s - now_s))
+            life_s = max(0.0, ends_at_s - self._clock())
+            self._token = Token(value, ends_at_s, ends_at_s - min(max(_LEFT * life_s, _LEFT_S), life_s / 2))
             return self._token
 
     def for_librdkafka(self, _: str) -> tuple[str, float, str, dict[str, str]]:

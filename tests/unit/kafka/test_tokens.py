@@ -216,6 +216,12 @@ def test_a_token_is_kept_for_four_fifths_of_its_life(source: Source, cache: Toke
     assert (cache.get().value, cache.at_hand) == ("token 2", "token 2")
 
 
+@pytest.mark.parametrize(("life_s", "renewed_s"), [(3600, 2880), (40, 30), (10, 5), (1, 0.5)])
+def test_a_client_that_is_being_made_has_time_to_show_it(source: Source, life_s: float, renewed_s: float) -> None:
+    cache = Tokens(lambda: ("token", source.now_s + life_s), {}, source.clock)
+    assert cache.get().renew_at_s - source.now_s == pytest.approx(renewed_s)
+
+
 def test_one_that_is_good_outlasts_an_issuer_that_is_away(
     source: Source, cache: Tokens, caplog: pytest.LogCaptureFixture
 ) -> None:
