@@ -45,12 +45,11 @@ COMMANDS = (
     "bench --quick",
     "doctor",
 )
-#: Of each fault: what differs, by the way to log in where that matters, another listener, and the setting that is named.
 LAPSED = {"ssl_certfile": "ended.pem", "ssl_keyfile": "ended-key.pem", "ssl_key_password": ""}
 
 
 class Fault(NamedTuple):
-    """What is wrong, and what is said of it."""
+    """What is wrong, what is said of it, and the listener where that is another one."""
 
     settings: dict[str, str]
     says: str

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from kafka_broker import KafkaBroker
 from pipeline import Pipeline, feeding
-from secured_broker import ROTATED_PASSWORD, SecuredBroker, there
+from secured_broker import ROTATED_PASSWORD, SECRETS, SecuredBroker, there
 
 from stream.feed.dataset import Dataset
 
@@ -74,18 +74,22 @@ def oauth(secured: SecuredBroker) -> dict[str, str]:
 
 
 def test_tokens_that_end_are_renewed(secured_kafka: SecuredBroker, flowing: Callable[..., Pipeline]) -> None:
-    """The broker closes each connection at the end of its token."""
+    """The broker closes each connection at the end of its token, which no log ever shows."""
     issuer = secured_kafka.issuer
     issuer.lifetime_s = 3.0
     try:
-        flowing(
+        pipeline = flowing(
             "OAUTH",
             lambda pipeline: until_more(pipeline, lambda: len(issuer.given), 2, "two tokens more"),
             session_timeout_s=6,
+            log_level="debug",
             **oauth(secured_kafka),
         )
     finally:
         issuer.lifetime_s = 3600.0
+    log = pipeline.log.read_text()
+    assert " DEBUG " in log
+    assert not any(secret in log for secret in (*issuer.given, *SECRETS))
 
 
 @pytest.mark.slow
