@@ -79,7 +79,7 @@ OWN_FAULTS = {
 }
 CASES = [(way, fault) for way in WAYS for fault in (*FAULTS, *OWN_FAULTS.get(way, ()))]
 #: Each command, each way and each fault at least once.
-SOME = [(*CASES[(7 * n) % len(CASES)], command) for n, command in enumerate(COMMANDS)]
+SOME = [(*CASES[(4 * n) % len(CASES)], command) for n, command in enumerate(COMMANDS)]
 
 
 @pytest.fixture(scope="module")
