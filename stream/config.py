@@ -4,7 +4,6 @@ import difflib
 import logging
 import os
 import re
-import ssl
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Final, Literal, NamedTuple
@@ -21,6 +20,7 @@ except ModuleNotFoundError:
 from stream.core.encoders import VersionedEncoder, make_encoder
 from stream.core.events import FIELDS, EventRules, TsUnit
 from stream.core.exposure import Exposure
+from stream.credentials import FreshContext, TlsFiles, read_secret
 from stream.encoders.folder import open_encoder
 from stream.errors import ConfigError, EncoderError
 from stream.kv.urls import masked_kv_url, parse_kv_url
@@ -42,6 +42,19 @@ _ADDRESS = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([A-Za-z0-9._-]+)):([0-9]{1,5})"
 MAX_PORT: Final = 65_535
 _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)([smhd]?)")
 _SECONDS: Final = {"": 1, "s": 1, "m": 60, "h": 3_600, "d": 86_400}
+#: Settings that may be given in a file as well.
+SECRETS: Final = ("sasl_password", "sasl_oauth_client_secret", "ssl_key_password")
+#: The mechanism that logs in with a token.
+OAUTHBEARER: Final = "OAUTHBEARER"
+_TLS_SETTINGS: Final = {
+    "ca": "UEMB_SSL_CAFILE",
+    "certificate": "UEMB_SSL_CERTFILE",
+    "key": "UEMB_SSL_KEYFILE",
+    "key_password": "UEMB_SSL_KEY_PASSWORD",
+    "key_password_file": "UEMB_SSL_KEY_PASSWORD_FILE",
+}
+_URL = re.compile(r"https?://[^/?#@\s]+([/?]\S*)?")
+_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _DATA: Final = Path("~/.local/share/user-embedding-stream")
 
 Topics = Annotated[tuple[str, ...], NoDecode]
@@ -83,13 +96,31 @@ class Settings(BaseSettings):
     security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
         "PLAINTEXT", description="how to talk to the brokers"
     )
-    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = Field("PLAIN", description="SASL mechanism")
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER"] = Field(
+        "PLAIN", description="SASL mechanism"
+    )
     sasl_username: str | None = Field(None, description="SASL user")
     sasl_password: SecretStr | None = Field(None, description="SASL password")
+    sasl_password_file: Path | None = Field(None, description="a file with the SASL password instead")
+    sasl_oauth_token_url: str | None = Field(
+        None, description="where an issuer gives tokens (OAuth client credentials)"
+    )
+    sasl_oauth_client_id: str | None = Field(None, description="who this client is to the issuer")
+    sasl_oauth_client_secret: SecretStr | None = Field(None, description="its secret there")
+    sasl_oauth_client_secret_file: Path | None = Field(None, description="a file with that secret instead")
+    sasl_oauth_scope: str | None = Field(None, description="scopes to ask the issuer for, separated by blanks")
+    sasl_oauth_extensions: Mapped = Field({}, description="SASL extensions to send with a token, logicalCluster=lkc-1")
+    sasl_oauth_cafile: Path | None = Field(
+        None, description="CA certificates (PEM) to check the issuer against, where not UEMB_SSL_CAFILE"
+    )
+    sasl_token_provider: str | None = Field(
+        None, description="a function that gives tokens instead of an issuer, module:function"
+    )
     ssl_cafile: Path | None = Field(None, description="CA certificates (PEM) to check the brokers against")
     ssl_certfile: Path | None = Field(None, description="this client's certificate (PEM), where brokers demand one")
     ssl_keyfile: Path | None = Field(None, description="its private key (PEM)")
     ssl_key_password: SecretStr | None = Field(None, description="what the key is encrypted with")
+    ssl_key_password_file: Path | None = Field(None, description="a file with that password instead")
     app_id: str = Field("user-embeddings", description="consumer group and owner of the key-value store")
     partitions: int = Field(4, ge=1, le=10_000, description="partitions of topics that the worker creates")
     replication_factor: int = Field(-1, ge=-1, description="replicas of topics that the worker creates; -1: broker's")
@@ -172,7 +203,9 @@ class Settings(BaseSettings):
     def _split(cls, value: object) -> object:
         return tuple(filter(None, (p.strip() for p in value.split(",")))) if isinstance(value, str) else value
 
-    @field_validator("event_fields", "event_type_by_topic", "encoder_params", "type_weights", mode="before")
+    @field_validator(
+        "event_fields", "event_type_by_topic", "encoder_params", "type_weights", "sasl_oauth_extensions", mode="before"
+    )
     @classmethod
     def _equals(cls, value: object) -> object:
         return _pairs(value, "=")
@@ -182,7 +215,21 @@ class Settings(BaseSettings):
     def _colons(cls, value: object) -> object:
         return _pairs(value, ":")
 
-    @field_validator("items", "encoder_folder", "event_source", "group_instance_id", "kv_group", mode="before")
+    @field_validator(
+        "items",
+        "encoder_folder",
+        "event_source",
+        "group_instance_id",
+        "kv_group",
+        "sasl_password_file",
+        "sasl_oauth_token_url",
+        "sasl_oauth_client_secret_file",
+        "sasl_oauth_scope",
+        "sasl_oauth_cafile",
+        "sasl_token_provider",
+        "ssl_key_password_file",
+        mode="before",
+    )
     @classmethod
     def _empty_is_unset(cls, value: object) -> object:
         return None if value == "" else value
@@ -232,7 +279,14 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _consistent(self) -> "Settings":
         faults = []
-        for check in (self._check_names, self._check_events, self._check_encoder, self._check_kafka, self._check_login):
+        for check in (
+            self._check_names,
+            self._check_events,
+            self._check_encoder,
+            self._check_kafka,
+            self._check_secrets,
+            self._check_login,
+        ):
             try:
                 check()
             except ValueError as exc:
@@ -245,13 +299,54 @@ class Settings(BaseSettings):
         if self.replication_factor == 0:
             msg = "UEMB_REPLICATION_FACTOR must be at least 1, or -1 for the broker's own"
             raise ValueError(msg)
-        if self.ssl_cafile is not None and not self.ssl_cafile.is_file():
-            msg = f"UEMB_SSL_CAFILE: there is no file {self.ssl_cafile}"
+        if self.ssl_keyfile is not None and self.ssl_certfile is None:
+            msg = "UEMB_SSL_KEYFILE is of UEMB_SSL_CERTFILE; set that, too"
             raise ValueError(msg)
+        for name in ("ssl_cafile", "sasl_oauth_cafile"):
+            if (path := getattr(self, name)) is not None and not path.is_file():
+                msg = f"{ENV_PREFIX}{name.upper()}: there is no file {path}"
+                raise ValueError(msg)
+
+    def _check_secrets(self) -> None:
+        for name in SECRETS:
+            value, file = getattr(self, name), getattr(self, f"{name}_file")
+            if file is not None and value is not None and value.get_secret_value():
+                msg = f"{ENV_PREFIX}{name.upper()} and {ENV_PREFIX}{name.upper()}_FILE are both set; set one of them"
+                raise ValueError(msg)
+            try:
+                self.secret(name)
+            except ConfigError as exc:
+                raise ValueError(str(exc)) from exc
 
     def _check_login(self) -> None:
-        if self.security_protocol.startswith("SASL") and not (self.sasl_username and self.sasl_password):
-            msg = "UEMB_SECURITY_PROTOCOL with SASL needs UEMB_SASL_USERNAME and UEMB_SASL_PASSWORD"
+        if not self.uses_sasl:
+            return
+        if self.sasl_mechanism == OAUTHBEARER:
+            self._check_tokens()
+        elif not (self.sasl_username and (self.sasl_password_file or self.secret("sasl_password"))):
+            msg = "UEMB_SECURITY_PROTOCOL with SASL needs UEMB_SASL_USERNAME and UEMB_SASL_PASSWORD, or its _FILE"
+            raise ValueError(msg)
+
+    def _check_tokens(self) -> None:
+        if (self.sasl_oauth_token_url is None) == (self.sasl_token_provider is None):
+            msg = (
+                "UEMB_SASL_MECHANISM=OAUTHBEARER needs UEMB_SASL_OAUTH_TOKEN_URL or UEMB_SASL_TOKEN_PROVIDER, not both"
+            )
+            raise ValueError(msg)
+        if self.sasl_token_provider is not None:
+            if not _FUNCTION.fullmatch(self.sasl_token_provider):
+                msg = "UEMB_SASL_TOKEN_PROVIDER: write module:function"
+                raise ValueError(msg)
+            return
+        if not _URL.fullmatch(self.sasl_oauth_token_url or ""):
+            msg = "UEMB_SASL_OAUTH_TOKEN_URL: write https://host/path, or http://, without a login in it"
+            raise ValueError(msg)
+        secret = self.sasl_oauth_client_secret_file or self.secret("sasl_oauth_client_secret")
+        if not (self.sasl_oauth_client_id and secret):
+            msg = (
+                "UEMB_SASL_OAUTH_TOKEN_URL needs UEMB_SASL_OAUTH_CLIENT_ID and UEMB_SASL_OAUTH_CLIENT_SECRET, "
+                "or its _FILE"
+            )
             raise ValueError(msg)
 
     def _group_names(self) -> dict[str, str]:
@@ -416,7 +511,23 @@ class Settings(BaseSettings):
         """How far each partition is with each item version (compacted)."""
         return f"{self.app_id}{ITEM_STATUS}"
 
-    def tls_context(self) -> ssl.SSLContext | None:
+    @property
+    def uses_sasl(self) -> bool:
+        """Whether the brokers want a login."""
+        return self.security_protocol.startswith("SASL")
+
+    def secret(self, name: str) -> str | None:
+        """One of `SECRETS`, out of the setting or, anew at each call, out of its file; None where neither is set.
+
+        Raises:
+            ConfigError: the file can't be read, or is empty.
+        """
+        if (file := getattr(self, f"{name}_file")) is not None:
+            return read_secret(file, f"{ENV_PREFIX}{name.upper()}_FILE")
+        value: SecretStr | None = getattr(self, name)
+        return value.get_secret_value() if value is not None else None
+
+    def tls_context(self) -> FreshContext | None:
         """What certificates are checked and shown with; None where the brokers speak no TLS.
 
         Raises:
@@ -424,24 +535,17 @@ class Settings(BaseSettings):
         """
         if not self.security_protocol.endswith("SSL"):
             return None
-        try:
-            context = ssl.create_default_context(cafile=self.ssl_cafile)
-        except OSError as exc:  # ssl.SSLError too
-            msg = _unusable("ssl_cafile", self.ssl_cafile, exc, "no certificate in PEM is in it")
-            raise ConfigError(msg) from exc
-        if self.ssl_certfile is None:
-            return context
-        password = self.ssl_key_password.get_secret_value() if self.ssl_key_password else ""
-        try:
-            context.load_cert_chain(self.ssl_certfile, self.ssl_keyfile, lambda: password)
-        except ssl.SSLError as exc:
-            what = "no certificate and key in PEM that belong together, or UEMB_SSL_KEY_PASSWORD is wrong"
-            raise ConfigError(_unusable("ssl_certfile", self.ssl_certfile, exc, what)) from exc
-        except OSError as exc:
-            there = self.ssl_keyfile is None or self.ssl_keyfile.is_file()
-            name, path = ("ssl_certfile", self.ssl_certfile) if there else ("ssl_keyfile", self.ssl_keyfile)
-            raise ConfigError(_unusable(name, path, exc, "")) from exc
-        return context
+        password = self.ssl_key_password.get_secret_value() if self.ssl_key_password else None
+        return FreshContext(
+            TlsFiles(
+                self.ssl_cafile,
+                self.ssl_certfile,
+                self.ssl_keyfile,
+                password,
+                self.ssl_key_password_file,
+                _TLS_SETTINGS,
+            )
+        )
 
 
 def _pairs(value: object, separator: str) -> object:
@@ -490,11 +594,6 @@ def _seconds(text: str) -> float:
         msg = "write seconds, or a number with s, m, h or d, like 30d"
         raise ValueError(msg)
     return float(found[1]) * _SECONDS[found[2]]
-
-
-def _unusable(setting: str, path: Path | None, exc: OSError, what: str) -> str:
-    why = what if isinstance(exc, ssl.SSLError) else exc.strerror
-    return f"{ENV_PREFIX}{setting.upper()} {path} can't be used: {why}"
 
 
 def wants_json_lines() -> bool:

@@ -49,6 +49,14 @@ class HalfOpenProxy:
         self._dead.set()
         self._dead = threading.Event()
 
+    def drop(self) -> None:
+        """End the connections that are open; those that are opened later work."""
+        sockets, self._sockets = self._sockets, []
+        for end in sockets:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
     def lose_answer_to(self, command: bytes) -> None:
         """Let the next request with these bytes reach the target, and hang up before its answer comes back."""
         self._lose = command

@@ -137,6 +137,7 @@ class KafkaBroker(Closing):
         astray: Mapping[str, str] | None = None,
         bootstrap: str = "",
         archive_to: Path | None = None,
+        java: Sequence[str] = (),
     ) -> None:
         """Start it, or stand for the running one at `bootstrap`.
 
@@ -146,6 +147,7 @@ class KafkaBroker(Closing):
             astray: listeners that advertise another address than theirs.
             bootstrap: address of a broker that runs.
             archive_to: at its orderly end it writes its loaded classes there, for others to start with.
+            java: further options of its Java.
         """
         running = bootstrap or ("" if properties or archive_to else _external())
         self.external: Final = bool(running)
@@ -163,12 +165,12 @@ class KafkaBroker(Closing):
         libs = kafka_jars()
         self._dir = Path(tempfile.mkdtemp(prefix="kafka-test-"))
         self.log: Final = self._dir / "kafka.log"
-        java = [shutil.which("java") or "java", "-Xmx1g", *_QUICK_JAVA]
+        command = [shutil.which("java") or "java", "-Xmx1g", *_QUICK_JAVA]
         classes = ["-cp", f"{libs}/*"]
         shared = [] if archive_to else [f"-XX:SharedArchiveFile={_archive(libs)}"]
-        self._tool: Final = [*java, *shared, *classes, "kafka.tools.StorageTool"]
+        self._tool: Final = [*command, *shared, *classes, "kafka.tools.StorageTool"]
         written = [f"-XX:ArchiveClassesAtExit={archive_to}"] if archive_to else []
-        self._java: Final = [*java, *shared, *written, *classes, "kafka.Kafka"]
+        self._java: Final = [*command, *java, *shared, *written, *classes, "kafka.Kafka"]
         atexit.register(self.close)
         try:
             self._first_start()

@@ -18,9 +18,12 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Producer
 from confluent_kafka.admin import AdminClient, ClusterMetadata
 
 from stream.config import Settings
+from stream.credentials import server_fault
 from stream.errors import ConfigError, DeliveryError, NotAllowed
 from stream.kafka.connection import librdkafka_config
 from stream.kafka.grants import REFUSED
+from stream.kafka.tokens import uses_tokens
+from stream.kv.certificates import has_ended
 from stream.kv.tls_probe import speaks_tls
 
 #: So long a first contact is tried while nothing says that it can't succeed.
@@ -42,8 +45,7 @@ _LATER: Final = (
     KafkaError.LEADER_NOT_AVAILABLE,
     KafkaError.INVALID_REPLICATION_FACTOR,
 )
-_OTHER_HOST: Final = (62, 64)  # X509_V_ERR_HOSTNAME_MISMATCH, X509_V_ERR_IP_ADDRESS_MISMATCH
-_EXPIRED: Final = 10  # X509_V_ERR_CERT_HAS_EXPIRED
+_PROVIDER: Final = "UEMB_SASL_TOKEN_PROVIDER"
 # ApiVersions, version 0, which every broker answers to every client; then Metadata, version 1, of no topic.
 _HELLO: Final = struct.pack(">ihhih", 10, 18, 0, 1, -1)
 #: An answer begins with the number of its request; one that is said to be larger is of somebody who speaks otherwise.
@@ -200,15 +202,17 @@ def first_contact(settings: Settings, patience_s: float) -> ClusterMetadata:
 
     Raises:
         ConfigError: they can't be reached, and why.
+        DeliveryError: no broker answers, or nobody who gives tokens for them.
     """
-    config, tls = librdkafka_config(settings), settings.tls_context()
+    begun = time.monotonic()
+    config, tls = _patient_config(settings, begun + patience_s), settings.tls_context()
     troubles: list[KafkaError] = []
     try:
         client = AdminClient({**config, **_QUIET, "error_cb": troubles.append})
     except KafkaException as exc:
         msg = f"the Kafka client refuses its settings: {exc.args[0].str()}"
         raise ConfigError(msg) from exc
-    begun, look_s, said = time.monotonic(), _FIRST_LOOK_S, "no answer"
+    look_s, said = _FIRST_LOOK_S, "no answer"
     fault: str | None = None
     astray: str | None = None
     while True:
@@ -231,6 +235,17 @@ def first_contact(settings: Settings, patience_s: float) -> ClusterMetadata:
         if left_s <= 0:
             raise _no_answer(settings, said) if not (fault or astray) else ConfigError(fault or astray)
         look_s = min(2 * look_s, left_s)
+
+
+def _patient_config(settings: Settings, until_s: float) -> dict[str, Any]:
+    """A client's settings; who gives tokens for the brokers is waited for as they are."""
+    while True:
+        try:
+            return librdkafka_config(settings)
+        except DeliveryError:
+            if time.monotonic() + _PROBE_S >= until_s:
+                raise
+        time.sleep(_FIRST_LOOK_S)
 
 
 def _no_answer(settings: Settings, said: str) -> DeliveryError:
@@ -270,7 +285,10 @@ def _sent_astray(settings: Settings, said: str) -> str | None:
 def _refused_login(settings: Settings, said: str) -> str:
     where = settings.bootstrap_servers
     if "mechanism handshake failed" not in said:
-        return f"{where} refuses the login; check UEMB_SASL_USERNAME and UEMB_SASL_PASSWORD"
+        if not uses_tokens(settings):
+            return f"{where} refuses the login; check UEMB_SASL_USERNAME and UEMB_SASL_PASSWORD"
+        who = "UEMB_SASL_OAUTH_CLIENT_ID and _SCOPE" if settings.sasl_token_provider is None else _PROVIDER
+        return f"{where} refuses the token; check {who}, and in the broker's log whom and what it expects in one"
     _, _, offered = said.partition("supported mechanisms: ")
     if offered := offered.partition("(")[0].strip():
         return f"{where} takes no login by {settings.sasl_mechanism}; set UEMB_SASL_MECHANISM to one of: {offered}"
@@ -295,12 +313,12 @@ def _shake_hands(
     try:
         secured = tls.wrap_socket(connection, server_hostname=host)
     except ssl.SSLCertVerificationError as exc:
-        if exc.verify_code == _EXPIRED:
+        fault = server_fault(exc, settings.ssl_cafile)
+        if fault == "expired":
             return f"the certificate of {address}, or of its CA, has expired; have whoever runs the brokers renew it"
-        if exc.verify_code in _OTHER_HOST:
+        if fault == "host":
             return f"the certificate of {address} is for another host; name it in UEMB_BOOTSTRAP_SERVERS as that does"
-        ca = "by no CA that this system knows" if settings.ssl_cafile is None else f"not by {settings.ssl_cafile}"
-        return f"the certificate of {address} is signed {ca} ({exc.verify_message}); set UEMB_SSL_CAFILE to its CA's"
+        return f"the certificate of {address} is signed {fault} ({exc.verify_message}); set UEMB_SSL_CAFILE to its CA's"
     except (ssl.SSLError, ConnectionError):
         plain = settings.security_protocol.replace("SSL", "PLAINTEXT")
         return f"{address} speaks no TLS; set UEMB_SECURITY_PROTOCOL to {plain}, or the port to that of TLS"
@@ -310,6 +328,8 @@ def _shake_hands(
     except (ssl.SSLError, ConnectionError):  # such a refusal comes after the client has shaken hands
         if settings.ssl_certfile is None:
             return f"{address} demands a client's certificate; set UEMB_SSL_CERTFILE and UEMB_SSL_KEYFILE"
+        if has_ended(settings.ssl_certfile):
+            return f"{address} refuses the certificate in UEMB_SSL_CERTFILE, which has expired; renew it"
         return f"{address} refuses the certificate in UEMB_SSL_CERTFILE; set one that is signed by a CA that it trusts"
 
 
@@ -320,7 +340,7 @@ def _exchange(address: str, settings: Settings, connection: socket.socket) -> st
             return None if isinstance(connection, ssl.SSLSocket) else _plain_to_tls(address, settings)
         if answer[:4] != _NUMBER:
             return f"{address} does not speak Kafka's protocol; name a Kafka broker in UEMB_BOOTSTRAP_SERVERS"
-        if settings.security_protocol.startswith("SASL"):
+        if settings.uses_sasl:
             return None
         connection.sendall(_WHO)
         if _answered(answers):

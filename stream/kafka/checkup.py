@@ -8,7 +8,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from datetime import UTC, datetime
 from typing import Final, TypeVar
 
 from confluent_kafka.admin import AdminClient, ClusterMetadata, OffsetSpec
@@ -37,14 +36,12 @@ from stream.kafka.topics import (
     room_for_dims,
     survey_topics,
 )
-from stream.kv.certificates import end_of, end_of_file
+from stream.kv.certificates import end_of, own_validity, validity
 
 #: Longest wait for a name, for a connection and for a first answer.
 NAME_S: Final = 3.0
 CONNECT_S: Final = 2.0
 LOGIN_S: Final = 5.0
-#: A certificate that ends sooner is worth a warning.
-RENEW_DAYS: Final = 21
 #: A record this far ahead of our clock was stamped by another one.
 CLOCK_S: Final = 5.0
 EMBEDDED: Final = "embedded broker"
@@ -116,12 +113,7 @@ class BrokerCheckup:
         path = self._settings.ssl_certfile
         if path is None:
             return [ok("there is none: UEMB_SSL_CERTFILE is not set")]
-        try:
-            end = end_of_file(path)
-        except ValueError as exc:
-            msg = f"no certificate in PEM is in UEMB_SSL_CERTFILE {path}; name a file with one"
-            raise ConfigError(msg) from exc
-        return [_until(end, f"UEMB_SSL_CERTFILE {path}", "have it renewed")]
+        return [own_validity(path, "UEMB_SSL_CERTFILE")]
 
     def handshakes(self) -> list[Finding]:
         """Whether both sides mean the same protocol, trust each other's certificates, and for how long."""
@@ -137,7 +129,7 @@ class BrokerCheckup:
             certificate, self.levels = certificate_and_levels(address, tls)
             if certificate is None:
                 return ok("plain text, as UEMB_SECURITY_PROTOCOL says")
-            return _until(end_of(certificate), "its certificate", "have whoever runs the brokers renew it")
+            return validity(end_of(certificate), "its certificate", "have whoever runs the brokers renew it")
 
         silence, todo = "no answer", "see whether it is a Kafka broker, and its log"
         return self._of_each(shake_hands, LOGIN_S, silence, todo)
@@ -150,7 +142,7 @@ class BrokerCheckup:
         """
         self._cluster = first_contact(self._settings, LOGIN_S)
         self._admin = admin_client(self._settings)
-        how = self._settings.sasl_mechanism if self._settings.security_protocol.startswith("SASL") else "without login"
+        how = self._settings.sasl_mechanism if self._settings.uses_sasl else "without login"
         count = len(self._cluster.brokers)
         return [ok(f"let in ({how}); the cluster has {count} broker{'s'[: count != 1]}")]
 
@@ -299,15 +291,6 @@ def _said(error: Exception | None) -> str:
     if isinstance(error, OSError):
         return error.strerror or type(error).__name__
     return "is no host:port" if isinstance(error, ValueError) else type(error).__name__
-
-
-def _until(end: datetime, what: str, todo: str, about: str = "") -> Finding:
-    """How long a certificate is valid yet."""
-    days = (end - datetime.now(UTC)).days
-    if days < 0:
-        return failed(f"{what} ended on {end:%Y-%m-%d}", todo, about)
-    detail = f"{what} is valid for {days} more day{'s'[: days != 1]}, until {end:%Y-%m-%d}"
-    return ok(detail, about) if days >= RENEW_DAYS else warning(detail, todo, about)
 
 
 def _side_by_side(

@@ -195,6 +195,30 @@ def read_batches_as(reader: type) -> None:
     fetcher.MemoryRecords = reader
 
 
+# -- connections ------------------------------------------------------------------------------------------------------
+
+
+def read_password(client: Any, read: Callable[[], str | None]) -> None:
+    """Have a client log in with the password that there is now, wherever it makes a connection.
+
+    It keeps the one that it was made with, and takes it from there whenever it connects.
+    """
+    connect, bootstrap = client._get_conn, client.bootstrap
+
+    async def connect_with_password(node_id: Any, *, group: Any = ConnectionGroup.DEFAULT, **options: Any) -> Any:
+        known = client._conns.get((node_id, group))
+        if known is None or not known.connected():
+            client._sasl_plain_password = read() or client._sasl_plain_password
+        return await connect(node_id, group=group, **options)
+
+    async def bootstrap_with_password() -> None:
+        client._sasl_plain_password = read() or client._sasl_plain_password
+        await bootstrap()
+
+    client._get_conn = connect_with_password
+    client.bootstrap = bootstrap_with_password
+
+
 # -- metadata ---------------------------------------------------------------------------------------------------------
 
 

@@ -19,8 +19,14 @@ import aiokafka
 from aiokafka.errors import KafkaConnectionError, TopicAuthorizationFailedError
 
 from stream.config import Settings
-from stream.errors import DeliveryError, NotAllowed
-from stream.kafka.client_internals import connection_of, known_partitions, metadata_wait, set_metadata_wait
+from stream.errors import ConfigError, DeliveryError, NotAllowed
+from stream.kafka.client_internals import (
+    connection_of,
+    known_partitions,
+    metadata_wait,
+    read_password,
+    set_metadata_wait,
+)
 from stream.kafka.connection import aiokafka_config
 from stream.kafka.grants import CLUSTER_REFUSED, GROUP_REFUSED, REFUSED, TOPIC_REFUSED, worker
 
@@ -119,7 +125,17 @@ class Clients:
     def _forget_what_is_over(self, now_s: float) -> None:
         self._since = {what: at for what, at in self._since.items() if now_s - at[1] < OVER_S}
 
+    def _password(self) -> str | None:
+        """The password that there is now; None where its file can't be read, and the one before stays."""
+        try:
+            return self._settings.secret("sasl_password")
+        except ConfigError as exc:
+            log.warning("the password for the brokers can't be read again, and the one before stays: %s", exc)
+            return None
+
     def _make_patient(self, client: Any) -> None:
+        if self._settings.sasl_password_file is not None:
+            read_password(client, self._password)
         send, wait_on_metadata, cluster = client.send, metadata_wait(client), client.cluster
         bootstrap, update = client.bootstrap, cluster.update_metadata
 

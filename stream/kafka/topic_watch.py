@@ -8,7 +8,7 @@ from typing import Final
 from confluent_kafka import KafkaException, TopicCollection
 
 from stream.config import Settings
-from stream.errors import StateError, TopicMismatch, way_on
+from stream.errors import ConfigError, DeliveryError, StateError, TopicMismatch, way_on
 from stream.kafka.brokers import admin_client
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class TopicWatch:
     def __init__(self, settings: Settings, partitions: int) -> None:
         self._topics = (*settings.event_topics, settings.deletion_topic)
         self._partitions = partitions
-        self._admin = admin_client(settings)
+        self._settings = settings
         self._first: dict[str, Look] = {}
 
     def check(self) -> None:
@@ -66,10 +66,11 @@ class TopicWatch:
     def _look(self, topics: Iterable[str]) -> dict[str, Look]:
         found = {}
         try:
-            asked = self._admin.describe_topics(TopicCollection(list(topics)), request_timeout=_TIMEOUT_S)
+            admin = admin_client(self._settings)  # anew each time: it keeps the certificates that it began with
+            asked = admin.describe_topics(TopicCollection(list(topics)), request_timeout=_TIMEOUT_S)
             for topic, future in asked.items():
                 described = future.result(2 * _TIMEOUT_S)
                 found[topic] = Look(str(described.topic_id), len(described.partitions))
-        except (KafkaException, TimeoutError) as exc:
+        except (KafkaException, TimeoutError, ConfigError, DeliveryError) as exc:
             log.debug("the input topics can't be looked at now (%s)", type(exc).__name__)
         return found

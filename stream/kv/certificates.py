@@ -5,6 +5,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
+from stream.errors import ConfigError
+from stream.findings import Finding, failed, ok, warning
+
+#: A certificate that ends sooner is worth a warning.
+RENEW_DAYS: Final = 21
 _UTC_TIME: Final = 0x17
 _SEQUENCE: Final = 0x30
 _VERSION: Final = 0xA0
@@ -44,6 +49,38 @@ def end_of_file(path: Path) -> datetime:
     """
     _, begin, rest = path.read_text(errors="replace").partition(_BEGIN)
     return end_of(ssl.PEM_cert_to_DER_cert(f"{begin}{rest.partition(_END)[0]}{_END}"))
+
+
+def own_validity(path: Path, setting: str) -> Finding:
+    """How long the certificate that a client shows is valid yet.
+
+    Raises:
+        ConfigError: there is none in the file.
+        OSError: it can't be read.
+    """
+    try:
+        end = end_of_file(path)
+    except ValueError as exc:
+        msg = f"no certificate in PEM is in {setting} {path}; name a file with one"
+        raise ConfigError(msg) from exc
+    return validity(end, f"{setting} {path}", "have it renewed")
+
+
+def validity(end: datetime, what: str, todo: str, about: str = "") -> Finding:
+    """How long a certificate is valid yet."""
+    days = (end - datetime.now(UTC)).days
+    if days < 0:
+        return failed(f"{what} ended on {end:%Y-%m-%d}", todo, about)
+    detail = f"{what} is valid for {days} more day{'s'[: days != 1]}, until {end:%Y-%m-%d}"
+    return ok(detail, about) if days >= RENEW_DAYS else warning(detail, todo, about)
+
+
+def has_ended(path: Path) -> bool:
+    """Whether the certificate that is shown from a file has expired; not known is no."""
+    try:
+        return end_of_file(path) < datetime.now(UTC)
+    except (OSError, ValueError):
+        return False
 
 
 def _element(data: bytes) -> tuple[int, bytes, bytes]:

@@ -1,8 +1,10 @@
 """A store as a worker's start would find it: asked, and nothing in it changed, locked or opened for writing."""
 
 import asyncio
+import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final, NamedTuple
 
 from redis import Redis
@@ -12,17 +14,22 @@ from redis.retry import Retry
 
 from stream.findings import Finding, ok, warning
 from stream.keys import META_KEY
+from stream.kv.certificates import end_of, own_validity, validity
 from stream.kv.folders import look_at_folder
 from stream.kv.meta import decode_meta
 from stream.kv.protocol import Meta
-from stream.kv.redis.client import REPAIR, check_kind, connection_arguments, eviction_risk, translated
+from stream.kv.redis.client import REPAIR, check_kind, connection_arguments, eviction_risk, tls_files, translated
 from stream.kv.redis.router import Call, Router, checked
+from stream.kv.redis.scripts import SET_IF_THERE
 from stream.kv.rocksdb.layout import read_meta
 from stream.kv.stores import check_place
 from stream.kv.urls import MemoryAddress, RedisAddress, RocksAddress, parse_kv_url
 
 #: Longest wait for one answer of a server.
 TIMEOUT_S: Final = 2.0
+#: A key that nobody has: to set it if it is there is what a user must be allowed to, and changes nothing.
+_NOBODYS: Final = "uemb:doctor"
+_WRITABLE: Final = " and may be written to"
 #: Clocks further apart make readers call sound vectors stale.
 CLOCK_S: Final = 2.0
 
@@ -39,11 +46,15 @@ class StoreLook(NamedTuple):
     findings: list[Finding]
 
 
-def look_at_store(url: str) -> StoreLook:
+def look_at_store(url: str, *, to_write: bool = True) -> StoreLook:
     """Look at the store at `url`; blocking.
 
+    Args:
+        url: where it is.
+        to_write: whether its login must be one that may write, as a worker's.
+
     Raises:
-        ConfigError: a worker can't use such a store, or its login is refused.
+        ConfigError: a worker can't use such a store, or its login is refused, or may do too little.
         StateError: its shared record is damaged.
         StoreError: it can't be reached.
     """
@@ -53,10 +64,10 @@ def look_at_store(url: str) -> StoreLook:
     if isinstance(address, MemoryAddress):
         check_place(url)  # which refuses it
         return StoreLook(None, [])
-    return asyncio.run(_cluster(address)) if address.seeds else _server(address)
+    return asyncio.run(_cluster(address, to_write)) if address.seeds else _server(address, to_write)
 
 
-def _server(address: RedisAddress) -> StoreLook:
+def _server(address: RedisAddress, to_write: bool) -> StoreLook:
     client = Redis(**connection_arguments(address, TIMEOUT_S), retry=Retry(NoBackoff(), 0))
     try:
         with translated(address):
@@ -68,16 +79,20 @@ def _server(address: RedisAddress) -> StoreLook:
             except ResponseError:  # access lists may forbid it
                 info = {}
             stored: Any = client.get(META_KEY)
+            check_kind(info, address)
+            if to_write:
+                client.set(_NOBODYS, "", xx=True)
+                client.eval(SET_IF_THERE.text, 1, _NOBODYS)
     finally:
         client.close()
-    check_kind(info, address)
     ahead_s = seconds + micros / 1e6 - asked_s
     where = f"the store at {address}"
-    found = [*_risks(info, where), *_clock(ahead_s, took_s, where)]
-    return StoreLook(_meta(stored, address), [ok(f"{where} answers, {_version(info)}"), *found])
+    found = [*_risks(info, where), *_clock(ahead_s, took_s, where), *_certificates(address, [address])]
+    told = f"{where} answers{_WRITABLE if to_write else ''}, {_version(info)}"
+    return StoreLook(_meta(stored, address), [ok(told), *found])
 
 
-async def _cluster(address: RedisAddress) -> StoreLook:
+async def _cluster(address: RedisAddress, to_write: bool) -> StoreLook:
     router = Router(address, TIMEOUT_S)
     found: list[Finding] = []
     versions = set()
@@ -89,11 +104,41 @@ async def _cluster(address: RedisAddress) -> StoreLook:
                 host, port = primary.place
                 found += _risks({**server, **memory}, f"the server {host}:{port} of the store at {address}")
                 versions.add(_version(server))
-            (stored,) = checked(await router.run([Call("GET", META_KEY)]))
+            calls = [Call("GET", META_KEY)]
+            if to_write:
+                calls += [Call("SET", _NOBODYS, ("", "XX")), Call("", _NOBODYS, script=SET_IF_THERE)]
+            stored, *_ = checked(await router.run(calls))
     finally:
         await router.close()
-    told = f"the store at {address} answers, {len(primaries)} servers with {', '.join(sorted(versions))}"
+    told = (
+        f"the store at {address} answers{_WRITABLE if to_write else ''}, {len(primaries)} servers with "
+        f"{', '.join(sorted(versions))}"
+    )
+    places = [replace(address, host=primary.place.host, port=primary.place.port) for primary in primaries]
+    found += await asyncio.to_thread(lambda: list(_certificates(address, places)))
     return StoreLook(_meta(stored, address), [ok(told), *found])
+
+
+def _certificates(address: RedisAddress, places: Sequence[RedisAddress]) -> Iterator[Finding]:
+    """How long the client's certificate and those of the servers are valid yet."""
+    if not address.tls:
+        return
+    files = tls_files(address)
+    if files.certificate is not None:
+        yield own_validity(files.certificate, "ssl_certfile in UEMB_KV_URL")
+    tls = files.context()
+    for place in places:
+        try:
+            with (
+                socket.create_connection((place.host, place.port), TIMEOUT_S) as connection,
+                tls.wrap_socket(connection, server_hostname=place.host) as secured,
+            ):
+                shown = secured.getpeercert(binary_form=True)
+        except OSError:  # it has just answered
+            continue
+        if shown is not None:
+            what = f"the certificate of {place.host}:{place.port}"
+            yield validity(end_of(shown), what, "have whoever runs the store renew it")
 
 
 def _meta(stored: bytes | None, address: RedisAddress) -> Meta | None:

@@ -9,7 +9,15 @@ from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 from stream.errors import ConfigError
 
 REDIS_PORT: Final = 6379
-CA_PARAMETER: Final = "ssl_ca_certs"
+#: What may stand behind the question mark, each a file; all but the last are for TLS and named as in the client
+#: library's own URLs, where they are known to those.
+PARAMETERS: Final = {
+    "ssl_ca_certs": "ca_file",
+    "ssl_certfile": "certificate",
+    "ssl_keyfile": "key",
+    "ssl_password_file": "key_password_file",
+    "password_file": "password_file",
+}
 
 _USE: Final = "use rocksdb:///path or redis://host:port/db, for a cluster redis+cluster://host:port"
 _CLUSTER: Final = "+cluster"
@@ -41,7 +49,11 @@ class RedisAddress:
         db: number of the database on it.
         username: None for the server's default user.
         password: None for a server without one; never shown.
+        password_file: the same in a file, which is read at each connection.
         ca_file: CA certificates (PEM) to check the server against, None for the system's.
+        certificate: the client's own (PEM), None for none.
+        key: its private key (PEM), None where the certificate's file has it.
+        key_password_file: holds what the key is encrypted with.
         seeds: name and port of some servers of a cluster, which tell the others; empty for a server of its own. Host
             and port above are then those of the first.
     """
@@ -53,6 +65,10 @@ class RedisAddress:
     username: str | None = None
     password: str | None = field(default=None, repr=False)
     ca_file: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+    key_password_file: Path | None = None
+    password_file: Path | None = None
     seeds: tuple[tuple[str, int], ...] = ()
 
     def __str__(self) -> str:
@@ -135,18 +151,22 @@ def _redis(parts: SplitResult) -> RedisAddress:
     if not (db.isascii() and db.isdigit() and len(db) < 10):
         msg = f"a redis KV url ends in the number of a database: {shape}"
         raise ConfigError(msg)
-    if parts.username and not parts.password:
+    files = _files(parts.query, tls)
+    if parts.password and "password_file" in files:
+        msg = "a redis KV url takes a password or a password_file, not both"
+        raise ConfigError(msg)
+    if parts.username and not parts.password and "password_file" not in files:
         msg = f"a redis KV url with a user needs a password: {shape}, for a password alone redis://:password@host"
         raise ConfigError(msg)
-    return RedisAddress(
+    address = RedisAddress(
         tls,
         unquote(parts.hostname),
         port,
         int(db),
         unquote(parts.username) if parts.username else None,
         unquote(parts.password) if parts.password else None,
-        _ca_file(parts.query, tls),
     )
+    return replace(address, **files)  # type: ignore[arg-type]  # by name
 
 
 def _cluster(parts: SplitResult) -> RedisAddress:
@@ -164,18 +184,25 @@ def _shown(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _ca_file(query: str, tls: bool) -> Path | None:
-    """The one parameter that a URL may have, named as in the client library's own URLs."""
-    if not query:
-        return None
-    pairs = parse_qsl(query, keep_blank_values=True)
-    if not tls or len(pairs) != 1 or pairs[0][0] != CA_PARAMETER:
-        msg = (
-            f"a redis KV url takes no parameters but {CA_PARAMETER}, with rediss: rediss://host?{CA_PARAMETER}=/ca.pem"
-        )
+def _files(query: str, tls: bool) -> dict[str, Path]:
+    """The files that a URL names, by the attribute of `RedisAddress`."""
+    found: dict[str, Path] = {}
+    for name, value in parse_qsl(query, keep_blank_values=True) if query else ():
+        is_known = name in PARAMETERS and PARAMETERS[name] not in found
+        if not is_known or (name.startswith("ssl_") and not tls):
+            msg = (
+                f"a redis KV url takes no parameters but {', '.join(PARAMETERS)}, each once, and those with ssl_ "
+                "with rediss: rediss://host?ssl_ca_certs=/ca.pem"
+            )
+            raise ConfigError(msg)
+        if not Path(value).is_absolute():
+            msg = f"{name} of a redis KV url must be an absolute path"
+            raise ConfigError(msg)
+        found[PARAMETERS[name]] = Path(value)
+    if query and not found:  # what is no name=value
+        msg = f"a redis KV url takes no parameters but {', '.join(PARAMETERS)}"
         raise ConfigError(msg)
-    path = Path(pairs[0][1])
-    if not path.is_absolute():
-        msg = f"{CA_PARAMETER} of a redis KV url must be an absolute path"
+    if "certificate" not in found and {"key", "key_password_file"} & set(found):
+        msg = "ssl_keyfile and ssl_password_file of a redis KV url are of its ssl_certfile; name that, too"
         raise ConfigError(msg)
-    return path
+    return found

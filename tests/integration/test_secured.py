@@ -18,6 +18,7 @@ from secured_broker import (
     KEY_PASSWORD,
     LOGIN,
     PASSWORDS,
+    SCRAM,
     SECRETS,
     TLS,
     SecuredBroker,
@@ -89,11 +90,23 @@ def test_a_lasting_fault_is_named_beside_a_broker_that_is_away(
     assert "set UEMB_SECURITY_PROTOCOL to SASL_PLAINTEXT" in said
 
 
-@pytest.mark.parametrize("listener", ["PLAINTEXT", "SSL", "MTLS", "SASL", "SASLSSL"])
+@pytest.mark.parametrize(
+    "listener", ["PLAINTEXT", "SSL", "MTLS", "SASL", "SASLSSL", "SCRAM", "SCRAMSSL", "BRIEF", "OAUTH"]
+)
 def test_a_sound_connection_of_each_kind(
     listener: str, secured: SecuredBroker, folder: Path, run: Callable[..., tuple[int, str]]
 ) -> None:
-    settings = {"PLAINTEXT": {}, "SSL": TLS, "MTLS": {**TLS, **CLIENT}, "SASL": LOGIN, "SASLSSL": BOTH}[listener]
+    settings = {
+        "PLAINTEXT": {},
+        "SSL": TLS,
+        "MTLS": {**TLS, **CLIENT},
+        "SASL": LOGIN,
+        "SASLSSL": BOTH,
+        "SCRAM": {**LOGIN, "sasl_mechanism": "SCRAM-SHA-256"},
+        "SCRAMSSL": SCRAM,
+        "BRIEF": SCRAM,
+        "OAUTH": secured.token_settings,
+    }[listener]
     code, said = run("items status", bootstrap_servers=secured.at[listener], **there(folder, settings))
     assert (code, said) == (2, "there is no topic item-versions; start a worker first, it makes its topics")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from stream.config import ENV_PREFIX, Settings, load_settings, misspelt
+from stream.config import ENV_PREFIX, SECRETS, Settings, load_settings, misspelt
 from stream.errors import ConfigError
 from stream.kafka.connection import aiokafka_config, librdkafka_config
 
@@ -120,6 +120,7 @@ def test_overrides_win_and_none_overrides_nothing(load: Loader) -> None:
     assert load_settings(items=None).history_limit == 7
 
 
+TOKEN = {"security_protocol": "SASL_SSL", "sasl_mechanism": "OAUTHBEARER"}
 #: What is wrong, the variable that the error must name (only its prefix where several take part), and the reason.
 WRONG: dict[str, tuple[dict[str, str], str, str]] = {
     "partitions_0": ({"partitions": "0"}, "PARTITIONS", "1"),
@@ -143,6 +144,27 @@ WRONG: dict[str, tuple[dict[str, str], str, str]] = {
     "history_long": ({"history_limit": "10001"}, "HISTORY_LIMIT", "10000"),
     "protocol": ({"security_protocol": "TLS"}, "SECURITY_PROTOCOL", "SASL_SSL"),
     "mechanism": ({"sasl_mechanism": "GSSAPI"}, "SASL_MECHANISM", "PLAIN"),
+    "key_without_certificate": ({"ssl_keyfile": "/k.pem"}, "SSL_KEYFILE", "UEMB_SSL_CERTFILE"),
+    "secret_file_missing": ({"sasl_password_file": "/nowhere/secret"}, "SASL_PASSWORD_FILE", "can't be read (No such"),
+    "secret_file_folder": ({"ssl_key_password_file": "/"}, "SSL_KEY_PASSWORD_FILE", "can't be read (Is a dir"),
+    "secret_file_empty": ({"sasl_oauth_client_secret_file": "/dev/null"}, "SASL_OAUTH_CLIENT_SECRET_FILE", "is empty"),
+    "secret_twice": ({"sasl_password": "x", "sasl_password_file": "/dev/null"}, "SASL_PASSWORD", "are both set; set"),
+    "token_without_source": (TOKEN, "SASL_MECHANISM", "UEMB_SASL_OAUTH_TOKEN_URL or UEMB_SASL_TOKEN_PROVIDER"),
+    "token_of_two": (
+        {**TOKEN, "sasl_oauth_token_url": "https://i/", "sasl_token_provider": "a:b"},
+        "SASL_MECHANISM",
+        "not both",
+    ),
+    "token_url": ({**TOKEN, "sasl_oauth_token_url": "file:///etc/passwd"}, "SASL_OAUTH_TOKEN_URL", "https://host/path"),
+    "token_url_login": ({**TOKEN, "sasl_oauth_token_url": "https://a:b@i/"}, "SASL_OAUTH_TOKEN_URL", "without a login"),
+    "token_nobody": (
+        {**TOKEN, "sasl_oauth_token_url": "https://i"},
+        "SASL_OAUTH_TOKEN_URL",
+        "UEMB_SASL_OAUTH_CLIENT_ID",
+    ),
+    "token_ca": ({"sasl_oauth_cafile": "/nowhere/ca.pem"}, "SASL_OAUTH_CAFILE", "there is no file"),
+    "token_function": ({**TOKEN, "sasl_token_provider": "os.system"}, "SASL_TOKEN_PROVIDER", "module:function"),
+    "token_extensions": ({"sasl_oauth_extensions": "a"}, "SASL_OAUTH_EXTENSIONS", "name=value"),
     "unit": ({"event_ts_unit": "h"}, "EVENT_TS_UNIT", "iso8601"),
     "publish": ({"publish": "some"}, "PUBLISH", "latest"),
     "format": ({"output_format": "protobuf"}, "OUTPUT_FORMAT", "avro"),
@@ -209,6 +231,26 @@ def test_an_error_is_one_line_that_names_its_variable(load: Loader, name: str) -
     assert ENV_PREFIX + names in said
     assert why in said
     assert raised.value.exit_code == 2
+
+
+@pytest.mark.parametrize("name", SECRETS)
+def test_a_secret_may_lie_in_a_file(load: Loader, name: str, tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    file.write_text("open-sesame\n")
+    settings = load(**{f"{name}_file": str(file)})
+    assert settings.secret(name) == "open-sesame"
+    file.write_text("an other ß")
+    assert settings.secret(name) == "an other ß"
+    file.write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match=rf"^UEMB_{name.upper()}_FILE: \S+ is no text in UTF-8"):
+        settings.secret(name)
+    assert "open-sesame" not in settings.model_dump_json()
+
+
+def test_every_secret_may() -> None:
+    given = {name for name, field in Settings.model_fields.items() if "SecretStr" in str(field.annotation)}
+    assert given == set(SECRETS)
+    assert {f"{name}_file" for name in given} < set(Settings.model_fields)
 
 
 def test_an_error_repeats_no_secret(load: Loader) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 
 from stream.config import Settings, load_settings
 from stream.core.formulas import user_embed_mix
+from stream.kafka.tokens import tokens_of, uses_tokens
 
 PEER: Final = "UEMB_BENCH_PEER"
 HISTORY_LIMIT: Final = 100
@@ -66,9 +67,11 @@ def make_app(spec: dict[str, Any]) -> faust.App:
 def credentials(settings: Settings) -> Any:
     """How to show the brokers who this is, as Faust takes it; None where nobody asks."""
     tls = settings.tls_context()
-    if not settings.security_protocol.startswith("SASL"):
+    if not settings.uses_sasl:
         return None if tls is None else faust.SSLCredentials(context=tls)
-    password = settings.sasl_password.get_secret_value() if settings.sasl_password else None
+    if uses_tokens(settings):
+        return faust.OAuthCredentials(oauth_cb=tokens_of(settings).for_aiokafka, ssl_context=tls)
+    password = settings.secret("sasl_password")
     return faust.SASLCredentials(
         username=settings.sasl_username, password=password, ssl_context=tls, mechanism=settings.sasl_mechanism
     )

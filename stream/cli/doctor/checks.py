@@ -40,6 +40,7 @@ class Checkup:
 
     def __init__(self, settings: Settings, role: str) -> None:
         self._settings = settings
+        self._role = role
         self._brokers = BrokerCheckup(settings, role)
         self._store: StoreLook | None = None
         self._base: ItemSpace | None = None
@@ -103,7 +104,7 @@ class Checkup:
         return [look_at_claims(self._settings, self._brokers.admin, partitions)]
 
     def _look_at_store(self) -> Sequence[Finding]:
-        self._store = look_at_store(self._settings.kv_url)
+        self._store = look_at_store(self._settings.kv_url, to_write=self._role == "worker")
         return self._store.findings
 
     def _owner(self) -> Sequence[Finding]:

@@ -2,15 +2,19 @@
 
 import logging
 import re
+import socket
 import ssl
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Final
 
 import redis
-from redis import exceptions
+from redis import CredentialProvider, exceptions
 
+from stream.credentials import TlsFiles, client_fault, read_secret, server_fault
 from stream.errors import ConfigError, StateError, StoreError, StoreRefused
+from stream.kv.certificates import has_ended
 from stream.kv.redis.grants import KEYS, KEYS_TO_READ
 from stream.kv.redis.scripts import command_at
 from stream.kv.tls_probe import speaks_tls
@@ -57,8 +61,15 @@ _CODES: Final[Mapping[type[Exception], str]] = {
     exceptions.ClusterCrossSlotError: "CROSSSLOT",
     exceptions.MasterDownError: "MASTERDOWN",
 }
+_FILE: Final = "password_file in UEMB_KV_URL"
+_TLS_SETTINGS: Final = {
+    "ca": "ssl_ca_certs in UEMB_KV_URL",
+    "certificate": "ssl_certfile in UEMB_KV_URL",
+    "key": "ssl_keyfile in UEMB_KV_URL",
+    "key_password": "its ssl_password_file",
+    "key_password_file": "ssl_password_file in UEMB_KV_URL",
+}
 _CLUSTER: Final = ("MOVED", "ASK", "CROSSSLOT", "CLUSTERDOWN")
-_EXPIRED: Final = 10  # X509_V_ERR_CERT_HAS_EXPIRED
 _LOGIN: Final = ("WRONGPASS", "NOAUTH")
 #: How servers, from 6 to 7 and Valkey, say which command a user may not run.
 _COMMAND: Final = re.compile(r"permissions? to run the '([a-z|]{1,40})' command")
@@ -71,7 +82,7 @@ def connection_arguments(address: RedisAddress, timeout_s: float) -> dict[str, A
     """Arguments of a client, blocking or asyncio; `timeout_s` bounds the wait for each answer.
 
     Raises:
-        ConfigError: there is no such CA file, it can't be read, or there is no certificate in it.
+        ConfigError: a file that the address names can't be used.
     """
     arguments: dict[str, Any] = {
         "host": address.host,
@@ -85,24 +96,53 @@ def connection_arguments(address: RedisAddress, timeout_s: float) -> dict[str, A
         **_UNNAMED,
         "decode_responses": False,
     }
+    if address.password_file is not None:
+        read_secret(address.password_file, _FILE)
+        del arguments["username"], arguments["password"]
+        arguments["credential_provider"] = _PasswordInFile(address.username, address.password_file)
     if address.tls:
-        if address.ca_file is not None and not address.ca_file.is_file():
-            msg = f"the KV url names CA certificates in {address.ca_file}, which is no file"
-            raise ConfigError(msg)
-        try:
-            ssl.create_default_context(cafile=address.ca_file)
-        except ssl.SSLError as exc:
-            msg = f"the KV url names CA certificates in {address.ca_file}, which holds none in PEM"
-            raise ConfigError(msg) from exc
-        except OSError as exc:
-            msg = f"the KV url names CA certificates in {address.ca_file}, which can't be read: {exc.strerror}"
-            raise ConfigError(msg) from exc
+        files = tls_files(address)
+        files.context()
         arguments |= {
             "ssl": True,
             "ssl_check_hostname": True,
-            "ssl_ca_certs": str(address.ca_file) if address.ca_file is not None else None,
+            "ssl_ca_certs": _text(files.ca),
+            "ssl_certfile": _text(files.certificate),
+            "ssl_keyfile": _text(files.key),
         }
+        if files.key_password_file is not None:
+            arguments["ssl_password"] = read_secret(files.key_password_file, files.settings["key_password_file"])
     return arguments
+
+
+def tls_files(address: RedisAddress) -> TlsFiles:
+    """What a connection in TLS checks the server against, and shows it."""
+    own = (address.certificate, address.key, None, address.key_password_file)
+    return TlsFiles(address.ca_file, *own, settings=_TLS_SETTINGS)
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+class _PasswordInFile(CredentialProvider):
+    """The client library asks it before each login."""
+
+    def __init__(self, username: str | None, file: Path) -> None:
+        self._username = username
+        self._file = file
+
+    def get_credentials(self) -> tuple[str] | tuple[str, str]:
+        """Login as the library takes it.
+
+        Raises:
+            ConnectionError: the library's; the file that was there can't be read: somebody is about to replace it.
+        """
+        try:
+            password = read_secret(self._file, _FILE)
+        except ConfigError as exc:
+            raise exceptions.ConnectionError(str(exc)) from exc
+        return (password,) if self._username is None else (self._username, password)
 
 
 def warn_of_eviction(info: Mapping[str, Any], where: str) -> None:
@@ -166,7 +206,7 @@ def _ours(exc: exceptions.RedisError, address: RedisAddress) -> ConfigError | St
     if isinstance(exc, exceptions.AuthenticationError | exceptions.AuthenticationWrongNumberOfArgsError) or (
         words.intersection(_LOGIN)
     ):
-        return StoreRefused(f"{where} refused the login; check user and password in UEMB_KV_URL")
+        return StoreRefused(f"{where} refused the login; check user and {_password(address)} in UEMB_KV_URL")
     if "NOPERM" in words or _IN_SCRIPT in text:
         return _not_allowed(text, where)
     if "cluster support disabled" in text:
@@ -201,6 +241,10 @@ def _not_allowed(text: str, where: str) -> StoreRefused:
     return StoreRefused(f"{where} does not let its user {what}; grant {missing} (see `uemb acl --format redis-acl`)")
 
 
+def _password(address: RedisAddress) -> str:
+    return "password" if address.password_file is None else "password_file"
+
+
 def _mistrusted(exc: BaseException, address: RedisAddress) -> str | None:
     """What certificates have to do with an error; None for nothing."""
     causes: list[BaseException] = []
@@ -210,13 +254,40 @@ def _mistrusted(exc: BaseException, address: RedisAddress) -> str | None:
         cause = cause.__cause__ or cause.__context__
     for one in causes:
         if isinstance(one, ssl.SSLCertVerificationError):
-            if one.verify_code == _EXPIRED:
+            fault = server_fault(one, address.ca_file)
+            if fault == "expired":
                 return "has a certificate, or one of its CA, that has expired; renew it"
-            ca = "by no CA that this system knows" if address.ca_file is None else f"not by {address.ca_file}"
-            if "mismatch" in one.verify_message:
+            if fault == "host":
                 return "has a certificate for another host; name it in UEMB_KV_URL as that does"
-            return f"has a certificate that is signed {ca} ({one.verify_message}); set ssl_ca_certs in UEMB_KV_URL"
-    hung_up = any(isinstance(one, ConnectionResetError) for one in causes)
-    if not address.tls and hung_up and speaks_tls(address.host, address.port):
-        return "speaks TLS; write rediss:// in UEMB_KV_URL"
+            return f"has a certificate that is signed {fault} ({one.verify_message}); set ssl_ca_certs in UEMB_KV_URL"
+        if isinstance(one, ssl.SSLError) and (wrong := client_fault(one)) is not None:
+            return _refused_certificate(address, wrong)
+    if not any(isinstance(one, ConnectionResetError | BrokenPipeError | ssl.SSLEOFError) for one in causes):
+        return None
+    if address.tls:  # what was sent crossed what the server said
+        wrong = _last_words(address)
+        return None if wrong is None else _refused_certificate(address, wrong)
+    return "speaks TLS; write rediss:// in UEMB_KV_URL" if speaks_tls(address.host, address.port) else None
+
+
+def _refused_certificate(address: RedisAddress, said: str) -> str:
+    if address.certificate is None:
+        return "demands a client's certificate; set ssl_certfile and ssl_keyfile in UEMB_KV_URL"
+    if has_ended(address.certificate):
+        return "refuses the certificate in ssl_certfile of UEMB_KV_URL, which has expired; renew it"
+    return f"refuses the certificate in ssl_certfile of UEMB_KV_URL ({said}); set one that is signed by its CA"
+
+
+def _last_words(address: RedisAddress) -> str | None:
+    """What a server has against the client's certificate, asked anew, with nothing sent to it."""
+    try:
+        with (
+            socket.create_connection((address.host, address.port), CONNECT_TIMEOUT_S) as connection,
+            tls_files(address).context().wrap_socket(connection, server_hostname=address.host) as secured,
+        ):
+            secured.recv(1)
+    except ssl.SSLError as exc:
+        return client_fault(exc)
+    except (OSError, ConfigError):
+        return None
     return None

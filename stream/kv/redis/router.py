@@ -6,14 +6,10 @@ Commands on one key each need no more than this module does.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any, Final, NamedTuple
 
-from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from redis.exceptions import (
     AskError,
     ClusterDownError,
@@ -26,6 +22,7 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as Dropped
 from redis.exceptions import TimeoutError as Silent
 
+from stream.kv.redis.async_client import async_client
 from stream.kv.redis.client import connection_arguments
 from stream.kv.redis.scripts import Script
 from stream.kv.redis.slots import Address, Primary, SlotMap, slot_of
@@ -63,15 +60,12 @@ class Router:
         down: servers that failed when they were last asked, and how.
 
     Raises:
-        ConfigError: the CA file of the address is missing.
+        ConfigError: a file that the address names can't be used.
     """
 
     def __init__(self, address: RedisAddress, timeout_s: float) -> None:
-        self._arguments: Callable[[Address], dict[str, Any]] = lambda place: connection_arguments(
-            replace(address, host=place.host, port=place.port), timeout_s
-        )
+        self._arguments = connection_arguments(address, timeout_s)
         self._seeds = [Address(host, port) for host, port in address.seeds]
-        self._arguments(self._seeds[0])  # a missing CA file is an error now, not at the first use
         self._clients: dict[Address, Any] = {}
         self._map: SlotMap | None = None
         self._outdated = True
@@ -231,7 +225,7 @@ class Router:
 
     def _client(self, place: Address) -> Any:
         if place not in self._clients:
-            self._clients[place] = Redis(**self._arguments(place), retry=Retry(NoBackoff(), 1, (Dropped,)))
+            self._clients[place] = async_client({**self._arguments, "host": place.host, "port": place.port})
         return self._clients[place]
 
     @staticmethod

@@ -125,7 +125,11 @@ end
 return 1
 """)
 
-_ALL: Final = {script.sha: script.text for script in (PUT, PUT_ONE, REPLACE_ONE, REPLACE_META, REMOVE, REMOVE_IF)}
+#: KEYS: one; set to nothing if it is there.
+SET_IF_THERE: Final = _script("redis.call('SET', KEYS[1], '', 'XX')\n")
+
+_SCRIPTS: Final = (PUT, PUT_ONE, REPLACE_ONE, REPLACE_META, REMOVE, REMOVE_IF, SET_IF_THERE)
+_ALL: Final = {script.sha: script.text for script in _SCRIPTS}
 _PLACE: Final = re.compile(r"([0-9a-f]{40})\b.*@user_script:(\d+)")
 _CALL: Final = re.compile(r"redis\.call\('([A-Z]+)'")
 

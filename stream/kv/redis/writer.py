@@ -11,10 +11,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
-from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import ConnectionError as Dropped
 from redis.exceptions import NoScriptError, ReadOnlyError, RedisError, ResponseError
 
 from stream.core.records import PREFIX_BYTES
@@ -23,6 +19,7 @@ from stream.errors import StoreError, StoreLost
 from stream.keys import APP_KEY, CURRENT_KEY, META_KEY, epoch_key, rebuild_key, watermark_key
 from stream.kv.meta import decode_meta, encode_meta, encode_serving
 from stream.kv.protocol import Meta, fenced
+from stream.kv.redis.async_client import async_client
 from stream.kv.redis.client import REPAIR, check_kind, connection_arguments, translated, warn_of_eviction
 from stream.kv.redis.scripts import FENCED, LOST, PUT, REMOVE, REMOVE_IF, REPLACE_META, Script
 from stream.kv.urls import RedisAddress
@@ -177,7 +174,7 @@ class RedisKV:
     @property
     def _client(self) -> Any:  # the library's own types know only the texts that it could decode, not bytes
         if self._open is None:  # its connections belong to the running loop
-            self._open = Redis(**self._arguments, retry=Retry(NoBackoff(), 1, (Dropped,)))
+            self._open = async_client(self._arguments)
         return self._open
 
     def _held(self, partition: int) -> Held:

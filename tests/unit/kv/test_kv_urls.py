@@ -39,6 +39,19 @@ def test_absolute_paths(url: str, path: str) -> None:
             RedisAddress(False, "a", 7000, 0, "ali", "p@s", seeds=(("a", 7000), ("b", 6379), ("::1", 7002))),
         ),
         ("rediss+cluster://a/", RedisAddress(True, "a", seeds=(("a", 6379),))),
+        ("redis://ali@h?password_file=/p", RedisAddress(False, "h", username="ali", password_file=Path("/p"))),
+        ("redis://h?password_file=/p", RedisAddress(False, "h", password_file=Path("/p"))),
+        (
+            "rediss://h?ssl_certfile=/c&ssl_keyfile=/k&ssl_password_file=/kp&password_file=/p",
+            RedisAddress(
+                True,
+                "h",
+                certificate=Path("/c"),
+                key=Path("/k"),
+                key_password_file=Path("/kp"),
+                password_file=Path("/p"),
+            ),
+        ),
         ("rediss://h/0?ssl_ca_certs=/etc/a%20b.pem", RedisAddress(True, "h", 6379, 0, ca_file=Path("/etc/a b.pem"))),
     ],
 )
@@ -103,9 +116,16 @@ def test_a_masked_url_is_the_url_without_its_password(url: str, masked: str) -> 
         ("redis://host/-1", "number of a database"),
         ("redis://host/0/1", "number of a database"),
         ("redis://host?password=secret", "no parameters"),
-        ("redis://host?ssl_ca_certs=/secret", "no parameters but ssl_ca_certs, with rediss"),
+        ("redis://host?ssl_ca_certs=/secret", "those with ssl_ with rediss"),
         ("rediss://host?ssl_ca_certs=secret", "absolute path"),
-        ("rediss://host?ssl_ca_certs=/x&ssl_ca_certs=/secret", "no parameters"),
+        ("rediss://host?ssl_ca_certs=/x&ssl_ca_certs=/secret", "each once"),
+        ("redis://host?secret", "no parameters but"),
+        ("redis://host?ssl_certfile=/secret", "those with ssl_ with rediss"),
+        ("rediss://host?ssl_certfile=secret", "ssl_certfile of a redis KV url must be an absolute path"),
+        ("rediss://host?ssl_keyfile=/secret", "are of its ssl_certfile; name that, too"),
+        ("rediss://host?ssl_password=secret", "no parameters but"),
+        ("redis://:secret@host?password_file=/secret", "a password or a password_file, not both"),
+        ("redis://host?password_file=", "password_file of a redis KV url must be an absolute path"),
         ("memory:secret", "memory://name"),
         ("memory://", "memory://name"),
         ("memory:///secret", "memory://name"),
@@ -127,7 +147,7 @@ def test_anything_else_is_one_line_without_the_url(url: str, says: str) -> None:
 def test_a_ca_file_must_be_there(tmp_path: Path) -> None:
     url = f"rediss://:secret@127.0.0.1:1?ssl_ca_certs={tmp_path}/none.pem"
     for call in (open_writer, open_reader):
-        with pytest.raises(ConfigError, match=r"none\.pem, which is no file"):
+        with pytest.raises(ConfigError, match=r"^ssl_ca_certs in UEMB_KV_URL \S+none\.pem can't be used: No such file"):
             call(url)
 
 

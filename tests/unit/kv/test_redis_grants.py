@@ -69,7 +69,7 @@ def read(url: str) -> None:
 def look(url: str) -> None:
     """What an auditor does."""
     read(url)
-    look_at_store(url)
+    look_at_store(url, to_write=False)
 
 
 class TestOneServer:
