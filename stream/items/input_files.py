@@ -56,6 +56,33 @@ def lines_of(file: IO[bytes]) -> Iterator[bytes]:
         yield line
 
 
+class RecordLines(Iterator[str]):
+    """Lines for a reader that may take several for one record, as one of CSV does while a quote is open.
+
+    Args:
+        lines: of a file.
+
+    Raises:
+        ConfigError: a record is too long: quotes that never close would have it grow without end.
+    """
+
+    def __init__(self, lines: Iterator[str]) -> None:
+        self._lines = lines
+        self._chars = 0
+
+    def __next__(self) -> str:
+        line = next(self._lines)
+        self._chars += len(line)
+        if self._chars > MAX_LINE_BYTES:
+            msg = f"holds a record of more than {MAX_LINE_BYTES >> 20} MiB; is a quote missing?"
+            raise ConfigError(msg)
+        return line
+
+    def next_record(self) -> None:
+        """The lines that come are another record's."""
+        self._chars = 0
+
+
 def open_lines(path: Path) -> io.BufferedReader:
     """Open a file to read its bytes, unpacked if it is gzip, from behind a byte-order mark if it has one.
 

@@ -1,6 +1,7 @@
 """Dead letters: a rejected record as it goes to their topic, bytes untouched, and what its headers say of it there."""
 
 import hashlib
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -33,6 +34,7 @@ class Header(StrEnum):
 
 
 _FIRST: Final = next(iter(Header))
+_NUMBER: Final = re.compile(r"[0-9]{1,18}")
 
 
 def dead_letter(batch: "RecordBatch", index: int, reject: Reject, max_bytes: int) -> "OutRecord":
@@ -115,7 +117,7 @@ class Letter:
     def source(self) -> Place | None:
         """Where the rejected record lies, None for a letter that is not ours."""
         topic, partition, offset = map(self.text, (Header.TOPIC, Header.PARTITION, Header.OFFSET))
-        if not (topic and partition.isdecimal() and offset.isdecimal()):
+        if not (topic and _NUMBER.fullmatch(partition) and _NUMBER.fullmatch(offset)):
             return None
         return Place(topic, int(partition), int(offset))
 
@@ -123,7 +125,7 @@ class Letter:
     def value_size(self) -> int:
         """Bytes of the rejected record's value, also where the letter is only a reference to it."""
         size = self.text(Header.VALUE_SIZE)
-        return int(size) if size.isdecimal() else len(self.value or b"")
+        return int(size) if _NUMBER.fullmatch(size) else len(self.value or b"")
 
     @property
     def replay_headers(self) -> Headers:
