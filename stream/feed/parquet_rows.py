@@ -7,6 +7,7 @@ from stream.core.events import PER_SECOND, TsUnit
 from stream.core.field_paths import FieldPath
 from stream.errors import ConfigError
 from stream.feed.shape import FileShape, Raw
+from stream.foreign_text import listed
 
 Steps = tuple[str, ...]
 _BATCH_ROWS: Final = 8192
@@ -40,7 +41,7 @@ def parquet_rows(file: IO[bytes], shape: FileShape, skip: int) -> tuple[Iterator
         parquet = pq.ParquetFile(file)
         paths = [_in_table(path, parquet.schema_arrow) for path in shape.paths]
         types = [_type_at(parquet.schema_arrow, path) for path in paths]
-    except (pa.ArrowException, OSError) as exc:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as exc:
         raise _damaged(exc) from exc
     for path, kind, admitted in zip(paths, types, (_IDS, _IDS, _TIMES[shape.ts_unit], _TYPES), strict=False):
         if _family(kind) not in admitted:
@@ -74,7 +75,7 @@ def _rows(parquet: Any, paths: list[Steps], types: list[Any], skip: int) -> Iter
                 number += 1
                 if number > skip:
                     yield number, row
-    except (pa.ArrowException, OSError) as exc:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as exc:
         raise _damaged(exc) from exc
 
 
@@ -100,7 +101,7 @@ def _type_at(schema: Any, path: Steps) -> Any:
     kind = pa.struct(schema)
     for part in path:
         if not pa.types.is_struct(kind) or kind.get_field_index(part) < 0:
-            msg = f"has no column {'.'.join(path)} (it has {', '.join(schema.names[:20])})"
+            msg = f"has no column {'.'.join(path)} (it has {listed(schema.names)})"
             raise ConfigError(msg)
         kind = kind.field(part).type
     return kind

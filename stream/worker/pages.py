@@ -19,7 +19,12 @@ def pages(of: Vitals, health: Health) -> dict[str, Page]:
     ProcessCollector(registry=registry)
 
     def metrics(headers: Mapping[str, str]) -> Answer:
-        encode, content_type = choose_encoder(headers.get("accept", ""))
+        try:
+            encode, content_type = choose_encoder(headers.get("accept", ""))
+        except Exception:  # noqa: BLE001 - a header may say anything, and the client's parser was made for Prometheus'
+            encode, content_type = choose_encoder("")
+        if not (content_type.isascii() and content_type.isprintable()):  # it repeats a part of the header
+            encode, content_type = choose_encoder("")
         return Answer(200, encode(registry), content_type)
 
     return {"/metrics": metrics, "/healthz": _verdict(health.dead), "/readyz": _verdict(health.not_ready)}
