@@ -12,7 +12,7 @@ from typing import Final
 ACTIVE: Final = frozenset({"Cc", "Cf", "Zl", "Zp", "Cs"})
 #: Longest error; a path may have four thousand characters.
 LINE_MAX_CHARS: Final = 5_000
-_NAMES: Final = 20
+_NAMES: Final = 12
 _NAME_MAX_CHARS: Final = 60
 
 

@@ -1,10 +1,12 @@
 """Inputs that are nearly right, many a second, and what must come of them: a value, or an error in one line.
 
 Hypothesis draws a few thousand examples a second. What reads bytes in microseconds is shown a hundred thousand of them
-by a loop of our own: seeds that are right, changed here and there. The same number draws the same inputs; a test that fails names
-it and the input, in hex: put that among the test's regressions.
+by a loop of our own: seeds that are right, changed here and there. The same number draws the same inputs; a test that
+fails names it and the input, in hex: put that among the test's regressions.
 """
 
+import subprocess
+import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
@@ -112,3 +114,25 @@ def check_line(text: str, *, payload: bool = False) -> None:
     assert 0 < len(text) <= LINE_CHARS, f"{len(text)} characters"
     assert not any(unicodedata.category(c) in {"Cc", "Cs", "Zl", "Zp"} for c in text), f"no line: {text!r}"
     assert payload or PAYLOAD not in text, f"it repeats payload: {text!r}"
+
+
+def with_memory(megabytes: int, imports: str, code: str, *arguments: object) -> str:
+    """What a process prints that may take so much more memory than it has after its imports.
+
+    Args:
+        megabytes: of address space.
+        imports: what it imports.
+        code: what it does then, with its arguments in `sys.argv`; an error of ours is printed.
+        arguments: for the code.
+    """
+    lines = "".join(f"    {line}\n" for line in code.splitlines())
+    program = (
+        f"import resource, sys\nfrom stream.errors import UembError\n{imports}\n"
+        "now = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        f"resource.setrlimit(resource.RLIMIT_AS, (now + ({megabytes} << 20), -1))\n"
+        f"try:\n{lines}except UembError as exc:\n    print(exc)\n"
+    )
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2_000:]
+    return done.stdout.strip()

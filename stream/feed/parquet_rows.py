@@ -8,6 +8,7 @@ from stream.core.field_paths import FieldPath
 from stream.errors import ConfigError
 from stream.feed.shape import FileShape, Raw
 from stream.foreign_text import listed
+from stream.items.input_files import check_parquet
 
 Steps = tuple[str, ...]
 _BATCH_ROWS: Final = 8192
@@ -38,9 +39,14 @@ def parquet_rows(file: IO[bytes], shape: FileShape, skip: int) -> tuple[Iterator
         msg = "is Parquet, which needs pyarrow: pip install 'user-embedding-stream[parquet]'"
         raise ConfigError(msg) from exc
     try:
-        parquet = pq.ParquetFile(file)
-        paths = [_in_table(path, parquet.schema_arrow) for path in shape.paths]
-        types = [_type_at(parquet.schema_arrow, path) for path in paths]
+        first = pq.ParquetFile(file)
+        check_parquet(first.metadata)
+        schema = first.schema_arrow
+        paths = [_in_table(path, schema) for path in shape.paths]
+        types = [_type_at(schema, path) for path in paths]
+        # a text that is there once and counts for millions of rows stays one
+        texts = [".".join(path) for path, kind in zip(paths, types, strict=True) if _family(kind) == "text"]
+        parquet = pq.ParquetFile(file, read_dictionary=texts)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as exc:
         raise _damaged(exc) from exc
     for path, kind, admitted in zip(paths, types, (_IDS, _IDS, _TIMES[shape.ts_unit], _TYPES), strict=False):
@@ -120,6 +126,9 @@ def _values(batch: Any, path: Steps, kind: Any) -> list[Any]:
         per_second = PER_SECOND[kind.unit]
         ticks = column.cast(pa.int64()).to_pylist()
         return [None if tick is None else tick * 1000 // per_second for tick in ticks]
+    if pa.types.is_dictionary(column.type):
+        texts = column.dictionary.to_pylist()
+        return [None if at is None else texts[at] for at in column.indices.to_pylist()]
     values: list[Any] = column.to_pylist()
     return values
 

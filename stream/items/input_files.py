@@ -4,12 +4,16 @@ import gzip
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Final, cast
+from typing import IO, Any, Final, cast
 
 from stream.errors import ConfigError
 
 #: Longest line that is read: a whole file on one line would fill the memory, and a small compressed file may hold one.
 MAX_LINE_BYTES: Final = 16 << 20
+#: A column of a row group in Parquet that is no longer than this is read, however small it is packed; one that is
+#: longer, where codecs made it no smaller than this part. What sensible files hold becomes a tenth.
+_PARQUET_COLUMN_BYTES: Final = 64 << 20
+_PARQUET_RATIO: Final = 200
 #: Ends the name of the file that tells how far a send has come, which lies beside the data.
 PROGRESS: Final = ".uemb-send.json"
 BOM: Final = b"\xef\xbb\xbf"
@@ -81,6 +85,22 @@ class RecordLines(Iterator[str]):
     def next_record(self) -> None:
         """The lines that come are another record's."""
         self._chars = 0
+
+
+def check_parquet(metadata: Any) -> None:
+    """Refuse a Parquet file, by its metadata, whose columns would be expanded to much more than anybody writes.
+
+    Raises:
+        ConfigError: one would.
+    """
+    for group in range(metadata.num_row_groups):
+        row_group = metadata.row_group(group)
+        for number in range(row_group.num_columns):
+            column = row_group.column(number)
+            packed, size = column.total_compressed_size, column.total_uncompressed_size
+            if size > _PARQUET_COLUMN_BYTES and size > _PARQUET_RATIO * packed:
+                msg = f"holds {packed:,} bytes that expand to {size:,}; write it anew, with smaller row groups"
+                raise ConfigError(msg)
 
 
 def open_lines(path: Path) -> io.BufferedReader:

@@ -21,7 +21,7 @@ from stream.core.formulas import Float64
 from stream.errors import ConfigError
 from stream.foreign_text import listed
 from stream.items.arrays import array_header, open_array
-from stream.items.input_files import BOM, files_in, lines_of, open_lines
+from stream.items.input_files import BOM, check_parquet, files_in, lines_of, open_lines
 from stream.items.vector_texts import Row, csv_vector_rows, word2vec_binary_rows, word2vec_rows
 
 PARQUET_HINT: Final = "Parquet needs pyarrow: pip install 'user-embedding-stream[parquet]'"
@@ -245,6 +245,7 @@ def _from_parquet(file: Path, names: Columns) -> Iterator[Piece]:
         raise ConfigError(PARQUET_HINT) from exc
     try:
         table = pq.ParquetFile(file)
+        check_parquet(table.metadata)
         there = table.schema_arrow.names
         if not {*names} <= {*there}:
             raise _lacks(file, names, there)

@@ -89,13 +89,17 @@ class Letter:
     @classmethod
     def of(cls, message: "Message") -> "Letter":
         """A record of the dead-letter topic as a letter; whose it is, its headers tell."""
+        try:
+            headers = list(message.headers() or [])
+        except (SystemError, UnicodeDecodeError):  # a name that is not UTF-8: none of our letters
+            headers = []
         return cls(
             message.partition(),
             message.offset(),
             message.timestamp()[1],
             message.key(),
             message.value(),
-            list(message.headers() or []),
+            headers,
         )
 
     @property

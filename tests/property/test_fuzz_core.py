@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fuzzing import BINARY_TOKENS, JSON_TOKENS, PAYLOAD, check_line, counts, fuzz
+from fuzzing import BINARY_TOKENS, JSON_TOKENS, PAYLOAD, check_line, counts, fuzz, with_memory
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -164,18 +164,6 @@ def test_erasures(count: int) -> None:
     fuzz(target, [json.dumps({"user_id": PAYLOAD, "ts": T0}).encode()], (*JSON_TOKENS, *TIME_TOKENS), count)
 
 
-def limited_to(megabytes: int, code: str) -> str:
-    """What a process prints that may take so much more memory than it takes to begin."""
-    program = (
-        "import resource\nfrom stream.core.events import *\nfrom stream.core.field_paths import *\n"
-        "now = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
-        f"resource.setrlimit(resource.RLIMIT_AS, (now + ({megabytes} << 20), -1))\n{code}"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-2_000:]
-    return done.stdout.strip()
-
-
 @pytest.mark.parametrize("what", ["[],", "{},", '[""],', "0,"])
 def test_a_value_of_millions_of_values_takes_no_memory(what: str) -> None:
     """Of a megabyte of zstd, 128 MiB may come; as Python objects they would be gigabytes."""
@@ -184,7 +172,8 @@ def test_a_value_of_millions_of_values_takes_no_memory(what: str) -> None:
         "rules = EventRules({'view': 1}, fields={'user_id': 'u[0]'})\n"
         "print(EventDecoder(rules).decode('t', b'1', value, 0))"
     )
-    assert "JSON holds more than 1,048,576 values" in limited_to(400, code)
+    imports = "from stream.core.events import EventDecoder, EventRules"
+    assert "JSON holds more than 1,048,576 values" in with_memory(400, imports, code)
 
 
 def test_a_large_document_of_few_values_is_read() -> None:
