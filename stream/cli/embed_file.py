@@ -8,6 +8,7 @@ import numpy as np
 from stream.config import Settings
 from stream.core.encoders import REASONS
 from stream.core.events import Rejected, to_ms
+from stream.core.history_codec import MAX_TS_MS
 from stream.core.records import EmbeddingRecord, to_json
 from stream.errors import ConfigError
 from stream.foreign_text import shortened
@@ -71,6 +72,9 @@ def embed_document(data: bytes, settings: Settings) -> dict[str, Any]:
         except Rejected as exc:
             msg = f"history_ts: {exc.reject.detail}"
             raise ConfigError(msg) from exc
+        if any(abs(ts_ms) > MAX_TS_MS for ts_ms in times_ms):
+            msg = "history_ts: a time is further away than any can be"
+            raise ConfigError(msg)
     vector, found, unknown = encoder.embed(space, history, None, times_ms)
     status, reason = REASONS[found]
     norm = float(np.linalg.norm(vector.astype(np.float64)))

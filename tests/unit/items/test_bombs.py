@@ -79,10 +79,12 @@ def some_of(names: Iterable[str], *plain: str) -> list[Any]:
     return [name if name in plain else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
+#: Lines of which each closes a quote and opens another one: one record, however many there are.
+QUOTES = (b'","' + b"x" * 1_000 + b"\n") * 100
 VECTORS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "v.jsonl.gz": (lambda file: repeated(file, b" " * (1 << 20), 6_000), "longer than 16 MiB"),
     "v.csv.gz": (
-        lambda file: repeated(file, b'","\n' * 10_000, 600, b'item_id,vector\n"a'),
+        lambda file: repeated(file, QUOTES, 400, b'item_id,vector\n"a'),
         "holds a record of more than 16 MiB",
     ),
     "v.txt.gz": (lambda file: repeated(file, b"1 " * (1 << 19), 300), "longer than 16 MiB"),
@@ -104,6 +106,40 @@ VECTORS: dict[str, tuple[Callable[[Path], Path], str]] = {
 def _written(file: Path, data: bytes) -> Path:
     file.write_bytes(data)
     return file
+
+
+@pytest.mark.parametrize("name", some_of(VECTORS, "v.csv.gz", "lying.npz"))
+def test_item_vectors(name: str, tmp_path: Path) -> None:
+    make, says = VECTORS[name]
+    code = "import_items(Path(sys.argv[1]), Path(sys.argv[2]), 'v1')"
+    imports = "from pathlib import Path\nimport pyarrow.parquet\nfrom stream.items.importer import import_items"
+    said = with_memory(MEMORY_MB, imports, code, make(tmp_path / name), tmp_path / "v1")
+    assert says in said
+    check_line(said.replace(str(tmp_path), ""), payload=True)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def _one_text(file: Path) -> Path:
+    """Half a megabyte for 64 GB of ids."""
+    users = pa.DictionaryArray.from_arrays(pa.array([0] * 8_192, pa.int32()), pa.array([ID]))
+    columns = {"item_id": [1] * 8_192, "type": ["view"] * 8_192, "ts": [T0] * 8_192}
+    pq.write_table(pa.table({"user_id": users, **columns}), file, compression="zstd", store_schema=False)
+    return file
+
+
+T0 = 1_700_000_000_000
+ID = "x" * (8 << 20)
+HEAD = b"user_id,item_id,type,ts\n"
+EVENTS: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "line.csv.gz": (lambda file: repeated(file, b" " * (1 << 20), 6_000, HEAD + b"1"), "longer than 16 MiB"),
+    "quotes.csv.gz": (lambda file: repeated(file, QUOTES, 400, HEAD + b'"a'), "holds a record of more than 16 MiB"),
+    "line.jsonl.gz": (lambda file: repeated(file, b"[" * (1 << 20), 300, b'{"user_id": '), "longer than 16 MiB"),
+    "ids.parquet": (_one_text, "user_id: an id must have 1 to 256 UTF-8 bytes"),
+    "page.parquet": (
+        lambda file: parquet(file, user_id=[ID * 20], item_id=[1], type=["view"], ts=[T0]),
+        "bytes that expand to",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", some_of(EVENTS, "ids.parquet"))
