@@ -313,7 +313,7 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("count", [20, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [10, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_settings(name: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def target(data: bytes) -> None:
