@@ -224,7 +224,8 @@ def history_target() -> Callable[[bytes], None]:
         if history is None or columns is None:
             return
         assert history.encode(stored_order(data)[0]) == CODEC.as_written_now(data)
-        keys = [kinds.suffixes[number] for number in columns.numbers.tolist()]
+        order, at = kinds.order.data, kinds.order.at.tolist()
+        keys = [order[at[number] : at[number + 1]].tobytes() for number in columns.numbers.tolist()]
         assert keys == [key[TS_BYTES:] for key in history.keys] * 2
         assert columns.times.tolist() == [key_ts_ms(key) for key in history.keys] * 2
         assert columns.revisions.tolist() == [history.revision] * 2
