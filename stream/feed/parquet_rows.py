@@ -1,5 +1,6 @@
 """Rows of Parquet files, streamed batch by batch through pyarrow (the extra `parquet`)."""
 
+import io
 from collections.abc import Iterator, Mapping
 from typing import IO, Any, Final
 
@@ -40,7 +41,7 @@ def parquet_rows(file: IO[bytes], shape: FileShape, skip: int) -> tuple[Iterator
         raise ConfigError(msg) from exc
     try:
         first = pq.ParquetFile(file)
-        check_parquet(first.metadata)
+        check_parquet(first.metadata, file.seek(0, io.SEEK_END))
         schema = first.schema_arrow
         paths = [_in_table(path, schema) for path in shape.paths]
         types = [_type_at(schema, path) for path in paths]
@@ -81,7 +82,7 @@ def _rows(parquet: Any, paths: list[Steps], types: list[Any], skip: int) -> Iter
                 number += 1
                 if number > skip:
                     yield number, row
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as exc:
+    except (pa.ArrowException, OSError, UnicodeDecodeError, IndexError) as exc:  # of texts that aren't there
         raise _damaged(exc) from exc
 
 

@@ -10,10 +10,10 @@ from stream.errors import ConfigError
 
 #: Longest line that is read: a whole file on one line would fill the memory, and a small compressed file may hold one.
 MAX_LINE_BYTES: Final = 16 << 20
-#: A column of a row group in Parquet that is no longer than this is read, however small it is packed; one that is
-#: longer, where codecs made it no smaller than this part. What sensible files hold becomes a tenth.
-_PARQUET_COLUMN_BYTES: Final = 64 << 20
-_PARQUET_RATIO: Final = 200
+#: A row group in Parquet that is no larger than this is read, however small the file is; a larger one, where it is no
+#: more than so many times the file. What sensible files hold becomes a tenth.
+_PARQUET_GROUP_BYTES: Final = 64 << 20
+_PARQUET_RATIO: Final = 100
 #: Ends the name of the file that tells how far a send has come, which lies beside the data.
 PROGRESS: Final = ".uemb-send.json"
 BOM: Final = b"\xef\xbb\xbf"
@@ -87,20 +87,19 @@ class RecordLines(Iterator[str]):
         self._chars = 0
 
 
-def check_parquet(metadata: Any) -> None:
-    """Refuse a Parquet file, by its metadata, whose columns would be expanded to much more than anybody writes.
+def check_parquet(metadata: Any, file_bytes: int) -> None:
+    """Refuse a Parquet file, by its metadata, a part of which would be expanded to much more than anybody writes.
+
+    Not column by column: pyarrow ends the process where the metadata of one is damaged.
 
     Raises:
         ConfigError: one would.
     """
     for group in range(metadata.num_row_groups):
-        row_group = metadata.row_group(group)
-        for number in range(row_group.num_columns):
-            column = row_group.column(number)
-            packed, size = column.total_compressed_size, column.total_uncompressed_size
-            if size > _PARQUET_COLUMN_BYTES and size > _PARQUET_RATIO * packed:
-                msg = f"holds {packed:,} bytes that expand to {size:,}; write it anew, with smaller row groups"
-                raise ConfigError(msg)
+        size = metadata.row_group(group).total_byte_size
+        if size > _PARQUET_GROUP_BYTES and size > _PARQUET_RATIO * file_bytes:
+            msg = f"has {file_bytes:,} bytes that expand to {size:,}; write it anew, with smaller row groups"
+            raise ConfigError(msg)
 
 
 def open_lines(path: Path) -> io.BufferedReader:

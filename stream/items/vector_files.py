@@ -245,7 +245,7 @@ def _from_parquet(file: Path, names: Columns) -> Iterator[Piece]:
         raise ConfigError(PARQUET_HINT) from exc
     try:
         table = pq.ParquetFile(file)
-        check_parquet(table.metadata)
+        check_parquet(table.metadata, file.stat().st_size)
         there = table.schema_arrow.names
         if not {*names} <= {*there}:
             raise _lacks(file, names, there)
