@@ -87,7 +87,7 @@ def test_headers_of_arrays(count: int) -> None:
         assert header.offset <= header.end < 1 << 62
         assert not header.dtype.hasobject
 
-    fuzz(target, [npy(ROWS), npy(np.array(["a", "b"]))], HEADER_TOKENS, count // 4)
+    fuzz(target, [npy(ROWS), npy(np.array(["a", "b"]))], HEADER_TOKENS, count)
 
 
 @file_counts
@@ -117,7 +117,7 @@ def test_item_spaces(name: str, count: int, space: ItemSpace, tmp_path: Path) ->
     fuzz(target, [seed], tokens[name], count // 2)
 
 
-@counts
+@file_counts
 def test_encoders(count: int, tmp_path: Path) -> None:
     made = {"contract": 1, "features": ["mean", "last"], "item_version": "v1", "items_sha256": "ab" * 32, "dim": 4}
     seed = json.dumps({**made, "model_sha256": "cd" * 32, "type_weights": {"like": 2.0}, "about": {"x": 1}}).encode()
@@ -129,7 +129,7 @@ def test_encoders(count: int, tmp_path: Path) -> None:
         except EncoderError as exc:
             check_line(str(exc))
 
-    fuzz(target, [seed], JSON_TOKENS, count // 10)
+    fuzz(target, [seed], JSON_TOKENS, count)
 
 
 def npz(save: Callable[..., None] = np.savez, **arrays: Any) -> bytes:
@@ -278,7 +278,7 @@ def test_input_of_embed(encoder: str, count: int, space: ItemSpace, monkeypatch:
         b'"abc"',
     )
     regressions = [seeds[0].replace(b"[3, 1, 2]", times) for times in lists]
-    fuzz(target, seeds, (*JSON_TOKENS, *lists), count // 4, regressions)
+    fuzz(target, seeds, (*JSON_TOKENS, *lists), count, regressions)
 
 
 # -- settings -----------------------------------------------------------------------------------------------------
