@@ -23,6 +23,7 @@ from stream.core.exposure import Exposure
 from stream.credentials import FreshContext, TlsFiles, read_secret
 from stream.encoders.folder import open_encoder
 from stream.errors import ConfigError, EncoderError
+from stream.foreign_text import one_line
 from stream.kv.urls import masked_kv_url, parse_kv_url
 from stream.logs import LogForm
 
@@ -186,7 +187,9 @@ class Settings(BaseSettings):
     kv_group: str | None = Field(None, description="a group of this host that may read an embedded store, too")
     state_dir: Path = Field(_DATA / "state", description="this worker's local tables; one folder per worker")
     hot_users: int = Field(10_000, ge=1, description="users kept in memory, all partitions together")
-    kv_lock_patience_s: float = Field(30.0, ge=0, description="wait for another process to let go of a database")
+    kv_lock_patience_s: float = Field(
+        30.0, ge=0, le=86_400, description="wait for another process to let go of a database"
+    )
     cache_dir: Path = Field(Path("~/.cache/user-embedding-stream"), description="downloads of the demo")
     http: str = Field(
         "127.0.0.1:9464",
@@ -303,7 +306,8 @@ class Settings(BaseSettings):
             msg = "UEMB_SSL_KEYFILE is of UEMB_SSL_CERTFILE; set that, too"
             raise ValueError(msg)
         for name in ("ssl_cafile", "sasl_oauth_cafile"):
-            if (path := getattr(self, name)) is not None and not path.is_file():
+            # pathlib fails on a name that is too long
+            if (path := getattr(self, name)) is not None and not os.path.isfile(path):
                 msg = f"{ENV_PREFIX}{name.upper()}: there is no file {path}"
                 raise ValueError(msg)
 
@@ -613,6 +617,22 @@ def load_settings(**overrides: object) -> Settings:
         return _from_environment({name: value for name, value in overrides.items() if value is not None})
     except ValidationError as exc:
         raise ConfigError(_faults(exc)[0]) from None
+    except UnicodeEncodeError:
+        raise ConfigError(_not_utf8()[0]) from None
+
+
+def _not_utf8() -> list[str]:
+    """The variables whose text is not UTF-8: pydantic can't speak of what is wrong with them."""
+    found = sorted(name for name, value in os.environ.items() if name.startswith(ENV_PREFIX) and not _is_utf8(value))
+    return [f"{name} is not UTF-8" for name in found] or ["a value is not UTF-8"]
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def settings_faults() -> list[str]:
@@ -621,6 +641,8 @@ def settings_faults() -> list[str]:
         _from_environment({})
     except ValidationError as exc:
         return _faults(exc)
+    except UnicodeEncodeError:
+        return _not_utf8()
     return []
 
 
@@ -632,7 +654,7 @@ def _faults(exc: ValidationError) -> list[str]:
     found = []
     for error in exc.errors(include_url=False, include_input=False):
         where = f"{ENV_PREFIX}{str(error['loc'][0]).upper()}: " if error["loc"] else ""
-        found += [where + text for text in error["msg"].removeprefix("Value error, ").splitlines()]
+        found += [one_line(where + text) for text in error["msg"].removeprefix("Value error, ").splitlines()]
     return found
 
 

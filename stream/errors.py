@@ -25,6 +25,8 @@ UnknownItemError(IndexError)   an item index outside the item space (public func
 
 from enum import IntEnum
 
+from stream.foreign_text import one_line
+
 
 class ExitCode(IntEnum):
     """How a worker, or a command, ends: whoever started it decides by that whether to start it again."""
@@ -48,6 +50,9 @@ class UembError(Exception):
     exit_code = ExitCode.FAULT
     #: Whether the same call may succeed a little later.
     retriable = False
+
+    def __init__(self, text: str = "") -> None:
+        super().__init__(one_line(text))
 
 
 class ConfigError(UembError):

@@ -40,11 +40,13 @@ def canonical_id(value: int | str) -> str:
     if not isinstance(value, str):
         msg = "an id must be a string or an integer"
         raise ValueError(msg)  # noqa: TRY004 - callers turn every wrong id into one kind of error
-    if not value.isprintable() and _CONTROL.search(value):
-        msg = "an id must hold no control characters"
-        raise ValueError(msg)
     try:
-        size = len(value) if value.isascii() else len(value.encode())
+        size = len(value)
+        if size <= MAX_ID_BYTES:  # of a longer one no more is looked at: it may have millions
+            if not value.isprintable() and _CONTROL.search(value):
+                msg = "an id must hold no control characters"
+                raise ValueError(msg)
+            size = size if value.isascii() else len(value.encode())
     except UnicodeEncodeError:
         msg = "an id must be valid Unicode"
         raise ValueError(msg) from None

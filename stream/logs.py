@@ -1,8 +1,4 @@
-"""What a process writes of itself: log lines that are held back when they repeat, and the one line of an error.
-
-Ids, keys, headers and names are other people's text. It is shown as it is, but for characters that would act on a
-terminal or on the order of what stands beside them.
-"""
+"""What a process writes of itself: log lines that are held back when they repeat, and the one line of an error."""
 
 import json
 import logging
@@ -10,11 +6,12 @@ import logging.config
 import sys
 import threading
 import time
-import unicodedata
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Final, Literal
+
+from stream.foreign_text import escaped
 
 log = logging.getLogger(__name__)
 
@@ -27,20 +24,6 @@ LogForm = Literal["text", "json"]
 
 #: Told how far something is: how much is done, and of how much, None while that is not known.
 OnProgress = Callable[[int, int | None], None]
-
-#: Control, format (bidirectional and invisible), line and paragraph separators, and halves of surrogate pairs.
-ACTIVE: Final = frozenset({"Cc", "Cf", "Zl", "Zp", "Cs"})
-
-
-def escaped(text: str) -> str:
-    r"""Text on one line in which nothing acts: `\x1b`, `\n` and the like for what would.
-
-    >>> print(escaped("a\x1b[31mb\u202ec"))
-    a\x1b[31mb\u202ec
-    """
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(repr(c)[1:-1] if unicodedata.category(c) in ACTIVE else c for c in text)
 
 
 def print_error(text: str) -> None:

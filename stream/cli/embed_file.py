@@ -1,17 +1,29 @@
 """One history in, one vector out, without Kafka: the seed's input JSON to its output JSON plus the record's fields."""
 
-import json
-from typing import Any
+from typing import Any, Final
 
+import msgspec
 import numpy as np
 
 from stream.config import Settings
 from stream.core.encoders import REASONS
 from stream.core.events import Rejected, to_ms
+from stream.core.history_codec import MAX_TS_MS
 from stream.core.records import EmbeddingRecord, to_json
 from stream.errors import ConfigError
+from stream.foreign_text import shortened
 from stream.items.space import ItemSpace
 from stream.keys import canonical_id
+
+#: A hundred thousand interactions have room.
+MAX_INPUT_BYTES: Final = 16 << 20
+
+
+class _Input(msgspec.Struct):
+    user_id: int | str
+    history_item_ids: list[int | str]
+    history_ts: list[int | float] | None = None
+    item_embedding_version: str | None = None
 
 
 def embed_document(data: bytes, settings: Settings) -> dict[str, Any]:
@@ -25,35 +37,34 @@ def embed_document(data: bytes, settings: Settings) -> dict[str, Any]:
         ConfigError: the document is not such an input, or asks for another item version.
         ItemSpaceError: the item space can't be loaded.
     """
+    if len(data) > MAX_INPUT_BYTES:
+        msg = f"not an input document: it is larger than {MAX_INPUT_BYTES >> 20} MiB"
+        raise ConfigError(msg)
     if settings.items is None:
         msg = "no item space; give --items FOLDER or set UEMB_ITEMS"
         raise ConfigError(msg)
     space = ItemSpace.load(settings.items)
     try:
-        document = json.loads(data)
-        user = canonical_id(document["user_id"])
-        ids = [canonical_id(i) for i in document["history_item_ids"]]
-        times = document.get("history_ts") or list(range(len(ids)))
-        version = document.get("item_embedding_version", space.version)
+        document = msgspec.json.decode(data, type=_Input)
+        user = canonical_id(document.user_id)
+        ids = [canonical_id(i) for i in document.history_item_ids]
+        times = document.history_ts or list(range(len(ids)))
         if len(times) != len(ids):
             raise ValueError("history_ts and history_item_ids differ in length")  # noqa: EM101
-        if not np.isfinite(np.asarray(times, dtype=np.float64)).all():
-            raise ValueError("history_ts must be finite")  # noqa: EM101
         order = np.argsort(np.asarray(times, dtype=np.float64), kind="stable").tolist()
-    except KeyError as exc:
-        msg = f"the input lacks {exc.args[0]}"
-        raise ConfigError(msg) from exc
-    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as exc:
+    except (ValueError, OverflowError, RecursionError) as exc:  # msgspec's texts hold names and kinds, never values
         msg = f"not an input document: {exc}"
         raise ConfigError(msg) from exc
-    if version != space.version:
-        msg = f"the input asks for item version {version!r}, the folder holds {space.version!r}; spaces never mix"
+    version = document.item_embedding_version
+    if version not in (None, space.version):
+        asked = shortened(version or "")
+        msg = f"the input asks for item version {asked!r}, the folder holds {space.version!r}; spaces never mix"
         raise ConfigError(msg)
     encoder = settings.versioned_encoder
     history = [ids[i] for i in order][-encoder.history_limit :]
     times_ms = None
     if encoder.encoder.by_time:
-        if ids and not document.get("history_ts"):
+        if ids and not document.history_ts:
             msg = f"encoder {encoder.version} goes by time; the input needs history_ts"
             raise ConfigError(msg)
         try:
@@ -61,6 +72,9 @@ def embed_document(data: bytes, settings: Settings) -> dict[str, Any]:
         except Rejected as exc:
             msg = f"history_ts: {exc.reject.detail}"
             raise ConfigError(msg) from exc
+        if any(abs(ts_ms) > MAX_TS_MS for ts_ms in times_ms):
+            msg = "history_ts: a time is further away than any can be"
+            raise ConfigError(msg)
     vector, found, unknown = encoder.embed(space, history, None, times_ms)
     status, reason = REASONS[found]
     norm = float(np.linalg.norm(vector.astype(np.float64)))
@@ -74,7 +88,7 @@ def embed_document(data: bytes, settings: Settings) -> dict[str, Any]:
             reason=reason,
             history_len=len(history),
             unknown_items=unknown,
-            as_of=newest,
+            as_of=newest,  # type: ignore[arg-type]  # a time of the input, whatever it is in
             user_embedding_version=encoder.version,
             item_embedding_version=space.version,
             vector=vector,

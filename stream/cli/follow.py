@@ -1,9 +1,9 @@
 """Following the embedding topic from Python: decoded records as they come, tombstones as None."""
 
-import json
 from collections.abc import Iterator
 from typing import Any, Final
 
+import msgspec
 from confluent_kafka import OFFSET_BEGINNING, OFFSET_END, KafkaError, TopicPartition
 
 from stream.config import Settings
@@ -14,6 +14,22 @@ from stream.kafka.grants import GROUP_REFUSED, TOPIC_REFUSED
 from stream.kafka.log_reader import open_consumer, unreadable
 
 _POLL_S: Final = 0.5
+
+
+class _Vector(msgspec.Struct):
+    vector: list[float]
+
+
+class _Document(msgspec.Struct):
+    """What a record in JSON must hold to be shown; later releases may add to it."""
+
+    epoch: int
+    revision: int
+    status: str
+    reason: str
+    history_len: int
+    as_of: int | None
+    user_embedding: _Vector
 
 
 def follow(
@@ -54,7 +70,7 @@ def follow(
                     raise unreadable(settings.output_topic, error)
                 continue
             reader.took(settings.output_topic)
-            yield message.key().decode(), _record(message.value())
+            yield (message.key() or b"").decode(errors="backslashreplace"), _record(message.value())
             count = None if count is None else count - 1
     finally:
         reader.close()
@@ -63,11 +79,15 @@ def follow(
 def _record(value: bytes | None) -> dict[str, Any] | None:
     if value is None:
         return None
-    if value[:1] == b"{":
-        document: dict[str, Any] = json.loads(value)
-        return document
     try:
+        if value[:1] == b"{":
+            document: dict[str, Any] = msgspec.json.decode(value)
+            msgspec.convert(document, _Document)
+            return document
         return to_json(decode(value))
     except CorruptRecord as exc:
         msg = f"{exc}; upgrade this client"
+        raise UembError(msg) from exc
+    except (ValueError, RecursionError) as exc:  # msgspec's errors are ValueErrors
+        msg = "a record of the output topic is none of ours; see who else writes there, or upgrade this client"
         raise UembError(msg) from exc

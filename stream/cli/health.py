@@ -13,6 +13,7 @@ from stream.errors import ExitCode
 
 #: As long as a probe waits as a rule.
 _PATIENCE_S: Final = 5.0
+_MAX_BYTES: Final = 1 << 20
 
 
 @click.command()
@@ -49,11 +50,11 @@ def _ask(address: Address, path: str) -> dict[str, Any]:
     connection = http.client.HTTPConnection(address.host, address.port, timeout=_PATIENCE_S)
     try:
         connection.request("GET", path)
-        verdict = json.loads(connection.getresponse().read())
+        verdict = json.loads(connection.getresponse().read(_MAX_BYTES))
         if isinstance(verdict["ok"], bool) and isinstance(verdict["reasons"], list):
             return dict(verdict)
         why = "what answers there is no worker"
-    except (http.client.HTTPException, ValueError, KeyError, TypeError):
+    except (http.client.HTTPException, ValueError, KeyError, TypeError, RecursionError):
         why = "what answers there is no worker"
     except OSError as exc:
         why = f"no worker answers ({exc.strerror or exc})"

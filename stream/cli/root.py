@@ -177,10 +177,10 @@ def tail(from_beginning: bool, count: int | None, as_json: bool) -> None:
 @click.option("--items", type=click.Path(path_type=Path), help="item space folder; default UEMB_ITEMS")
 def embed(file: Any, items: Path | None) -> None:
     """Embed one history without Kafka: JSON with user_id, history_item_ids, history_ts, item_embedding_version."""
-    from stream.cli.embed_file import embed_document
+    from stream.cli.embed_file import MAX_INPUT_BYTES, embed_document
 
     settings = load_settings(items=items)
-    print_json(embed_document(file.read(), settings))
+    print_json(embed_document(file.read(MAX_INPUT_BYTES + 1), settings))
 
 
 def _as_record(u: Any) -> Any:
@@ -229,7 +229,10 @@ def _plain(name: str, value: object) -> str:
 def _time(ts_ms: int | None) -> str:
     from datetime import UTC, datetime
 
-    return "" if ts_ms is None else datetime.fromtimestamp(ts_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S")
+    try:
+        return "" if ts_ms is None else datetime.fromtimestamp(ts_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S")
+    except (ValueError, OverflowError, OSError):  # after the year 9999
+        return f"{ts_ms} ms"
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from stream.logs import ACTIVE, escaped
+from stream.foreign_text import ACTIVE, escaped
 
 #: Units of progress that are not counted one by one: bytes, and steps that mean nothing by themselves.
 MB: Final = "MB"

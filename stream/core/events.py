@@ -29,6 +29,10 @@ _LIKELY_TS_MS: Final = 4_102_444_800_000
 #: Longest number, or time, that is read from text.
 _TIME_MAX_CHARS: Final = 64
 _HUGE: Final = 1e300
+#: Longest detail of a reject: msgspec's texts hold the way to a value, which may be as deep as JSON may nest.
+_DETAIL_MAX_CHARS: Final = 300
+#: Values in a document of which Python objects are made: a hundred bytes each, where two of JSON may be enough.
+MAX_VALUES: Final = 1 << 20
 _ZONE_APART: Final = re.compile(r"\s*(?:UTC|GMT|[zZ]|([+-]\d{2}:?\d{2}))$")
 FIELDS: Final = ("user_id", "item_id", "type", "ts")
 #: The order in which they are looked up: the type, which a topic or file may fix, last.
@@ -147,7 +151,7 @@ def json_reject(exc: Exception) -> Reject:
     if isinstance(exc, msgspec.ValidationError):
         # msgspec names fields and JSON types in these texts, never values.
         missing = "missing required field" in str(exc)
-        return Reject(Reason.MISSING_FIELD if missing else Reason.WRONG_TYPE, str(exc))
+        return Reject(Reason.MISSING_FIELD if missing else Reason.WRONG_TYPE, str(exc)[:_DETAIL_MAX_CHARS])
     if isinstance(exc, RecursionError):
         return Reject(Reason.NOT_JSON, "JSON is nested too deeply")
     if isinstance(exc, UnicodeDecodeError):
@@ -207,6 +211,21 @@ def _keyless(value: bytes | None) -> Reject:
     return Reject(Reason.NULL_KEY, "a record's key must be the canonical user id")
 
 
+def json_document(data: bytes) -> Any:
+    """A JSON document as Python values, in bounded memory.
+
+    Raises:
+        msgspec.DecodeError: it is none, or holds more than `MAX_VALUES` values.
+        UnicodeDecodeError: a text in it is not UTF-8.
+        RecursionError: it is nested too deeply.
+    """
+    # a comma or bracket for each; those in texts count, too, which needs a document of more than a megabyte to matter
+    if len(data) > MAX_VALUES and data.count(b",") + data.count(b"[") + data.count(b"{") > MAX_VALUES:
+        msg = f"JSON holds more than {MAX_VALUES:,} values"
+        raise msgspec.DecodeError(msg)
+    return msgspec.json.decode(data)
+
+
 class EventDecoder:
     """Turns one record of an event topic into the sort key of its interaction."""
 
@@ -217,7 +236,6 @@ class EventDecoder:
         self._all_native = rules.native
         self._unit = rules.ts_unit
         self._native = msgspec.json.Decoder(UserEvent)
-        self._any = msgspec.json.Decoder()
         self._values: dict[str, Values] = {}
         self._suffixes: dict[tuple[int | str, str], bytes | Reject | None] = {}
 
@@ -301,7 +319,7 @@ class EventDecoder:
         return event
 
     def _mapped(self, topic: str, value: bytes) -> list[UserEvent]:
-        document = self._any.decode(value)
+        document = json_document(value)
         values = self._values.get(topic)
         if values is None:
             values = self._values[topic] = Values(self.rules.paths(topic))
@@ -343,7 +361,7 @@ def to_ms(ts: Any, unit: TsUnit) -> int:
     if isinstance(ts, bool) or not isinstance(ts, int | float | Decimal if unit == "s" else int):
         raise Rejected(Reason.WRONG_TYPE, _no_number(unit))
     if unit == "s":
-        if not abs(ts) <= MAX_TS_MS:  # catches a NaN too
+        if not -MAX_TS_MS <= ts <= MAX_TS_MS:  # catches a NaN too; abs() of a Decimal may overflow
             raise Rejected(Reason.IMPLAUSIBLE_TIMESTAMP, implausible(_finite(ts) * 1000, unit))
         return round(ts * 1000)
     return ts * 1000 // PER_SECOND[unit]

@@ -4,10 +4,8 @@ A recommender that learns from clicks on its own recommendations learns from its
 retrieval returned, but its history does where most of it was shown rather than looked for; so that share is counted.
 """
 
-import msgspec
-
 from stream.core.counters import Counter
-from stream.core.events import JSON_ERRORS
+from stream.core.events import JSON_ERRORS, json_document
 from stream.core.field_paths import NoValue, Values, parse_path
 
 
@@ -29,12 +27,11 @@ class Exposure:
             raise ValueError(msg)
         self._values = Values((found,))
         self._own = own
-        self._decode = msgspec.json.Decoder().decode
 
     def of(self, value: bytes) -> tuple[Counter, ...]:
         """What is to be counted of a sound event."""
         try:
-            ((source,),) = self._values.of(self._decode(value))
+            ((source,),) = self._values.of(json_document(value))
         except (NoValue, *JSON_ERRORS):
             return ()
         if not isinstance(source, str):

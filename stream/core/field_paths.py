@@ -12,6 +12,7 @@ from typing import Any, Final, NamedTuple
 #: A key, the index of an element, or each element (None).
 Step = str | int | None
 _STEP: Final = re.compile(r"((?:[^.\[\]\\]|\\.)+)|\[(\d{0,6})\]")
+_PATH_MAX_CHARS: Final = 200
 #: Elements of one event that are interactions at most. A record may hold a hundred thousand, each of which would be
 #: published as a record of its own; a history keeps the newest hundred.
 MAX_ELEMENTS: Final = 1_000
@@ -51,6 +52,9 @@ def parse_path(text: str) -> FieldPath:
     Raises:
         ValueError: it is none; the text says why.
     """
+    if len(text) > _PATH_MAX_CHARS or not text.isprintable():  # what isn't printable are halves of surrogates, too
+        msg = f"a path must have at most {_PATH_MAX_CHARS} printable characters"
+        raise ValueError(msg)
     steps: list[Step] = []
     at = 0
     while at < len(text):

@@ -11,13 +11,17 @@ from enum import Enum
 from typing import NamedTuple
 
 from stream.core.history_codec import (
+    COUNT_AT,
     DAMAGED,
     LAYOUT_VERSION,
+    MAX_ORDER,
+    MAX_TS_MS,
     NEVER,
     TS_BYTES,
     HistoryCodec,
     key_ts_ms,
     split_key,
+    stored_order,
 )
 from stream.errors import StateError
 
@@ -148,12 +152,8 @@ class History:
             StateError: unknown layout, or bytes that can't be such a state.
         """
         keys = codec.keys(data)
-        if len(keys) > limit:
+        epoch, revision = stored_order(data)
+        erased_at = int.from_bytes(data[17:COUNT_AT], "big", signed=True)
+        if len(keys) > limit or max(epoch, revision) > MAX_ORDER or not NEVER <= erased_at <= MAX_TS_MS:
             raise StateError(DAMAGED)
-        return cls(
-            codec,
-            limit,
-            keys,
-            revision=int.from_bytes(data[9:17], "big"),
-            erased_at=int.from_bytes(data[17:25], "big", signed=True),
-        )
+        return cls(codec, limit, keys, revision=revision, erased_at=erased_at)

@@ -15,6 +15,8 @@ LAYOUT_VERSION: Final = 2
 _LAYOUT_1: Final = 1
 TS_BYTES: Final = 6
 MAX_TS_MS: Final = (1 << (8 * TS_BYTES)) - 1
+#: Greatest epoch and revision: in the record, Avro doubles it, and 64 bits hold that.
+MAX_ORDER: Final = (1 << 62) - 1
 NEVER: Final = -1  # erased_at of a user who was never erased
 
 COUNT_AT: Final = 1 + 8 + 8 + 8

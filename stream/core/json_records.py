@@ -47,7 +47,7 @@ def decode_json(data: bytes, kind: type[_Kind]) -> _Kind:
         WrongFields: a field is missing, or has no value of its kind.
     """
     try:
-        fields = json.loads(data)
+        fields = msgspec.json.decode(data)  # which, unlike the standard library, refuses halves of surrogate pairs
     except (ValueError, RecursionError) as exc:
         msg = "the value is no JSON"
         raise NotJson(msg) from exc

@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 from numba import njit, types
 
-from stream.core.history_codec import HEADER_BYTES, LAYOUT_VERSION, MAX_TS_MS
+from stream.core.history_codec import HEADER_BYTES, LAYOUT_VERSION, MAX_ORDER, MAX_TS_MS
 
 #: What is to be done to a user.
 ADD: Final = 0
@@ -191,8 +191,9 @@ def _varint(data, at, end):  # type: ignore[no-untyped-def]
     while 0 <= at < end and shift < 70:
         byte = np.int64(data[at])
         at += 1
-        if shift < 63:
-            value |= (byte & 0x7F) << shift
+        if shift == 63 and byte > 1:  # beyond 64 bits; with 64 of them the number is negative here
+            break
+        value |= (byte & 0x7F) << shift
         if byte < 0x80:
             return value, (at if byte or not shift else np.int64(-1))
         shift += 7
@@ -329,8 +330,11 @@ def read_states(  # type: ignore[no-untyped-def]
     """
     missing = 0
     for state in range(bounds.shape[0] - 1):
+        epoch = _big_endian(data, bounds[state] + 1, 8)
         revisions[state] = _big_endian(data, bounds[state] + 9, 8)
         erased_at[state] = _big_endian(data, bounds[state] + 17, 8)
+        if not (0 <= epoch <= MAX_ORDER and 0 <= revisions[state] <= MAX_ORDER and -1 <= erased_at[state] <= MAX_TS_MS):
+            return state, missing
         at, end = bounds[state] + HEADER_BYTES, bounds[state + 1]
         entry, last = base[state], base[state + 1]
         before, time = np.int64(-1), np.int64(0)
@@ -339,7 +343,7 @@ def read_states(  # type: ignore[no-untyped-def]
             time += since
             start = at
             head, at = _varint(data, at, end)
-            if entry >= last or at < 0 or since > MAX_TS_MS or time > MAX_TS_MS:
+            if entry >= last or at < 0 or not 0 <= since <= MAX_TS_MS or time > MAX_TS_MS:
                 return state, missing
             tag = head & 3
             if tag == 0:

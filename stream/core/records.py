@@ -216,7 +216,7 @@ class RecordDecoder:
         if not data.startswith(size, at + 8) or end + 4 * dim != len(data):
             raise ValueError
         vector = np.frombuffer(data, _FLOAT32, dim, end).astype(np.float32)
-        if not is_unit(vector):
+        if not is_unit(vector) or (epoch | revision | history_len | unknown_items) < 0:
             raise ValueError
         return EmbeddingRecord(
             user_id,
@@ -247,6 +247,8 @@ def _decode_any(data: bytes) -> EmbeddingRecord:
         body = raw["user_embedding"]
         vector = np.frombuffer(body["vector"], _FLOAT32).astype(np.float32)
         if len(vector) != body["dim"] or not is_unit(vector) or body_bytes.read(1):
+            raise ValueError
+        if min(raw[name] for name in ("epoch", "revision", "history_len", "unknown_items")) < 0:
             raise ValueError
     except Exception as exc:  # fastavro raises many kinds on damaged bytes
         msg = "damaged embedding record"

@@ -5,7 +5,6 @@ and ``model.onnx``. Folders are immutable, like those of item spaces.
 """
 
 import shutil
-import stat
 import tempfile
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
@@ -20,6 +19,7 @@ from stream.core.formulas import Float64, l2_normalize
 from stream.core.learned_encoder import SEED_FEATURES, LearnedEncoder
 from stream.encoders.onnx_model import OnnxModel
 from stream.errors import EncoderError
+from stream.regular_files import read_regular
 
 MANIFEST: Final = "encoder.json"
 MODEL: Final = "model.onnx"
@@ -192,11 +192,6 @@ def _tried(encoder: LearnedEncoder, features: Float64, folder: Path) -> Float64:
 def _read(path: Path, limit: int) -> bytes:
     folder = path.parent
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for
-            raise bad_encoder(folder, f"{path.name} is no regular file")
-        if found.st_size > limit:
-            raise bad_encoder(folder, f"{path.name} is larger than {limit >> 20} MB")
-        return path.read_bytes()
+        return read_regular(path, limit)
     except OSError as exc:
         raise bad_encoder(folder, f"{path.name} can't be read ({exc.strerror})") from exc

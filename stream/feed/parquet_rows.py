@@ -1,5 +1,6 @@
 """Rows of Parquet files, streamed batch by batch through pyarrow (the extra `parquet`)."""
 
+import io
 from collections.abc import Iterator, Mapping
 from typing import IO, Any, Final
 
@@ -7,6 +8,8 @@ from stream.core.events import PER_SECOND, TsUnit
 from stream.core.field_paths import FieldPath
 from stream.errors import ConfigError
 from stream.feed.shape import FileShape, Raw
+from stream.foreign_text import listed
+from stream.items.input_files import check_parquet
 
 Steps = tuple[str, ...]
 _BATCH_ROWS: Final = 8192
@@ -37,10 +40,15 @@ def parquet_rows(file: IO[bytes], shape: FileShape, skip: int) -> tuple[Iterator
         msg = "is Parquet, which needs pyarrow: pip install 'user-embedding-stream[parquet]'"
         raise ConfigError(msg) from exc
     try:
-        parquet = pq.ParquetFile(file)
-        paths = [_in_table(path, parquet.schema_arrow) for path in shape.paths]
-        types = [_type_at(parquet.schema_arrow, path) for path in paths]
-    except (pa.ArrowException, OSError) as exc:
+        first = pq.ParquetFile(file)
+        check_parquet(first.metadata, file.seek(0, io.SEEK_END))
+        schema = first.schema_arrow
+        paths = [_in_table(path, schema) for path in shape.paths]
+        types = [_type_at(schema, path) for path in paths]
+        # a text that is there once and counts for millions of rows stays one
+        texts = [".".join(path) for path, kind in zip(paths, types, strict=True) if _family(kind) == "text"]
+        parquet = pq.ParquetFile(file, read_dictionary=texts)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as exc:
         raise _damaged(exc) from exc
     for path, kind, admitted in zip(paths, types, (_IDS, _IDS, _TIMES[shape.ts_unit], _TYPES), strict=False):
         if _family(kind) not in admitted:
@@ -74,7 +82,7 @@ def _rows(parquet: Any, paths: list[Steps], types: list[Any], skip: int) -> Iter
                 number += 1
                 if number > skip:
                     yield number, row
-    except (pa.ArrowException, OSError) as exc:
+    except (pa.ArrowException, OSError, UnicodeDecodeError, IndexError) as exc:  # of texts that aren't there
         raise _damaged(exc) from exc
 
 
@@ -100,7 +108,7 @@ def _type_at(schema: Any, path: Steps) -> Any:
     kind = pa.struct(schema)
     for part in path:
         if not pa.types.is_struct(kind) or kind.get_field_index(part) < 0:
-            msg = f"has no column {'.'.join(path)} (it has {', '.join(schema.names[:20])})"
+            msg = f"has no column {'.'.join(path)} (it has {listed(schema.names)})"
             raise ConfigError(msg)
         kind = kind.field(part).type
     return kind
@@ -119,6 +127,9 @@ def _values(batch: Any, path: Steps, kind: Any) -> list[Any]:
         per_second = PER_SECOND[kind.unit]
         ticks = column.cast(pa.int64()).to_pylist()
         return [None if tick is None else tick * 1000 // per_second for tick in ticks]
+    if pa.types.is_dictionary(column.type):
+        texts = column.dictionary.to_pylist()
+        return [None if at is None else texts[at] for at in column.indices.to_pylist()]
     values: list[Any] = column.to_pylist()
     return values
 

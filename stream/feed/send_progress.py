@@ -2,10 +2,11 @@
 
 import hashlib
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 
@@ -13,8 +14,11 @@ from stream.config import Settings
 from stream.errors import ConfigError
 from stream.feed.send_plan import Position
 from stream.feed.shape import FileShape
+from stream.regular_files import read_regular
 
 _FORMAT: Final = 1
+#: Some hundred bytes for each of a hundred thousand files.
+_MAX_BYTES: Final = 16 << 20
 _SAVE_EVERY_S: Final = 1.0
 _SAMPLE_BYTES: Final = 1 << 16
 
@@ -29,8 +33,8 @@ class _Saved(msgspec.Struct, frozen=True):
     format: int
     settings: str
     files: list[_Identity]
-    file: int
-    rows: int
+    file: Annotated[int, msgspec.Meta(ge=0)]
+    rows: Annotated[int, msgspec.Meta(ge=0, le=sys.maxsize)]
 
 
 class SendProgress:
@@ -65,11 +69,14 @@ class SendProgress:
         """
         again = "send again without --resume (events that arrive twice change nothing)"
         try:
-            saved = msgspec.json.decode(self.path.read_bytes(), type=_Saved)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
+            saved = msgspec.json.decode(read_regular(self.path, _MAX_BYTES), type=_Saved)
+        except OSError as exc:
+            msg = f"{self.path} can't be read ({exc.strerror}); {again}"
+            raise ConfigError(msg) from exc
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
             msg = f"{self.path} is damaged; {again}"
             raise ConfigError(msg) from exc
-        if saved.format != _FORMAT or len(saved.files) != len(self._files):
+        if saved.format != _FORMAT or len(saved.files) != len(self._files) or saved.file >= len(self._files):
             msg = f"{self.path} was saved for other files; {again}"
             raise ConfigError(msg)
         for then, now in zip(saved.files, self._files, strict=True):

@@ -8,11 +8,11 @@ from typing import IO, Final
 
 import msgspec
 
-from stream.core.events import JSON_ERRORS, Rejected, UserEvent, found_at, json_reject
+from stream.core.events import JSON_ERRORS, Rejected, UserEvent, found_at, json_document, json_reject
 from stream.core.field_paths import Values
 from stream.errors import ConfigError
 from stream.feed.shape import BadRow, FileShape, Raw
-from stream.items.input_files import lines_of
+from stream.items.input_files import RecordLines, lines_of
 
 #: What may be between the columns of CSV, the usual one first.
 _DELIMITERS: Final = ",\t;|"
@@ -23,7 +23,6 @@ def json_rows(file: IO[bytes], shape: FileShape, skip: int) -> Iterator[tuple[in
     """Line number and content of each row after `skip`: of each line that is not blank."""
     values = Values(shape.paths)
     decode = msgspec.json.Decoder(UserEvent).decode
-    decode_any = msgspec.json.Decoder().decode
     native = shape.native
     for number, line in islice(_not_blank(file), skip, None):
         try:
@@ -35,13 +34,13 @@ def json_rows(file: IO[bytes], shape: FileShape, skip: int) -> Iterator[tuple[in
                 except msgspec.ValidationError as exc:  # but for a time that is a number in quotes
                     refused = exc
                 try:
-                    (row,) = found_at(decode_any(line), values)
+                    (row,) = found_at(json_document(line), values)
                 except (Rejected, *JSON_ERRORS):
                     raise refused from None
                 if not isinstance(row[2], str):
                     raise refused
             else:
-                (row,) = found_at(decode_any(line), values)
+                (row,) = found_at(json_document(line), values)
             yield number, row
         except JSON_ERRORS as exc:
             yield number, _no_json(exc, line)
@@ -52,10 +51,9 @@ def json_rows(file: IO[bytes], shape: FileShape, skip: int) -> Iterator[tuple[in
 def json_events(file: IO[bytes], shape: FileShape) -> Iterator[tuple[int, list[Raw] | BadRow]]:
     """Line number and rows of each line that is not blank, where an event may be several."""
     values = Values(shape.paths)
-    decode = msgspec.json.Decoder().decode
     for number, line in _not_blank(file):
         try:
-            yield number, found_at(decode(line), values)
+            yield number, found_at(json_document(line), values)
         except JSON_ERRORS as exc:
             yield number, _no_json(exc, line)
         except Rejected as exc:
@@ -88,11 +86,11 @@ def csv_rows(file: IO[bytes], shape: FileShape, skip: int) -> Iterator[tuple[int
             break
         blank += 1
     delimiter, columns, at = _columns(first, shape)
-    records = lines if shape.columns is None else chain([first], lines)
+    records = RecordLines(lines if shape.columns is None else chain([first], lines))
     before = blank + (shape.columns is None)
     first_row = None if shape.columns is None else blank + 1
     reader = csv.reader(records, strict=True, delimiter=delimiter)
-    for row in islice(_records(reader), skip, None):
+    for row in islice(_records(reader, records), skip, None):
         number = before + reader.line_num
         if isinstance(row, BadRow):
             yield number, row
@@ -159,14 +157,16 @@ def _place(needs: tuple[str, str], names: list[str] | tuple[str, ...]) -> int:
     return names.index(text if text in names else column)
 
 
-def _records(reader: Iterator[list[str]]) -> Iterator[list[str] | BadRow]:
+def _records(reader: Iterator[list[str]], lines: RecordLines) -> Iterator[list[str] | BadRow]:
     """Rows that are not blank; what is no CSV is one bad row, after which reading goes on."""
     while True:
         try:
             for row in reader:
+                lines.next_record()
                 if row:
                     yield row
         except csv.Error as exc:
+            lines.next_record()
             yield BadRow("not_csv", str(exc))
         else:
             return

@@ -271,6 +271,9 @@ def _rows_of_part(hashes: UInt32, part: int) -> UInt32:
 
 def _line_ends(data: NDArray[np.uint8], count: int) -> NDArray[np.uint32] | NDArray[np.int64]:
     """Positions of the newlines."""
+    if count > len(data):  # a manifest may say anything
+        msg = f"must have {count} lines, it has {len(data)} bytes"
+        raise BadIds(msg)
     ends: NDArray[np.uint32] | NDArray[np.int64]
     ends = np.empty(count, dtype=np.int64) if len(data) >> 32 else np.empty(count, dtype=np.uint32)
     found = 0

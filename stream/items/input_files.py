@@ -4,12 +4,16 @@ import gzip
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Final, cast
+from typing import IO, Any, Final, cast
 
 from stream.errors import ConfigError
 
 #: Longest line that is read: a whole file on one line would fill the memory, and a small compressed file may hold one.
 MAX_LINE_BYTES: Final = 16 << 20
+#: A row group in Parquet that is no larger than this is read, however small the file is; a larger one, where it is no
+#: more than so many times the file. What sensible files hold becomes a tenth.
+_PARQUET_GROUP_BYTES: Final = 64 << 20
+_PARQUET_RATIO: Final = 100
 #: Ends the name of the file that tells how far a send has come, which lies beside the data.
 PROGRESS: Final = ".uemb-send.json"
 BOM: Final = b"\xef\xbb\xbf"
@@ -54,6 +58,48 @@ def lines_of(file: IO[bytes]) -> Iterator[bytes]:
             msg = f"line {number}: is longer than {MAX_LINE_BYTES >> 20} MiB; write one record a line"
             raise ConfigError(msg)
         yield line
+
+
+class RecordLines(Iterator[str]):
+    """Lines for a reader that may take several for one record, as one of CSV does while a quote is open.
+
+    Args:
+        lines: of a file.
+
+    Raises:
+        ConfigError: a record is too long: quotes that never close would have it grow without end.
+    """
+
+    def __init__(self, lines: Iterator[str]) -> None:
+        self._lines = lines
+        self._chars = 0
+
+    def __next__(self) -> str:
+        line = next(self._lines)
+        self._chars += len(line)
+        if self._chars > MAX_LINE_BYTES:
+            msg = f"holds a record of more than {MAX_LINE_BYTES >> 20} MiB; is a quote missing?"
+            raise ConfigError(msg)
+        return line
+
+    def next_record(self) -> None:
+        """The lines that come are another record's."""
+        self._chars = 0
+
+
+def check_parquet(metadata: Any, file_bytes: int) -> None:
+    """Refuse a Parquet file, by its metadata, a part of which would be expanded to much more than anybody writes.
+
+    Not column by column: pyarrow ends the process where the metadata of one is damaged.
+
+    Raises:
+        ConfigError: one would.
+    """
+    for group in range(metadata.num_row_groups):
+        size = metadata.row_group(group).total_byte_size
+        if size > _PARQUET_GROUP_BYTES and size > _PARQUET_RATIO * file_bytes:
+            msg = f"has {file_bytes:,} bytes that expand to {size:,}; write it anew, with smaller row groups"
+            raise ConfigError(msg)
 
 
 def open_lines(path: Path) -> io.BufferedReader:

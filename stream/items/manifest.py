@@ -8,11 +8,14 @@ from typing import Annotated, Final, Literal
 import msgspec
 
 from stream.errors import ItemSpaceError
+from stream.regular_files import read_regular
 
 #: Furthest from 1 that the length of a row of a cosine space may be.
 ROW_TOLERANCE: Final = 1e-4
 
 Metric = Literal["cosine", "dot"]
+#: A fallback vector of a hundred thousand numbers in text takes some two megabytes.
+_SMALL_BYTES: Final = 16 << 20
 
 
 IDS: Final = "ids.txt"
@@ -65,5 +68,17 @@ def file_sha256(path: Path) -> str:
             raise bad_space(path.parent, f"{path.name} is no regular file")
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as exc:
+        raise bad_space(path.parent, f"{path.name} can't be read ({exc.strerror})") from exc
+
+
+def read_whole(path: Path) -> bytes:
+    """A small file of an item space.
+
+    Raises:
+        ItemSpaceError: it can't be read, is no regular file, or is larger than a small one.
+    """
+    try:
+        return read_regular(path, _SMALL_BYTES)
     except OSError as exc:
         raise bad_space(path.parent, f"{path.name} can't be read ({exc.strerror})") from exc

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from stream.core.events import EventRow
 from stream.core.formulas import Float32, Float64
 from stream.core.space import Space
-from stream.items.manifest import bad_space, file_sha256
+from stream.items.arrays import open_array
+from stream.items.manifest import bad_space, file_sha256, read_whole
 from stream.keys import check_version_name
 
 NAME: Final = "popularity.json"
@@ -175,15 +176,14 @@ def read_popularity(folder: Path, space: Space) -> tuple[Description, Float32] |
     """
     if not (folder / NAME).exists():
         return None
-    if not (folder / NAME).is_file():  # a pipe would be waited for
-        raise bad_space(folder, f"{NAME} is no regular file")
+    data = read_whole(folder / NAME)
     try:
-        made = msgspec.json.decode((folder / NAME).read_bytes(), type=Description)
+        made = msgspec.json.decode(data, type=Description)
         file = folder / f"popularity-{check_version_name(made.version)}.npy"
         if not file.is_file() or file_sha256(file) != made.sha256:
             raise bad_space(folder, f"{file.name} is not the file that {NAME} describes; make a new list")
-        scores = np.asarray(np.load(file, allow_pickle=False))
-    except (OSError, ValueError, msgspec.MsgspecError, RecursionError) as exc:
+        scores = open_array(file)
+    except (OSError, ValueError, RecursionError) as exc:  # msgspec's errors are ValueErrors
         raise bad_space(folder, f"{NAME} or its list can't be read; make a new one with `uemb items popular`") from exc
     if made.items_sha256 != space.sha256:
         raise bad_space(folder, f"{NAME} is of item version {made.item_version!r} in another form; make a new one")

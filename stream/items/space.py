@@ -9,6 +9,7 @@ a user's vector is then made of `history_vectors`, lies in the index's space all
 """
 
 from collections.abc import Callable, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Final
 
@@ -17,11 +18,22 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from stream.core.formulas import Float32, is_unit
+from stream.items.arrays import MAX_HEADER_BYTES, open_array
 from stream.items.ids import BadIds, ItemIds
-from stream.items.manifest import HISTORY_VECTORS, IDS, POPULARITY, VECTORS, Manifest, Metric, bad_space, file_sha256
+from stream.items.manifest import (
+    HISTORY_VECTORS,
+    IDS,
+    POPULARITY,
+    VECTORS,
+    Manifest,
+    Metric,
+    bad_space,
+    file_sha256,
+    read_whole,
+)
 from stream.items.popularity import read_popularity, top_rows
 from stream.items.writer import SpaceWriter, check_norms
-from stream.keys import check_version_name
+from stream.keys import MAX_ID_BYTES, check_version_name
 
 _CHUNK_ROWS: Final = 65_536
 _CHUNK_NUMBERS: Final = 1 << 20
@@ -133,6 +145,7 @@ class ItemSpace:
         folder = Path(path)
         manifest, manifest_sha = _read_manifest(folder)
         for name, digest in manifest.sha256.items():
+            _check_size(folder, name, manifest)
             if file_sha256(folder / name) != digest:
                 raise bad_space(
                     folder, f"{name} is not the file its manifest describes (sha256 differs); publish it again"
@@ -224,9 +237,9 @@ def _open_vectors(folder: Path, name: str, manifest: Manifest, told: float) -> t
 
 
 def _read_manifest(folder: Path) -> tuple[Manifest, str]:
-    digest = file_sha256(folder / "manifest.json")
+    data = read_whole(folder / "manifest.json")
     try:
-        manifest = msgspec.json.decode((folder / "manifest.json").read_bytes(), type=Manifest)
+        manifest = msgspec.json.decode(data, type=Manifest)
         check_version_name(manifest.version)
     except (ValueError, msgspec.MsgspecError, RecursionError) as exc:
         raise bad_space(folder, "manifest.json is not a manifest of this format; make it with `uemb items`") from exc
@@ -235,7 +248,21 @@ def _read_manifest(folder: Path) -> tuple[Manifest, str]:
     if not needed <= files <= {*needed, POPULARITY}:
         text = f"manifest.json must list {', '.join(sorted(needed))} and at most {POPULARITY}"
         raise bad_space(folder, f"{text}; {HISTORY_VECTORS} needs history_max_row_norm")
-    return manifest, digest
+    return manifest, sha256(data).hexdigest()
+
+
+def _check_size(folder: Path, name: str, manifest: Manifest) -> None:
+    """Refuse a file that is larger than the manifest lets it be before all of it is hashed, which may take hours."""
+    if name == IDS:
+        largest = manifest.count * (MAX_ID_BYTES + 1)
+    else:
+        largest = manifest.count * (1 if name == POPULARITY else manifest.dim) * 4 + 2 * MAX_HEADER_BYTES
+    try:
+        size = (folder / name).stat().st_size
+    except OSError:
+        return  # said by who reads it
+    if size > largest:
+        raise bad_space(folder, f"{name} has {size:,} bytes, of what its manifest describes at most {largest:,}")
 
 
 def _read_ids(folder: Path, count: int) -> ItemIds:
@@ -247,9 +274,9 @@ def _read_ids(folder: Path, count: int) -> ItemIds:
 
 def _open_array(path: Path, shape: tuple[int, ...]) -> Float32:
     try:
-        array = np.lib.format.open_memmap(path, mode="r")  # plain arrays only: no archives, no pickled objects
-    except (OSError, ValueError, EOFError) as exc:
+        array = open_array(path)
+    except (OSError, ValueError) as exc:
         raise bad_space(path.parent, f"{path.name} is not a plain .npy array") from exc
     if array.dtype != np.float32 or array.shape != shape:
         raise bad_space(path.parent, f"{path.name} is {array.dtype} {array.shape}, the manifest says float32 {shape}")
-    return np.asarray(array)
+    return array

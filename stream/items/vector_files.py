@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import math
 import shutil
 import tempfile
 import zipfile
@@ -17,9 +16,12 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from stream.core.events import MAX_VALUES, json_document
 from stream.core.formulas import Float64
 from stream.errors import ConfigError
-from stream.items.input_files import BOM, files_in, lines_of, open_lines
+from stream.foreign_text import listed
+from stream.items.arrays import array_header, open_array
+from stream.items.input_files import BOM, check_parquet, files_in, lines_of, open_lines
 from stream.items.vector_texts import Row, csv_vector_rows, word2vec_binary_rows, word2vec_rows
 
 PARQUET_HINT: Final = "Parquet needs pyarrow: pip install 'user-embedding-stream[parquet]'"
@@ -132,8 +134,8 @@ def _gathered(rows: Iterator[Row]) -> Iterator[Piece]:
 
 def _load_array(file: Path, problem: str = "") -> NDArray[Any]:
     try:
-        return np.asarray(np.lib.format.open_memmap(file, mode="r"))
-    except (OSError, ValueError, EOFError) as exc:
+        return open_array(file)
+    except (OSError, ValueError) as exc:
         msg = problem or f"{file} is not a plain .npy array of numbers or texts"
         raise ConfigError(msg) from exc
 
@@ -181,7 +183,9 @@ def _from_npz(file: Path, ids: Path | None, names: Columns, scratch: Path) -> It
                     raise _lacks(file, wanted, there, more=" or the ids' file with --ids" if ids is None else "")
                 for number, name in enumerate(wanted):  # out of the archive, an array can be mapped
                     _extract(archive, f"{name}.npy", Path(folder) / f"{number}.npy", file)
-        except (OSError, ValueError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as exc:
+        except ConfigError:
+            raise
+        except Exception as exc:  # zipfile and its codecs raise many kinds
             raise ConfigError(problem) from exc
         found = [_load_array(Path(folder) / f"{number}.npy", problem) for number in range(len(wanted))]
         if ids is None:
@@ -198,11 +202,8 @@ def _extract(archive: zipfile.ZipFile, name: str, target: Path, file: Path) -> N
         ValueError: it is not as long.
     """
     with archive.open(name) as packed:
-        version = np.lib.format.read_magic(packed)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(packed)
-        length = packed.tell() + dtype.itemsize * math.prod(shape)
-    if archive.getinfo(name).file_size != length or dtype.hasobject:
+        length = array_header(packed).end
+    if archive.getinfo(name).file_size != length:
         msg = "an array is not as long as its header says"
         raise ValueError(msg)
     if length > (free := shutil.disk_usage(target.parent).free):
@@ -244,6 +245,7 @@ def _from_parquet(file: Path, names: Columns) -> Iterator[Piece]:
         raise ConfigError(PARQUET_HINT) from exc
     try:
         table = pq.ParquetFile(file)
+        check_parquet(table.metadata, file.stat().st_size)
         there = table.schema_arrow.names
         if not {*names} <= {*there}:
             raise _lacks(file, names, there)
@@ -306,9 +308,11 @@ def _json_rows(file: Path, names: Columns, problem: list[ConfigError]) -> Iterat
 def _json_row(line: bytes) -> Any:
     """What a line holds; ... when it is not JSON."""
     try:
-        return msgspec.json.decode(line)
+        return json_document(line)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         try:
+            if line.count(b",") > MAX_VALUES:
+                return ...
             return json.loads(line)  # Python writes NaN, which JSON has not: the vector is bad, not the line
         except (ValueError, RecursionError):
             return ...
@@ -325,6 +329,6 @@ def _numbers(value: Any) -> Float64 | None:
 def _lacks(file: Path, names: Sequence[str], there: Any, where: str = "", more: str = "") -> ConfigError:
     missing = [name for name in names if name not in there]
     return ConfigError(
-        f"{file}{where} lacks {' and '.join(missing)} (it has {', '.join(map(str, there)) or 'nothing'}); "
+        f"{file}{where} lacks {' and '.join(missing)} (it has {listed(there)}); "
         f"name them with --id-column and --vector-column{more}"
     )

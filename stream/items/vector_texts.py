@@ -12,7 +12,7 @@ import numpy as np
 
 from stream.core.formulas import Float64
 from stream.errors import ConfigError
-from stream.items.input_files import MAX_LINE_BYTES, lines_of, open_lines
+from stream.items.input_files import MAX_LINE_BYTES, RecordLines, lines_of, open_lines
 
 #: An id, its numbers (None if they are none), and why the row holds no item at all, empty if it does.
 Row = tuple[object, Float64 | None, str]
@@ -96,10 +96,12 @@ def csv_vector_rows(file: Path, id_column: str, vector_column: str) -> Iterator[
         lines = (line.decode("utf-8", "surrogateescape") for line in lines_of(data))
         first = next((line for line in lines if line.strip()), "")
         look = _look(file, first, id_column, vector_column)
-        rows = csv.reader(chain([first], lines) if look.headless else lines, strict=True, delimiter=look.delimiter)
+        records = RecordLines(chain([first], lines) if look.headless else lines)
+        rows = csv.reader(records, strict=True, delimiter=look.delimiter)
         while True:
             try:
                 for row in rows:
+                    records.next_record()
                     if row and len(row) != look.columns:
                         yield None, None, f"has {len(row)} columns, not {look.columns}"
                     elif row:
@@ -107,6 +109,7 @@ def csv_vector_rows(file: Path, id_column: str, vector_column: str) -> Iterator[
                         numbers = _listed(cells[0]) if look.one_list else _floats(cells)
                         yield row[look.ids].strip(), numbers, ""
             except csv.Error as exc:
+                records.next_record()
                 yield None, None, f"is no CSV ({exc})"
             else:
                 return

@@ -1,4 +1,4 @@
-"""Fetched record batches, of which none is expanded beyond what a worker's memory bears.
+"""Fetched record batches, of which none ends the worker: by what it expands to, or by a header's name.
 
 A megabyte of zstd may stand for tens of gigabytes, and the client expands a batch whole. A batch that would become too
 large is passed on as records without key and value, which are turned away one by one (`stream.core.events.Unread`).
@@ -7,6 +7,7 @@ large is passed on as records without key and value, which are turned away one b
 import struct
 import zlib
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any, Final, NamedTuple
 
 import cramjam
@@ -14,6 +15,7 @@ import numpy as np
 from aiokafka.record.memory_records import MemoryRecords
 
 from stream.core.events import MAX_EXPANDED_BYTES, Unread
+from stream.kafka.client_internals import records_with_any_names
 
 _PIECE: Final = 1 << 20
 _GZIP_BITS: Final = zlib.MAX_WBITS | 16
@@ -62,6 +64,29 @@ class _UnreadBatch:
             yield _UnreadRecord(offset, batch.max_timestamp, batch.timestamp_type, value)
 
 
+class _AnyNames:
+    """A batch whose headers may have names that are not UTF-8, which brokers take from any producer.
+
+    The client reads no further there, nor would it ever: such a batch is read once more, by its slower twin.
+    """
+
+    def __init__(self, batch: Any, data: memoryview) -> None:
+        self._batch = batch
+        self._data = data
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._batch, name)
+
+    def __iter__(self) -> Iterator[Any]:
+        read = 0
+        try:
+            for record in self._batch:
+                yield record
+                read += 1
+        except UnicodeDecodeError:
+            yield from islice(records_with_any_names(self._data), read, None)
+
+
 class BoundedRecords:
     """What the client makes of a fetched partition's bytes, batch by batch.
 
@@ -92,7 +117,7 @@ class BoundedRecords:
         codec = attributes & _CODEC_MASK
         if magic == _MAGIC and codec and expands_beyond(codec, data[start + _OVERHEAD : end], MAX_EXPANDED_BYTES):
             return _UnreadBatch(batch, end - start)
-        return batch
+        return batch if batch.is_control_batch else _AnyNames(batch, data[start:end])
 
 
 def expands_beyond(codec: int, data: memoryview, limit: int) -> bool:

@@ -233,7 +233,7 @@ def first_contact(settings: Settings, patience_s: float) -> ClusterMetadata:
             troubles.clear()  # of the others one may be on its way
         left_s = begun + patience_s - time.monotonic()
         if left_s <= 0:
-            raise _no_answer(settings, said) if not (fault or astray) else ConfigError(fault or astray)
+            raise _no_answer(settings, said) if not (fault or astray) else ConfigError(fault or astray or "")
         look_s = min(2 * look_s, left_s)
 
 

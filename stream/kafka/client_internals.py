@@ -4,7 +4,7 @@ What the client offers no way to, we reach for here. Each function says what it 
 pinned version, and `read_batches_as` refuses another one.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from typing import Any, Final
 
@@ -16,6 +16,7 @@ from aiokafka.protocol.api import Request, RequestStruct, Response
 from aiokafka.protocol.commit import OffsetCommitRequest
 from aiokafka.protocol.group import HeartbeatRequest
 from aiokafka.protocol.types import Int16, Int32, Schema, String
+from aiokafka.record.default_records import _DefaultRecordBatchPy
 from aiokafka.record.memory_records import MemoryRecords
 from aiokafka.structs import TopicPartition
 
@@ -259,3 +260,31 @@ def producer_id_and_epoch(producer: aiokafka.AIOKafkaProducer) -> tuple[int, int
     """Under what the brokers know a producer that has begun."""
     manager = producer._txn_manager
     return int(manager.producer_id), int(manager.producer_epoch)
+
+
+class _AnyText(bytearray):
+    """Bytes whose parts are text, whatever they are."""
+
+    def __getitem__(self, at: Any) -> Any:
+        found = super().__getitem__(at)
+        return _AnyText(found) if isinstance(at, slice) else found
+
+    def decode(self, encoding: str = "utf-8", errors: str = "backslashreplace") -> str:
+        return super().decode(encoding, errors)
+
+
+class _AnyNamesBatch(_DefaultRecordBatchPy):
+    def _maybe_uncompress(self) -> None:
+        super()._maybe_uncompress()
+        self._buffer: bytearray = _AnyText(self._buffer)
+
+
+def records_with_any_names(data: memoryview) -> Iterator[Any]:
+    r"""Records of a batch, the bytes of a header's name that are not UTF-8 as ``\xff``.
+
+    The client's batch in Python decodes slices of its buffer, once that is unpacked.
+
+    Args:
+        data: the batch, whole.
+    """
+    return iter(_AnyNamesBatch(bytes(data)))

@@ -1,6 +1,7 @@
 """Dead letters: a rejected record as it goes to their topic, bytes untouched, and what its headers say of it there."""
 
 import hashlib
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -33,6 +34,7 @@ class Header(StrEnum):
 
 
 _FIRST: Final = next(iter(Header))
+_NUMBER: Final = re.compile(r"[0-9]{1,18}")
 
 
 def dead_letter(batch: "RecordBatch", index: int, reject: Reject, max_bytes: int) -> "OutRecord":
@@ -87,13 +89,17 @@ class Letter:
     @classmethod
     def of(cls, message: "Message") -> "Letter":
         """A record of the dead-letter topic as a letter; whose it is, its headers tell."""
+        try:
+            headers = list(message.headers() or [])
+        except (SystemError, UnicodeDecodeError):  # a name that is not UTF-8: none of our letters
+            headers = []
         return cls(
             message.partition(),
             message.offset(),
             message.timestamp()[1],
             message.key(),
             message.value(),
-            list(message.headers() or []),
+            headers,
         )
 
     @property
@@ -115,7 +121,7 @@ class Letter:
     def source(self) -> Place | None:
         """Where the rejected record lies, None for a letter that is not ours."""
         topic, partition, offset = map(self.text, (Header.TOPIC, Header.PARTITION, Header.OFFSET))
-        if not (topic and partition.isdecimal() and offset.isdecimal()):
+        if not (topic and _NUMBER.fullmatch(partition) and _NUMBER.fullmatch(offset)):
             return None
         return Place(topic, int(partition), int(offset))
 
@@ -123,7 +129,7 @@ class Letter:
     def value_size(self) -> int:
         """Bytes of the rejected record's value, also where the letter is only a reference to it."""
         size = self.text(Header.VALUE_SIZE)
-        return int(size) if size.isdecimal() else len(self.value or b"")
+        return int(size) if _NUMBER.fullmatch(size) else len(self.value or b"")
 
     @property
     def replay_headers(self) -> Headers:

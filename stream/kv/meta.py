@@ -9,6 +9,8 @@ from stream.errors import StateError, StateMismatch
 from stream.kv.protocol import Meta, Serving
 
 META_FORMAT: Final = 1
+#: Far beyond what brokers bear; a reader opens a database of each.
+MAX_PARTITIONS: Final = 100_000
 
 
 class _Record(msgspec.Struct, frozen=True):
@@ -16,7 +18,7 @@ class _Record(msgspec.Struct, frozen=True):
 
     format: int
     app: str | None
-    partitions: Annotated[int, msgspec.Meta(gt=0)] | None
+    partitions: Annotated[int, msgspec.Meta(gt=0, le=MAX_PARTITIONS)] | None
     current: Serving | None
     fallbacks: dict[str, bytes]
     encoders: dict[str, str]

@@ -21,6 +21,8 @@ _USER_VERSION_KEY: Final = b"user-version:"
 _Kind = TypeVar("_Kind")
 #: The field that a text of msgspec's ends with; before it may stand a value, which nobody needs to see in a log.
 _FIELD: Final = re.compile(r"`(?:\$\.)?(\w+)[^`]*`\Z")
+#: Without a zero byte, which no path has; the length is that of the longest.
+_FOLDER: Final = r"\A(file://)?/[^\0]{0,4095}\Z"
 
 #: How far a partition is with a pair of versions: being filled, filled and kept so, refused by its owner (the space
 #: can't be loaded), being removed, removed.
@@ -44,7 +46,7 @@ class ControlRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     """
 
     version: Annotated[str, msgspec.Meta(description="a version name")]
-    uri: Annotated[str, msgspec.Meta(pattern=r"\A(file://)?/", description="an absolute path, or file:// and one")]
+    uri: Annotated[str, msgspec.Meta(pattern=_FOLDER, description="an absolute path, or file:// and one")]
     sha256: Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z", description="64 hex digits")]
     state: Annotated[State, msgspec.Meta(description=f"one of {', '.join(STATES)}")]
     force: bool = False
@@ -105,7 +107,7 @@ class EncoderRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     encoder: str = ""
     params: Annotated[dict[str, float], msgspec.Meta(description="numbers by name")] = {}
     type_weights: Annotated[dict[str, float], msgspec.Meta(description="numbers by type")] = {}
-    uri: Annotated[str, msgspec.Meta(pattern=r"\A((file://)?/.*)?\Z", description="an absolute path, or none")] = ""
+    uri: Annotated[str, msgspec.Meta(pattern=rf"({_FOLDER})|\A\Z", description="an absolute path, or none")] = ""
     item_version: str = ""
     force: bool = False
     epochs: Annotated[dict[int, int] | None, msgspec.Meta(description="integers by partition")] = None

@@ -1,12 +1,15 @@
 """Claims in the changelog: who owns a partition since which epoch, and what settings its state was made for."""
 
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 
 from stream.config import Settings
+from stream.core.history_codec import MAX_ORDER
 from stream.core.json_records import decode_json, encode_json, format_of
-from stream.errors import StateMismatch, way_on
+from stream.core.records import CorruptRecord, kv_entry
+from stream.errors import StateError, StateMismatch, way_on
+from stream.keys import epoch_key
 
 CLAIM_FORMAT: Final = 1
 
@@ -25,7 +28,7 @@ class Claim(
     what is before it was processed when users lay elsewhere.
     """
 
-    epoch: int
+    epoch: Annotated[int, msgspec.Meta(ge=0, le=MAX_ORDER)]
     app: str
     partitions: int
     history_limit: int
@@ -53,6 +56,32 @@ class Claim(
 def later_claim(held: bytes | None, value: bytes) -> bytes:
     """The one of two claims that counts, the second of them written later; raises `StateMismatch` as `Claim.decode`."""
     return value if held is None or Claim.decode(value).epoch >= Claim.decode(held).epoch else held
+
+
+def next_epoch(highest: int, where: str) -> int:
+    """The epoch of a claim above all that were seen.
+
+    Raises:
+        StateError: there is none: no worker wrote the highest.
+    """
+    if highest >= MAX_ORDER:
+        msg = f"{where} holds an epoch that no worker wrote; see who else writes there, and restore it from a copy"
+        raise StateError(msg)
+    return highest + 1
+
+
+def claimed_in_store(entry: bytes | None, partition: int) -> int:
+    """The newest claim of a partition that the store knows, 0 for none.
+
+    Raises:
+        StateError: what it holds is no claim.
+    """
+    try:
+        return kv_entry(entry)[0] if entry else 0
+    except CorruptRecord as exc:
+        key = epoch_key(partition)
+        msg = f"{key} in the store is damaged; stop the workers, remove it and start them again"
+        raise StateError(msg) from exc
 
 
 def check_claim(claim: Claim, settings: Settings, partitions: int) -> None:

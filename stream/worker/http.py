@@ -146,7 +146,10 @@ class HttpServer:
         client.close()
 
     async def _talk(self, client: socket.socket) -> None:
-        reader, writer = await asyncio.open_connection(sock=client, limit=_MAX_REQUEST_BYTES)
+        try:
+            reader, writer = await asyncio.open_connection(sock=client, limit=_MAX_REQUEST_BYTES)
+        except OSError:  # it has hung up
+            return
         try:
             answer, is_head = await self._answer(reader)
             await self._send(writer, answer, is_head=is_head)

@@ -12,13 +12,13 @@ from aiokafka.structs import TopicPartition
 from stream.config import Settings
 from stream.core.history import History
 from stream.core.history_codec import HistoryCodec, stored_order
-from stream.core.records import kv_entry, kv_prefix
+from stream.core.records import kv_prefix
 from stream.errors import DeliveryError, Fenced
 from stream.kafka.clients import Clients
 from stream.keys import epoch_key
 from stream.kv.protocol import KVWriter
 from stream.pipeline.table import CLAIM_KEY, HistoryStore, PartitionDB
-from stream.worker.claims import Claim, check_claim, later_claim
+from stream.worker.claims import Claim, check_claim, claimed_in_store, later_claim, next_epoch
 
 log = logging.getLogger(__name__)
 
@@ -177,7 +177,8 @@ async def restore_and_claim(
         if claim is not None:
             check_claim(claim, settings, partitions)
         in_kv = (await kv.get(partition, [epoch_key(partition).encode()]))[0]
-        epoch = 1 + max(highest, claim.epoch if claim else 0, kv_entry(in_kv)[0] if in_kv else 0)
+        seen = max(highest, claim.epoch if claim else 0, claimed_in_store(in_kv, partition))
+        epoch = next_epoch(seen, f"{topic}-{partition} or the store")
         mine = _claim(epoch, claim, settings, partitions).encode()
         if await send(topic, partition, CLAIM_KEY, mine) == end:
             db.put({CLAIM_KEY: mine}, end + 1)

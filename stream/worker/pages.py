@@ -18,11 +18,22 @@ def pages(of: Vitals, health: Health) -> dict[str, Page]:
     registry.register(Collector(METRICS, WorkerMetrics(of).read))
     ProcessCollector(registry=registry)
 
-    def metrics(headers: Mapping[str, str]) -> Answer:
-        encode, content_type = choose_encoder(headers.get("accept", ""))
+    return {"/metrics": metrics(registry), "/healthz": _verdict(health.dead), "/readyz": _verdict(health.not_ready)}
+
+
+def metrics(registry: CollectorRegistry) -> Page:
+    """The page of metrics, in the format that is asked for."""
+
+    def page(headers: Mapping[str, str]) -> Answer:
+        try:
+            encode, content_type = choose_encoder(headers.get("accept", ""))
+        except Exception:  # noqa: BLE001 - anybody may ask for anything, and the client expects what Prometheus asks for
+            encode, content_type = choose_encoder("")
+        if not (content_type.isascii() and content_type.isprintable()):  # it repeats some of what was asked for
+            encode, content_type = choose_encoder("")
         return Answer(200, encode(registry), content_type)
 
-    return {"/metrics": metrics, "/healthz": _verdict(health.dead), "/readyz": _verdict(health.not_ready)}
+    return page
 
 
 def _verdict(reasons_against: Callable[[], list[str]]) -> Page:

@@ -36,7 +36,6 @@ from confluent_kafka.admin import NewPartitions
 
 from stream.config import Settings
 from stream.core.history_codec import HistoryCodec, stored_order
-from stream.core.records import kv_entry
 from stream.errors import ConfigError, DeliveryError, NotAllowed
 from stream.kafka.brokers import admin_client, list_topics, producer, write_all
 from stream.kafka.connection import aiokafka_config
@@ -49,7 +48,7 @@ from stream.kv.protocol import KVWriter, user_of
 from stream.kv.rocksdb.scratch import Scratch
 from stream.kv.stores import open_writer
 from stream.pipeline.table import CLAIM_KEY
-from stream.worker.claims import Claim, check_claim
+from stream.worker.claims import Claim, check_claim, claimed_in_store, next_epoch
 from stream.worker.ownership import joined
 
 Note = Callable[[str], None]
@@ -316,7 +315,9 @@ class Repartition:
             self.moved.entries = await store.move(self._partitions)
             await store.update_meta(lambda meta: replace(meta, partitions=self._partitions))
             await store.sweep(self._partitions)
-            self._claim(writer, seen.claims, 1 + max(seen.epoch, await self._highest_in(store)), committed)
+            highest = max(seen.epoch, await self._highest_in(store))
+            epoch = next_epoch(highest, f"{self._settings.changelog_topic} or the store")
+            self._claim(writer, seen.claims, epoch, committed)
         finally:
             await store.close()
 
@@ -347,7 +348,7 @@ class Repartition:
         for partition in range(self._partitions):
             await store.open_partition(partition)
             (entry,) = await store.get(partition, [epoch_key(partition).encode()])
-            highest = max(highest, kv_entry(entry)[0] if entry else 0)
+            highest = max(highest, claimed_in_store(entry, partition))
         return highest
 
 

@@ -2,6 +2,8 @@
 
 import hashlib
 import random
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,6 +47,28 @@ def test_large_values_are_kept_whole_and_those_the_topic_refuses_are_referred_to
     assert headers["dlq.reason"] == b"not_json"
     assert headers["dlq.value_sha256"] == hashlib.sha256(noise).hexdigest().encode()
     assert headers["dlq.value_size"] == b"20000"
+    assert pipeline.stop() == 0
+
+
+def test_a_header_s_name_of_any_bytes_stops_nobody(make_pipeline: Callable[..., Pipeline]) -> None:
+    """Brokers take it from any producer, and the worker's client can't read it."""
+    kcat = shutil.which("kcat")
+    if kcat is None:
+        pytest.skip("no other client: install kcat")
+    pipeline = make_pipeline()
+    pipeline.start()
+    pipeline.until_ready()
+    there = str(partition_of(b"1", PARTITIONS))
+    for value in (event_json(1, 7, "view", NOW_MS), b"{", event_json(1, 8, "view", NOW_MS)):
+        words = ["-P", "-b", pipeline.bootstrap, "-t", pipeline.topics["view"], "-p", there, "-k", "1"]
+        named = [*(word.encode() for word in [kcat, *words]), b"-H", b"\xff=x"]
+        subprocess.run(named, input=value, check=True, timeout=60)
+    pipeline.until_committed(30)
+    (letter,) = pipeline.read(pipeline.dlq)
+    assert (letter.value(), letter.headers()[0]) == (b"{", ("\\xff", b"x"))
+    assert pipeline.check(1)["rejected"] == 1
+    with EmbeddingReader.open(pipeline.kv_url, timeout_s=1.0) as reader:
+        assert reader.get("1").history_len == 2
     assert pipeline.stop() == 0
 
 

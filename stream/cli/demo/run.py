@@ -27,10 +27,10 @@ from stream.feed.dataset import Dataset
 from stream.feed.sender import Feeder
 from stream.feed.shape import FileShape
 from stream.feed.sources import load
+from stream.foreign_text import escaped
 from stream.items.space import ItemSpace
 from stream.kafka.embedded_broker import DevBroker
 from stream.learning.build import build_space
-from stream.logs import escaped
 from stream.retrieval.answers import UserEmbedding
 from stream.retrieval.reader import EmbeddingReader
 

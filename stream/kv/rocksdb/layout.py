@@ -20,9 +20,12 @@ from stream.errors import StoreError
 from stream.kv.meta import decode_meta
 from stream.kv.protocol import Meta
 from stream.permissions import file_mode
+from stream.regular_files import read_regular
 
 META_FILE: Final = "meta.json"
 META_LOCK: Final = "meta.lock"
+#: A fallback record for each pair of versions is most of it.
+_META_MAX_BYTES: Final = 64 << 20
 _OURS: Final = re.compile(r"meta\.(json|lock|tmp)|p-\d{5,}(\.seq|\.ask|\.tmp)?")
 
 #: Incarnation (16 bytes) and write count of a ``.seq`` file.
@@ -77,7 +80,7 @@ def read_meta(path: str | Path) -> Meta | None:
     """
     file = Path(path) / META_FILE
     try:
-        data = file.read_bytes()
+        data = read_regular(file, _META_MAX_BYTES)
     except FileNotFoundError:
         return None
     except OSError as exc:

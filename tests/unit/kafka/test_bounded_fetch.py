@@ -98,3 +98,25 @@ def test_one_that_expands_too_far_is_known_by_its_offsets(codec: str, monkeypatc
     assert found == [(0, b"k", b"a"), (101, None, b""), (102, None, b""), (103, None, b""), (104, b"k", b"b")]
     assert isinstance(found[1][2], Unread)
     assert "expands beyond 100000" in found[1][2].detail
+
+
+@pytest.mark.parametrize("codec", ["none", *CODECS])
+def test_a_header_s_name_may_be_any_bytes(codec: str) -> None:
+    """The client reads no such batch, and the worker would have met it at every start."""
+    plain = batch("none", 7, [b"a", b"b", b"c"])
+    name = plain.index(b"h", plain.index(b"b", 61))  # of the second record
+    damaged = bytearray(plain)
+    damaged[name] = 0xFF
+    if codec != "none":
+        packed = COMPRESS[codec][1](bytes(damaged[61:]))
+        head = bytearray(damaged[:61])
+        head[8:12] = (49 + len(packed)).to_bytes(4, "big")
+        head[21:23] = CODECS[codec].to_bytes(2, "big")
+        damaged = head + packed
+    fetched = BoundedRecords(bytes(damaged) + batch("none", 10, [b"d"]))
+    records = []
+    while fetched.has_next():
+        records += list(fetched.next_batch())
+    assert [(r.offset, r.key, r.value) for r in records] == [(7 + n, b"k", bytes((97 + n,))) for n in range(4)]
+    assert [r.headers for r in records] == [[("h", b"x")], [("\\xff", b"x")], [("h", b"x")], [("h", b"x")]]
+    assert fetched.next_batch() is None

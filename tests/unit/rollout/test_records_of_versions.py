@@ -61,7 +61,9 @@ def test_a_control_record_comes_back(state: str, force: bool) -> None:
         (b"v1", control("v1", "active", sha256=SHA + "\n"), "sha256 must be 64 hex digits"),
         (b"v1", control("v1", "active").replace(b'"uri": "/items", ', b""), "uri must be an absolute path"),
         (b"v1", control("v1", "`secret`"), "^state must be one of prepare, active, retired$"),
-        (b"v1", control("\ud800", "active"), "version name"),
+        (b"v1", control("\ud800", "active"), "no JSON"),
+        (b"v1", control("v1", "active").replace(b'"uri"', b'"\\ud800": 1, "uri"'), "no JSON"),
+        (b"v1", control("v1", "active", uri="/items\0"), "uri must be an absolute path"),
         (b"v1", control("v1", "active", force="yes"), "force"),
     ],
 )

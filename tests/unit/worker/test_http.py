@@ -1,19 +1,25 @@
 """The server in its own thread: what it answers to whom, and that nobody who is silent or slow holds up others."""
 
 import contextlib
+import gc
 import http.client
+import logging
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import pytest
+from fuzzing import counts, fuzz
+from prometheus_client import CollectorRegistry
 
 from stream.config import Address
 from stream.errors import ConfigError
 from stream.worker import http as served
 from stream.worker.http import Answer, HttpServer
+from stream.worker.pages import metrics
 
 LARGE = b"x" * (8 << 20)
 
@@ -154,3 +160,88 @@ def test_the_port_is_free_again_after_the_stop(server: HttpServer) -> None:
     again = HttpServer(server.address, PAGES)
     assert ask(again, "GET", "/unwell")[0] == 503
     again.stop()
+
+
+REQUESTS = [
+    b"GET /metrics HTTP/1.1\r\nHost: 127.0.0.1:9464\r\nAccept: text/plain\r\n\r\n",
+    b"HEAD /large?x=%00 HTTP/1.0\r\nHost: evil.example\r\nContent-Length: 99999999999\r\n\r\nbody",
+]
+REQUEST_TOKENS = (
+    *(
+        b"\r\n",
+        b"\n",
+        b"\r\n\r\n",
+        b" ",
+        b":",
+        b"\0",
+        b"\xff",
+        b"HTTP/9.9",
+        b"HTTP/1.1",
+        b"x" * 20_000,
+        b"GET",
+        b"PRI * ",
+    ),
+    *(
+        b"http://evil.example/metrics",
+        b"/../",
+        b"Transfer-Encoding: chunked\r\n",
+        b"Expect: 100-continue\r\n",
+        b"\x16\x03\x01",
+    ),
+)
+
+
+@pytest.mark.parametrize("count", [200, pytest.param(5_000, marks=pytest.mark.slow)])
+def test_whatever_is_asked_is_answered_and_not_logged(
+    count: int, server: HttpServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+
+    def target(data: bytes) -> None:
+        with socket.create_connection(server.address, timeout=30) as client:
+            client.sendall(data)
+            client.shutdown(socket.SHUT_WR)
+            said = b""
+            with contextlib.suppress(ConnectionResetError):  # what it has not read may be in the way of its answer
+                while more := client.recv(1 << 20):
+                    said += more
+            status = said[:12]
+            assert not said or status.removeprefix(b"HTTP/1.1 ") in (b"200", b"400", b"404", b"405", b"503"), status
+
+    fuzz(target, REQUESTS, REQUEST_TOKENS, count)
+    assert ask(server, "GET", "/unwell")[0] == 503
+    eventually(lambda: not server._connections)
+    assert [r for r in caplog.records if r.name != "asyncio" or r.levelno > logging.INFO] == []
+
+
+def test_who_hangs_up_at_once_is_nobody(server: HttpServer, caplog: pytest.LogCaptureFixture) -> None:
+    """Before it was let in, after it asked, in the middle of an answer: with a reset each time."""
+    for asked in (b"", b"GET /lar", b"GET /large HTTP/1.1\r\n\r\n"):
+        for _ in range(30):
+            with socket.create_connection(server.address, timeout=30) as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                client.sendall(asked)
+    assert ask(server, "GET", "/unwell")[0] == 503
+    eventually(lambda: not server._connections)
+    gc.collect()  # tasks that failed unheard say so now
+    assert caplog.records == []
+
+
+@counts
+def test_any_format_of_metrics_may_be_asked_for(count: int) -> None:
+    """The client's parser fails on some versions, and repeats others in the answer's header."""
+    page = metrics(CollectorRegistry())
+
+    def target(data: bytes) -> None:
+        answer = page({"accept": data.decode("latin-1")})
+        assert answer.status == 200
+        assert answer.content_type.isascii()
+        assert answer.content_type.isprintable()
+
+    seeds = [
+        b"text/plain;version=1.0.0;escaping=underscores",
+        b"application/openmetrics-text; version=1.0.0, text/html",
+    ]
+    fuzz(
+        target, seeds, (b";", b",", b"=", b"version=x", b"version=2.0.0\nX: y", b"\n", b"\0", b"9" * 5_000), count // 10
+    )
