@@ -8,6 +8,7 @@ import ssl
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Final, Literal, NamedTuple
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_serializer, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -140,6 +141,25 @@ class Settings(BaseSettings):
     publish: Literal["all", "latest"] = Field("all", description="one record per applied event, or per batch and user")
     output_format: Literal["avro", "json"] = Field("avro", description="format on the output topic")
 
+    # schema registry
+    schema_registry_url: str | None = Field(
+        None, description="schema registry (Confluent's API) of events and output, https://host:port,…; empty: none"
+    )
+    schema_registry_username: str | None = Field(None, description="user of the schema registry")
+    schema_registry_password: SecretStr | None = Field(None, description="password of the schema registry")
+    schema_registry_password_file: Path | None = Field(None, description="a file with that password instead")
+    schema_registry_token: SecretStr | None = Field(None, description="bearer token of the schema registry")
+    schema_registry_token_file: Path | None = Field(
+        None, description="a file with that token instead, read again for each request"
+    )
+    schema_registry_cafile: Path | None = Field(None, description="CA certificates (PEM) to check the registry against")
+    schema_registry_register: bool = Field(
+        True, description="a worker registers the schema of the output at its start; false: it must be registered"
+    )
+    schema_registry_subject: Literal["topic", "record", "topic_record"] = Field(
+        "topic", description="how the subject of the output's schema is named: Confluent's three strategies"
+    )
+
     # stores
     kv_url: str = Field(
         default_factory=lambda: f"rocksdb://{_DATA.expanduser()}/kv",
@@ -175,7 +195,9 @@ class Settings(BaseSettings):
     def _colons(cls, value: object) -> object:
         return _pairs(value, ":")
 
-    @field_validator("items", "encoder_folder", "event_source", "group_instance_id", mode="before")
+    @field_validator(
+        "items", "encoder_folder", "event_source", "group_instance_id", "schema_registry_url", mode="before"
+    )
     @classmethod
     def _empty_is_unset(cls, value: object) -> object:
         return None if value == "" else value
@@ -217,7 +239,11 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _consistent(self) -> "Settings":
         faults = []
-        for check in (self._check_names, self._check_events, self._check_encoder, self._check_kafka, self._check_login):
+        checks = (
+            *(self._check_names, self._check_events, self._check_encoder, self._check_kafka, self._check_login),
+            self._check_registry,
+        )
+        for check in checks:
             try:
                 check()
             except ValueError as exc:
@@ -237,6 +263,36 @@ class Settings(BaseSettings):
     def _check_login(self) -> None:
         if self.security_protocol.startswith("SASL") and not (self.sasl_username and self.sasl_password):
             msg = "UEMB_SECURITY_PROTOCOL with SASL needs UEMB_SASL_USERNAME and UEMB_SASL_PASSWORD"
+            raise ValueError(msg)
+
+    def _check_registry(self) -> None:
+        for url in (self.schema_registry_url or "").split(",") if self.schema_registry_url else ():
+            parts = urlsplit(url.strip())
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                msg = "UEMB_SCHEMA_REGISTRY_URL: write http://host:port or https://host:port"
+                raise ValueError(msg)
+            if parts.username is not None or parts.query or parts.fragment:
+                msg = (
+                    "UEMB_SCHEMA_REGISTRY_URL may hold no login; set UEMB_SCHEMA_REGISTRY_USERNAME and "
+                    "UEMB_SCHEMA_REGISTRY_PASSWORD"
+                )
+                raise ValueError(msg)
+        if (path := self.schema_registry_cafile) is not None and not path.is_file():
+            msg = f"UEMB_SCHEMA_REGISTRY_CAFILE: there is no file {path}"
+            raise ValueError(msg)
+        for name in ("password", "token"):
+            if getattr(self, f"schema_registry_{name}") and getattr(self, f"schema_registry_{name}_file"):
+                setting = f"UEMB_SCHEMA_REGISTRY_{name.upper()}"
+                msg = f"{setting} and {setting}_FILE are both set; set one of them"
+                raise ValueError(msg)
+        has_password = bool(self.schema_registry_password or self.schema_registry_password_file)
+        if has_password != bool(self.schema_registry_username):
+            msg = (
+                "UEMB_SCHEMA_REGISTRY_USERNAME and UEMB_SCHEMA_REGISTRY_PASSWORD belong together; set both, or neither"
+            )
+            raise ValueError(msg)
+        if has_password and (self.schema_registry_token or self.schema_registry_token_file):
+            msg = "UEMB_SCHEMA_REGISTRY_TOKEN stands for a user and password; set it, or those"
             raise ValueError(msg)
 
     def _group_names(self) -> dict[str, str]:

@@ -138,9 +138,25 @@ def unframed(record: bytes) -> bytes:
     return _schemas()[1] + record[FRAME_BYTES:] if record.startswith(MAGIC) else record
 
 
+def is_newest_schema(text: str) -> bool:
+    """Whether an Avro schema says of the bytes what that of records does, whatever its comments say."""
+    try:
+        return bool(
+            to_parsing_canonical_form(json.loads(text)) == to_parsing_canonical_form(json.loads(newest_schema()))
+        )
+    except Exception:  # noqa: BLE001 - fastavro raises many kinds on what is no schema
+        return False
+
+
 def newest_schema() -> str:
     """The Avro schema that records are written with, as text."""
     return files("schemas").joinpath(SCHEMA_FILES[-1]).read_text()
+
+
+def schema_name() -> str:
+    """The full name of that schema."""
+    schema = json.loads(newest_schema())
+    return f"{schema['namespace']}.{schema['name']}"
 
 
 _OK: Final = status_part("ok", "")  # of nearly every record
