@@ -1,4 +1,4 @@
-"""A real schema registry for tests: Apicurio's, which has Confluent's API, from Maven Central, run by the machine's Java.
+"""A real schema registry for tests: Apicurio's, which has Confluent's API, from Maven Central, run by Java.
 
 `RegistryServer()` keeps its schemas in a folder of its own, so that it has them again after a restart. `Gate` stands in
 front of one, and demands a login, speaks TLS, or fails, as the registry of a company may.
@@ -128,6 +128,7 @@ class Gate(Closing):
         url: where it listens.
         authorization: the header that it demands; None for none.
         status: what it answers instead of passing on; None: it passes on.
+        behind: paths of what it does not have yet, when it is asked for the first time.
         requests: paths that it was asked for.
     """
 
@@ -135,6 +136,7 @@ class Gate(Closing):
         """Listen; over TLS with a certificate and its key."""
         self.authorization: str | None = None
         self.status: int | None = None
+        self.behind: set[str] = set()
         self.requests: list[str] = []
         gate = self
 
@@ -152,6 +154,9 @@ class Gate(Closing):
                 gate.requests.append(self.path)
                 if gate.status is not None:
                     self._answer(gate.status, b"<html>no registry</html>")
+                elif self.path in gate.behind:
+                    gate.behind.remove(self.path)
+                    self._answer(404, b'{"error_code": 40403, "message": "Schema not found"}')
                 elif gate.authorization not in (None, self.headers["Authorization"]):
                     self._answer(401, b'{"error_code": 401, "message": "Unauthorized"}')
                 else:

@@ -62,6 +62,8 @@ def follow(
             count = None if count is None else count - 1
     finally:
         reader.close()
+        if registry is not None:
+            registry.close()
 
 
 def _record(value: bytes | None, registry: SchemaRegistry | None) -> dict[str, Any] | None:

@@ -89,6 +89,10 @@ class SchemaRegistry:
             msg = f"UEMB_SCHEMA_REGISTRY_CAFILE {settings.schema_registry_cafile} can't be used: no certificates in PEM"
             raise ConfigError(msg) from exc
 
+    def close(self) -> None:
+        """Close its connections; any number of times."""
+        self._client.close()
+
     @property
     def subject(self) -> str:
         """Under which the output's schema is registered."""

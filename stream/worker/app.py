@@ -272,6 +272,8 @@ class EmbeddingApp(faust.App):
                 task.cancel()
             if self._http is not None:
                 self._http.stop()
+            if self.registry is not None:
+                self.registry.close()
 
     async def on_started_init_extra_tasks(self) -> None:
         """Start background work once the first assignment is taken."""

@@ -148,6 +148,8 @@ class Checkup:
             if not self._settings.schema_registry_register:
                 raise
             return [ok(f"it answers; a worker registers the output's schema under subject {registry.subject}")]
+        finally:
+            registry.close()
         return [ok(f"the output's schema is {number}, under subject {registry.subject}")]
 
     def _state(self) -> Sequence[Finding]:

@@ -146,6 +146,8 @@ class Verifier:
                     self._partition(partition, scratch, consumer, scaled)
         finally:
             consumer.close()
+            if self._registry is not None:
+                self._registry.close()
         return self.report
 
     def _partition(self, partition: int, scratch: Scratch, consumer: Consumer, on_progress: OnProgress) -> None:

@@ -112,13 +112,22 @@ def test_a_time_that_its_schema_names_needs_no_unit(name: str, per_ms: int, kind
 def test_other_logical_types_are_what_they_are_in_bytes() -> None:
     ids = {"type": "string", "logicalType": "uuid"}
     schema = record(
-        ("user_id", "string"), ("item_id", ids), ("type", "string"), ("ts", "long"),
-        ("price", {"type": "bytes", "logicalType": "decimal", "precision": 4}), ("day", {"type": "int", "logicalType": "date"}),
-    )  # fmt: skip
+        ("user_id", "string"),
+        ("item_id", ids),
+        ("type", "string"),
+        ("ts", "long"),
+        ("price", {"type": "bytes", "logicalType": "decimal", "precision": 4}),
+        ("day", {"type": "int", "logicalType": "date"}),
+    )
     item = "00000000-0000-4000-8000-00000000000A"  # upper case, as its producer writes it
     plain = record(
-        ("user_id", "string"), ("item_id", "string"), ("type", "string"), ("ts", "long"), ("price", "bytes"), ("day", "int")
-    )  # fmt: skip
+        ("user_id", "string"),
+        ("item_id", "string"),
+        ("type", "string"),
+        ("ts", "long"),
+        ("price", "bytes"),
+        ("day", "int"),
+    )
     body = avro(plain, {"user_id": "5", "item_id": item, "type": "like", "ts": T0, "price": b"\1", "day": 2**31 - 1})
     assert decode(AvroReader(json.dumps(schema)), body) == T0.to_bytes(6, "big") + item.encode() + b"\0like"
 
@@ -257,7 +266,7 @@ def test_a_field_of_proto3_that_was_not_sent_has_its_default_and_one_with_presen
     ("path", "reason"),
     [
         ("nothing", Reason.MISSING_FIELD),
-        ("at", Reason.WRONG_TYPE),  # the message was not sent, the path is of a time
+        ("at", Reason.MISSING_FIELD),  # that message was not sent
         ("tags[0]", Reason.MISSING_FIELD),
         ("tags.x", Reason.WRONG_TYPE),
         ("items", Reason.WRONG_TYPE),
@@ -268,7 +277,7 @@ def test_what_is_not_there_says_so(event_class: Any, path: str, reason: Reason) 
     event = event_class(user_id=5, items=[{"id": "9"}], type=1, ts=T0)
     rules = EventRules({"view": 1, "like": 2}, fields={"item_id": path})
     found = decode(ProtobufReader(FILES), protobuf(event), rules)
-    assert found.reason is (Reason.MISSING_FIELD if path == "at" else reason)
+    assert found.reason is reason
 
 
 @pytest.mark.parametrize(
@@ -383,8 +392,9 @@ def test_any_body_is_an_event_or_a_reject(body: bytes, kind: str) -> None:
     nested = record(
         ("user_id", ["null", "string", {"type": "map", "values": "double"}]),
         ("item_id", {"type": "array", "items": EVENT}),
-        ("type", {"type": "enum", "name": "K", "symbols": ["a"]}), ("ts", {"type": "fixed", "name": "F", "size": 3}),
-    )  # fmt: skip
+        ("type", {"type": "enum", "name": "K", "symbols": ["a"]}),
+        ("ts", {"type": "fixed", "name": "F", "size": 3}),
+    )
     for read in {
         "avro": [AvroReader(json.dumps(EVENT)), AvroReader(json.dumps(nested).replace('"Event"', '"Outer"', 1))],
         "protobuf": [ProtobufReader(FILES)],
