@@ -72,7 +72,9 @@ class RegistryServer(Closing):
             "quarkus.http.host": "127.0.0.1",
             "quarkus.http.port": self.port,
             "quarkus.log.level": "WARN",
-            "quarkus.datasource.jdbc.url": f"jdbc:h2:file:{self._dir}/schemas",
+            "apicurio.storage.kind": "sql",
+            "apicurio.storage.sql.kind": "h2",
+            "apicurio.datasource.url": f"jdbc:h2:file:{self._dir}/schemas;WRITE_DELAY=0",
         }
         words = [f"-D{name}={value}" for name, value in settings.items()]
         log = self._dir / "log"

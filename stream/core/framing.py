@@ -104,26 +104,18 @@ class JsonReader:
 
 # -- Avro -------------------------------------------------------------------------------------------------------------
 
-#: Units of Avro's times, and how ticks become milliseconds.
-_TIMES: Final[Mapping[str, Callable[[int], int]]] = {
-    "millis": lambda ticks: ticks,
-    "micros": lambda ticks: ticks // 1_000,
-    "nanos": lambda ticks: ticks // 1_000_000,
-}
+#: How many of Avro's units of time are a millisecond.
+_PER_MS: Final = {"millis": 1, "micros": 1_000, "nanos": 1_000_000}
 #: Avro's times under a name of ours: as numbers they cost less than as `datetime`, and have its full range.
-_OURS: Final = {
-    f"{kind}timestamp-{unit}": f"uemb-timestamp-{unit}"
-    for kind in ("", "local-")
-    for unit in ("millis", "micros", "nanos")
-}
+_OURS: Final = {f"{kind}timestamp-{unit}": f"uemb-timestamp-{unit}" for kind in ("", "local-") for unit in _PER_MS}
 
 
-def _moment_of(to_ms: Callable[[int], int]) -> Callable[..., Moment]:
-    return lambda ticks, _writer=None, _reader=None: Moment(to_ms(ticks))
+def _moments(per_ms: int) -> Callable[..., Moment]:
+    return lambda ticks, _writer=None, _reader=None: Moment(ticks // per_ms)
 
 
-for _unit, _to_ms in _TIMES.items():
-    LOGICAL_READERS[f"long-uemb-timestamp-{_unit}"] = _moment_of(_to_ms)  # fastavro's way to add logical types
+for _unit, _per_ms in _PER_MS.items():
+    LOGICAL_READERS[f"long-uemb-timestamp-{_unit}"] = _moments(_per_ms)  # fastavro's way to add logical types
 
 
 class AvroReader:
