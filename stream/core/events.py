@@ -159,6 +159,9 @@ def json_reject(exc: Exception) -> Reject:
     return Reject(Reason.NOT_JSON, str(exc))
 
 
+_NO_REGISTRY: Final = Reject(
+    Reason.NOT_JSON, "a value in the framing of a schema registry; set UEMB_SCHEMA_REGISTRY_URL to have it read"
+)
 #: What decoding a value may raise.
 JSON_ERRORS: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
@@ -262,19 +265,23 @@ class EventDecoder:
         if value is None:
             return Reject(Reason.NULL_VALUE, "an event must have a value")
         try:
-            if value.startswith(MAGIC):
+            if self.schemas is not None and value.startswith(MAGIC):
                 events = self._mapped(topic, framed_document(value, self.schemas))
             else:
                 if not value.isascii():
                     value.decode()  # msgspec leaves fields unread that we don't ask for
                 if self._all_native and topic not in self._mapped_topics:
-                    return self._key(self._one(topic, value), key, record_ts_ms)
+                    try:
+                        event = self._native.decode(value)
+                    except msgspec.ValidationError as exc:  # but for a time that is a number in quotes
+                        event = self._quoted(topic, value, exc)
+                    return self._key(event, key, record_ts_ms)
                 events = self._mapped(topic, self._any.decode(value))
             if len(events) != 1:
                 return self._several(events, key, record_ts_ms)
             return self._key(events[0], key, record_ts_ms)
         except JSON_ERRORS as exc:
-            return json_reject(exc)
+            return _NO_REGISTRY if self.schemas is None and value.startswith(MAGIC) else json_reject(exc)
         except Rejected as exc:
             return exc.reject
 
@@ -319,16 +326,12 @@ class EventDecoder:
         self._suffixes[memo] = result
         return result
 
-    def _one(self, topic: str, value: bytes) -> UserEvent:
-        """An event in our own names and units, but for a time that is a number in quotes."""
+    def _quoted(self, topic: str, value: bytes, refused: msgspec.ValidationError) -> UserEvent:
         try:
-            return self._native.decode(value)
-        except msgspec.ValidationError as refused:
-            try:
-                (event,) = self._mapped(topic, self._any.decode(value))
-            except (Rejected, *JSON_ERRORS):
-                raise refused from None
-            return event
+            (event,) = self._mapped(topic, self._any.decode(value))
+        except (Rejected, *JSON_ERRORS):
+            raise refused from None
+        return event
 
     def _mapped(self, topic: str, document: Any) -> list[UserEvent]:
         values = self._values.get(topic)
@@ -465,14 +468,14 @@ class DeletionDecoder:
         if value is None:
             return None
         try:
-            if value.startswith(MAGIC):
+            if self._schemas is not None and value.startswith(MAGIC):
                 deletion = _deletion_of(framed_document(value, self._schemas))
             else:
                 if not value.isascii():
                     value.decode()  # as for events
                 deletion = self._decoder.decode(value)
         except JSON_ERRORS as exc:
-            return json_reject(exc)
+            return _NO_REGISTRY if self._schemas is None and value.startswith(MAGIC) else json_reject(exc)
         except Rejected as exc:
             return exc.reject
         if reject := check_user(deletion.user_id, key) or check_time(deletion.ts, record_ts_ms):

@@ -37,7 +37,10 @@ class Exposure:
     def of(self, value: bytes) -> tuple[Counter, ...]:
         """What is to be counted of a sound event."""
         try:
-            document = framed_document(value, self._schemas) if value.startswith(MAGIC) else self._decode(value)
+            if self._schemas is not None and value.startswith(MAGIC):
+                document = framed_document(value, self._schemas)
+            else:
+                document = self._decode(value)
             ((source,),) = self._values.of(document)
         except (NoValue, Rejected, *JSON_ERRORS):
             return ()
