@@ -16,8 +16,8 @@ from fastavro.schema import parse_schema
 MAGIC: Final = b"\0"
 #: Of the zero byte and the id.
 FRAME_BYTES: Final = 5
-#: Schemas that are kept; a topic has a handful, but ids that no registry knows may be anything.
-MAX_SCHEMAS: Final = 10_000
+#: Ids that are remembered as unknown to the registry, which may be anything; those that it has are as many as it has.
+MAX_UNKNOWN: Final = 10_000
 
 #: What a body says, as JSON would have it: dicts, lists, texts, numbers, None.
 ReadBody = Callable[[bytes], Any]
@@ -58,23 +58,27 @@ class Schemas:
     """What reads bodies, by schema id; filled by those who ask a registry, before anything is decoded."""
 
     def __init__(self) -> None:
-        self._readers: dict[int, ReadBody | NotOfSchema | None] = {}
+        self._readers: dict[int, ReadBody | NotOfSchema] = {}
+        self._unknown: dict[int, None] = {}
 
     def add(self, schema_id: int, read: ReadBody | NotOfSchema | None) -> None:
         """Keep what was found of an id: what reads bodies, why nothing does, or None where the registry has none."""
-        while len(self._readers) >= MAX_SCHEMAS:
-            del self._readers[next(iter(self._readers))]
-        self._readers[schema_id] = read
+        if read is not None:
+            self._readers[schema_id] = read
+            return
+        if len(self._unknown) >= MAX_UNKNOWN:
+            del self._unknown[next(iter(self._unknown))]
+        self._unknown[schema_id] = None
 
     def forget_unknown(self) -> None:
         """Have the registry asked again for what it did not have: it may have it now."""
-        self._readers = {number: read for number, read in self._readers.items() if read is not None}
+        self._unknown.clear()
 
     def missing(self, values: Iterable[bytes | None]) -> set[int]:
         """Ids in the framing of some values of which nothing was kept yet."""
         framed = [value for value in values if value is not None and value.startswith(MAGIC)]
-        ids = {value[1:FRAME_BYTES] for value in framed if len(value) >= FRAME_BYTES}
-        return {number for data in ids if (number := int.from_bytes(data, "big")) not in self._readers}
+        ids = {int.from_bytes(value[1:FRAME_BYTES], "big") for value in framed if len(value) >= FRAME_BYTES}
+        return {number for number in ids if number not in self._readers and number not in self._unknown}
 
     def reader_of(self, schema_id: int) -> ReadBody | None:
         """What reads bodies of a schema, None where the registry has none.

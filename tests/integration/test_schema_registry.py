@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -397,6 +398,16 @@ def test_only_the_registrys_own_word_counts_for_a_schema_that_is_unknown(
         gate.status = status
         with pytest.raises(RegistryError, match=r"UEMB_SCHEMA_REGISTRY_URL|answers with an error"):
             asking(gate.url).load({1})
+
+
+@pytest.mark.parametrize("module", ["httpx2", "google.protobuf", "confluent_kafka.schema_registry"])
+def test_without_the_extra_it_is_said_what_to_install(
+    module: str, asking: Asking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.delitem(sys.modules, "stream.core.protobuf_reader", raising=False)
+    with pytest.raises(ConfigError, match=r"pip install 'user-embedding-stream\[registry\]'"):
+        asking("http://127.0.0.1:1")
 
 
 def test_nobody_at_the_address_is_said_when_patience_ends(asking: Asking) -> None:

@@ -20,7 +20,7 @@ from stream.core.events import (
     Reason,
     Reject,
 )
-from stream.core.framing import MAX_SCHEMAS, AvroReader, JsonReader, NotOfSchema, Schemas, frame
+from stream.core.framing import MAX_UNKNOWN, AvroReader, JsonReader, NotOfSchema, Schemas, frame
 from stream.core.protobuf_reader import ProtobufReader
 
 T0: Final = 1_700_000_000_000
@@ -354,11 +354,13 @@ def test_what_is_asked_for_is_asked_once_and_what_was_unknown_again() -> None:
     assert schemas.missing(values) == {8}
 
 
-def test_ids_that_mean_nothing_fill_no_memory() -> None:
+def test_ids_that_mean_nothing_fill_no_memory_and_take_no_schemas_place() -> None:
     schemas = Schemas()
-    for number in range(MAX_SCHEMAS + 10):
+    schemas.add(0, JsonReader())
+    for number in range(1, MAX_UNKNOWN + 11):
         schemas.add(number, None)
-    assert schemas.missing([frame(0), frame(9), frame(10)]) == {0, 9}
+    assert schemas.missing([frame(0), frame(10), frame(11)]) == {10}
+    assert schemas.reader_of(0) is not None
 
 
 def test_erasures_are_framed_too() -> None:
