@@ -1,5 +1,6 @@
 """What all tests share: one Kafka per run, names of their own, and a run that can forbid skips."""
 
+import gc
 import logging
 import os
 import re
@@ -203,6 +204,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=out)
         items[:] = [item for item in items if item not in set(out)]
     config.stash[_left_out] = counts
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is there for good out of all collections: each took 0.3 s of CPU, a fifth of what all tests took."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -22,7 +22,7 @@ class Away(MemoryWriter):
         self.after = after
         self.calls = 0
 
-    async def put(self, partition: int, entries: Mapping[bytes, bytes]) -> int:
+    async def put(self, partition: int, entries: Mapping[bytes, bytes], *, ordered: bool = False) -> int:
         self.calls += 1
         failure = self.failures.pop(0) if self.failures else None
         if failure is not None and not self.after:

@@ -31,7 +31,7 @@ class SlowKV:
         self.lost = False
         self.called, self.go = asyncio.Event(), asyncio.Event()
 
-    async def put(self, partition: int, entries: Mapping[bytes, bytes]) -> int:
+    async def put(self, partition: int, entries: Mapping[bytes, bytes], *, ordered: bool = False) -> int:
         if partition not in self.open:
             msg = f"partition {partition} is not open for writing"
             raise StoreError(msg)
