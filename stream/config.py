@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Final, Literal, NamedTuple
+from urllib.parse import urlsplit
 
 try:
     from pydantic import Field, SecretStr, ValidationError, field_serializer, field_validator, model_validator
@@ -178,6 +179,25 @@ class Settings(BaseSettings):
     publish: Literal["all", "latest"] = Field("all", description="one record per applied event, or per batch and user")
     output_format: Literal["avro", "json"] = Field("avro", description="format on the output topic")
 
+    # schema registry
+    schema_registry_url: str | None = Field(
+        None, description="schema registry (Confluent's API) of events and output, https://host:port,…; empty: none"
+    )
+    schema_registry_username: str | None = Field(None, description="user of the schema registry")
+    schema_registry_password: SecretStr | None = Field(None, description="password of the schema registry")
+    schema_registry_password_file: Path | None = Field(None, description="a file with that password instead")
+    schema_registry_token: SecretStr | None = Field(None, description="bearer token of the schema registry")
+    schema_registry_token_file: Path | None = Field(
+        None, description="a file with that token instead, read again for each request"
+    )
+    schema_registry_cafile: Path | None = Field(None, description="CA certificates (PEM) to check the registry against")
+    schema_registry_register: bool = Field(
+        True, description="a worker registers the schema of the output at its start; false: it must be registered"
+    )
+    schema_registry_subject: Literal["topic", "record", "topic_record"] = Field(
+        "topic", description="how the subject of the output's schema is named: Confluent's three strategies"
+    )
+
     # stores
     kv_url: str = Field(
         default_factory=lambda: f"rocksdb://{_DATA.expanduser()}/kv",
@@ -224,6 +244,7 @@ class Settings(BaseSettings):
         "event_source",
         "group_instance_id",
         "kv_group",
+        "schema_registry_url",
         "sasl_password_file",
         "sasl_oauth_token_url",
         "sasl_oauth_client_secret_file",
@@ -289,6 +310,7 @@ class Settings(BaseSettings):
             self._check_kafka,
             self._check_secrets,
             self._check_login,
+            self._check_registry,
         ):
             try:
                 check()
@@ -351,6 +373,36 @@ class Settings(BaseSettings):
                 "UEMB_SASL_OAUTH_TOKEN_URL needs UEMB_SASL_OAUTH_CLIENT_ID and UEMB_SASL_OAUTH_CLIENT_SECRET, "
                 "or its _FILE"
             )
+            raise ValueError(msg)
+
+    def _check_registry(self) -> None:
+        for url in (self.schema_registry_url or "").split(",") if self.schema_registry_url else ():
+            parts = urlsplit(url.strip())
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                msg = "UEMB_SCHEMA_REGISTRY_URL: write http://host:port or https://host:port"
+                raise ValueError(msg)
+            if parts.username is not None or parts.query or parts.fragment:
+                msg = (
+                    "UEMB_SCHEMA_REGISTRY_URL may hold no login; set UEMB_SCHEMA_REGISTRY_USERNAME and "
+                    "UEMB_SCHEMA_REGISTRY_PASSWORD"
+                )
+                raise ValueError(msg)
+        if (path := self.schema_registry_cafile) is not None and not path.is_file():
+            msg = f"UEMB_SCHEMA_REGISTRY_CAFILE: there is no file {path}"
+            raise ValueError(msg)
+        for name in ("password", "token"):
+            if getattr(self, f"schema_registry_{name}") and getattr(self, f"schema_registry_{name}_file"):
+                setting = f"UEMB_SCHEMA_REGISTRY_{name.upper()}"
+                msg = f"{setting} and {setting}_FILE are both set; set one of them"
+                raise ValueError(msg)
+        has_password = bool(self.schema_registry_password or self.schema_registry_password_file)
+        if has_password != bool(self.schema_registry_username):
+            msg = (
+                "UEMB_SCHEMA_REGISTRY_USERNAME and UEMB_SCHEMA_REGISTRY_PASSWORD belong together; set both, or neither"
+            )
+            raise ValueError(msg)
+        if has_password and (self.schema_registry_token or self.schema_registry_token_file):
+            msg = "UEMB_SCHEMA_REGISTRY_TOKEN stands for a user and password; set it, or those"
             raise ValueError(msg)
 
     def _group_names(self) -> dict[str, str]:

@@ -15,6 +15,8 @@ UembError                  1   anything else of ours
 ├── OwnershipError         75  delivery broke its own rules (a gap, a partition that is not ours)
 ├── DeliveryError          75  Kafka is away, or did not acknowledge in time
 │   └── RecordTooLarge     2   the topic's size limit refused a record
+├── RegistryError          75  the schema registry is away, or answers wrongly
+│   └── RegistryRefused    2   it lets nobody in, or its certificate is refused
 └── StoreError             75  the key-value store can't be reached or answered wrongly
     ├── StoreLocked        75  another process holds the partition's database
     ├── StorePartlyDown    75  some servers of a cluster can't be read; it has what the others gave
@@ -135,6 +137,20 @@ class DeliveryError(UembError):
 
 class RecordTooLarge(DeliveryError):
     """The topic's size limit refused a record."""
+
+    exit_code = ExitCode.WRONG
+    retriable = False
+
+
+class RegistryError(UembError):
+    """The schema registry is away, or answers wrongly."""
+
+    exit_code = ExitCode.TRY_AGAIN
+    retriable = True
+
+
+class RegistryRefused(RegistryError):
+    """The schema registry lets nobody in, or shows a certificate that is refused."""
 
     exit_code = ExitCode.WRONG
     retriable = False

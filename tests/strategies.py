@@ -19,7 +19,7 @@ from stream.core.encoders import VersionedEncoder
 from stream.core.engine import Engine
 from stream.core.events import EventRules
 from stream.core.history_codec import stored_order
-from stream.core.records import decode, kv_entry
+from stream.core.records import decode, kv_entry, unframed
 from stream.core.space_engine import Pair
 from stream.items.ids import ItemIds
 from stream.items.space import ItemSpace
@@ -243,6 +243,7 @@ class Driver:
     hot_users: int = 10_000
     publish_latest: bool = False
     json_output: bool = False
+    schema_id: int | None = None
     partition: int = 0
     partitions: int = 1
     epoch: int = 0
@@ -265,6 +266,7 @@ class Driver:
             hot_users=self.hot_users,
             publish_latest=self.publish_latest,
             json_output=self.json_output,
+            schema_id=self.schema_id,
         )
 
     def _pairs(self) -> list[Pair]:
@@ -319,7 +321,7 @@ class Driver:
                 record = decode(body)
                 assert (record.epoch, record.revision, record.user_id.encode()) == (epoch, revision, user)
                 if not self.json_output:
-                    assert body == last[key]
+                    assert body == unframed(last[key])
 
 
 def records_by_user(output: Iterable[tuple[bytes, bytes | None]]) -> Mapping[bytes, list[bytes | None]]:

@@ -7,11 +7,13 @@ import msgspec
 from confluent_kafka import OFFSET_BEGINNING, OFFSET_END, KafkaError, TopicPartition
 
 from stream.config import Settings
+from stream.core.framing import MAGIC, schema_id_of
 from stream.core.records import CorruptRecord, decode, to_json
 from stream.errors import ConfigError, UembError
 from stream.kafka.brokers import list_topics
 from stream.kafka.grants import GROUP_REFUSED, TOPIC_REFUSED
 from stream.kafka.log_reader import open_consumer, unreadable
+from stream.kafka.schema_registry import SchemaRegistry, open_registry
 
 _POLL_S: Final = 0.5
 
@@ -46,6 +48,7 @@ def follow(
         ConfigError: the topic does not exist, or no broker answers.
         UembError: the topic can't be read, or may not be; or a record of a schema that this release does not carry.
     """
+    registry = open_registry(settings)
     reader = open_consumer(settings, "tail", wait_ms=500)
     try:
         topic = list_topics(reader, settings, settings.output_topic).topics[settings.output_topic]
@@ -70,15 +73,20 @@ def follow(
                     raise unreadable(settings.output_topic, error)
                 continue
             reader.took(settings.output_topic)
-            yield (message.key() or b"").decode(errors="backslashreplace"), _record(message.value())
+            yield (message.key() or b"").decode(errors="backslashreplace"), _record(message.value(), registry)
             count = None if count is None else count - 1
     finally:
         reader.close()
+        if registry is not None:
+            registry.close()
 
 
-def _record(value: bytes | None) -> dict[str, Any] | None:
+def _record(value: bytes | None, registry: SchemaRegistry | None) -> dict[str, Any] | None:
     if value is None:
         return None
+    if registry is not None and value.startswith(MAGIC) and not registry.is_output_id(number := schema_id_of(value)):
+        msg = f"a record is of schema {number} of the registry, which this client does not carry; upgrade it"
+        raise UembError(msg)
     try:
         if value[:1] == b"{":
             document: dict[str, Any] = msgspec.json.decode(value)

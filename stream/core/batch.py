@@ -91,8 +91,8 @@ class BatchDecoder:
     def __init__(self, events: EventDecoder, partition: int, partitions: int, placed: Container[bytes]) -> None:
         self._decode_event = events.decode
         source = events.rules.source
-        self._exposure = None if source is None else Exposure(source, events.rules.own_sources)
-        self._decode_deletion = DeletionDecoder().decode
+        self._exposure = None if source is None else Exposure(source, events.rules.own_sources, events.schemas)
+        self._decode_deletion = DeletionDecoder(events.schemas).decode
         self._partition = partition
         self._partitions = partitions
         self._placed = placed

@@ -39,6 +39,7 @@ class Engine:
         hot_users: how many users are kept in memory between batches.
         publish_latest: publish only a batch's last state of each user instead of one record per applied event.
         json_output: write JSON instead of Avro to the output topic.
+        schema_id: write Avro there in the framing of schema registries, with this id; None: as it is.
         decoder: shared with the engines of other partitions, so that its memo is held once.
         kinds: the same.
     """
@@ -53,12 +54,14 @@ class Engine:
         hot_users: int = 10_000,
         publish_latest: bool = False,
         json_output: bool = False,
+        schema_id: int | None = None,
         decoder: EventDecoder | None = None,
         kinds: Kinds | None = None,
     ) -> None:
         self.history_limit = pairs[0].encoder.history_limit
         self.publish_latest = publish_latest
         self.json_output = json_output
+        self.schema_id = schema_id
         self._kinds = kinds or Kinds(HistoryCodec(rules.types))
         self._forgotten = self._kinds.forgotten
         self._users = HotUsers(self._kinds, self.history_limit, hot_users)
@@ -78,7 +81,13 @@ class Engine:
             self.forget(list(self._users.slots))  # a new pair has no sums of theirs
         self._publishers = [
             kept.get(pair.versions)
-            or Publisher(pair, self._kinds, capacity=self._users.capacity, json_output=self.json_output)
+            or Publisher(
+                pair,
+                self._kinds,
+                capacity=self._users.capacity,
+                json_output=self.json_output,
+                schema_id=self.schema_id,
+            )
             for pair in pairs
         ]
 

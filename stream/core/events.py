@@ -11,6 +11,7 @@ from typing import Any, Final, Literal, NamedTuple, Self
 import msgspec
 
 from stream.core.field_paths import FieldPath, NoValue, Values, parse_path
+from stream.core.framing import FRAME_BYTES, MAGIC, Moment, NotOfSchema, Schemas, schema_id_of
 from stream.core.history_codec import MAX_TS_MS, TS_BYTES
 from stream.keys import canonical_id
 
@@ -19,6 +20,7 @@ MAX_LEAD_MS: Final = 5 * 60 * 1000
 #: 1980-01-01; seconds sent as milliseconds land in January 1970.
 EARLIEST_TS_MS: Final = 315_532_800_000
 _MEMO_LIMIT: Final = 1 << 18
+_ID_TYPES: Final = (str, int)
 
 TsUnit = Literal["ms", "s", "us", "ns", "iso8601"]
 #: How many of a unit are a second.
@@ -54,6 +56,8 @@ class Reason(StrEnum):
     FUTURE_TIMESTAMP = "future_timestamp"
     IMPLAUSIBLE_TIMESTAMP = "implausible_timestamp"
     EXPANDS_BEYOND_LIMIT = "expands_beyond_limit"
+    UNKNOWN_SCHEMA = "unknown_schema"
+    SCHEMA_MISMATCH = "schema_mismatch"
 
 
 class Reject(NamedTuple):
@@ -159,8 +163,29 @@ def json_reject(exc: Exception) -> Reject:
     return Reject(Reason.NOT_JSON, str(exc))
 
 
+_NO_REGISTRY: Final = Reject(
+    Reason.NOT_JSON, "a value in the framing of a schema registry; set UEMB_SCHEMA_REGISTRY_URL to have it read"
+)
 #: What decoding a value may raise.
 JSON_ERRORS: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+
+
+def framed_document(value: bytes, schemas: Schemas | None) -> Any:
+    """What a value in the framing of schema registries says; raises `Rejected`, or one of `JSON_ERRORS`."""
+    if schemas is None:
+        raise Rejected(
+            Reason.NOT_JSON, "not JSON but a value framed for a schema registry; is UEMB_SCHEMA_REGISTRY_URL set?"
+        )
+    about = ""
+    try:
+        number = schema_id_of(value)
+        about = f"schema {number}: "
+        read = schemas.reader_of(number)
+        if read is not None:
+            return read(value[FRAME_BYTES:])
+    except NotOfSchema as exc:
+        raise Rejected(Reason.SCHEMA_MISMATCH, f"{about}{exc}") from None
+    raise Rejected(Reason.UNKNOWN_SCHEMA, f"the schema registry has no schema {number}")
 
 
 def implausible(ts_ms: float, unit: TsUnit) -> str:
@@ -227,10 +252,16 @@ def json_document(data: bytes) -> Any:
 
 
 class EventDecoder:
-    """Turns one record of an event topic into the sort key of its interaction."""
+    """Turns one record of an event topic into the sort key of its interaction.
 
-    def __init__(self, rules: EventRules) -> None:
+    Args:
+        rules: what events look like.
+        schemas: of values in the framing of schema registries; None: no registry is used, and none is such a value.
+    """
+
+    def __init__(self, rules: EventRules, schemas: Schemas | None = None) -> None:
         self.rules = rules
+        self.schemas = schemas
         self._types = frozenset(rules.types)
         self._mapped_topics = frozenset(rules.type_by_topic)
         self._all_native = rules.native
@@ -252,23 +283,25 @@ class EventDecoder:
         if value is None:
             return Reject(Reason.NULL_VALUE, "an event must have a value")
         try:
-            if not value.isascii():
-                value.decode()  # msgspec leaves fields unread that we don't ask for
-            if self._all_native and topic not in self._mapped_topics:
-                try:
-                    event = self._native.decode(value)
-                except msgspec.ValidationError as exc:  # but for a time that is a number in quotes
-                    event = self._quoted(topic, value, exc)
+            if self.schemas is not None and value.startswith(MAGIC):
+                events = self._mapped(topic, framed_document(value, self.schemas))
             else:
-                events = self._mapped(topic, value)
-                if len(events) != 1:
-                    return self._several(events, key, record_ts_ms)
-                (event,) = events
+                if not value.isascii():
+                    value.decode()  # msgspec leaves fields unread that we don't ask for
+                if self._all_native and topic not in self._mapped_topics:
+                    try:
+                        event = self._native.decode(value)
+                    except msgspec.ValidationError as exc:  # but for a time that is a number in quotes
+                        event = self._quoted(topic, value, exc)
+                    return self._key(event, key, record_ts_ms)
+                events = self._mapped(topic, json_document(value))
+            if len(events) != 1:
+                return self._several(events, key, record_ts_ms)
+            return self._key(events[0], key, record_ts_ms)
         except JSON_ERRORS as exc:
-            return json_reject(exc)
+            return _NO_REGISTRY if self.schemas is None and value.startswith(MAGIC) else json_reject(exc)
         except Rejected as exc:
             return exc.reject
-        return self._key(event, key, record_ts_ms)
 
     def _several(self, events: list[UserEvent], key: bytes, record_ts_ms: int) -> tuple[bytes, ...] | Reject | None:
         keys = []
@@ -313,27 +346,32 @@ class EventDecoder:
 
     def _quoted(self, topic: str, value: bytes, refused: msgspec.ValidationError) -> UserEvent:
         try:
-            (event,) = self._mapped(topic, value)
+            (event,) = self._mapped(topic, json_document(value))
         except (Rejected, *JSON_ERRORS):
             raise refused from None
         return event
 
-    def _mapped(self, topic: str, value: bytes) -> list[UserEvent]:
-        document = json_document(value)
+    def _mapped(self, topic: str, document: Any) -> list[UserEvent]:
         values = self._values.get(topic)
         if values is None:
             values = self._values[topic] = Values(self.rules.paths(topic))
         fixed_type = self.rules.type_by_topic.get(topic)
         events = []
-        for user_id, item_id, ts, *kind in found_at(document, values):
-            for name, id_ in (("user_id", user_id), ("item_id", item_id)):
-                if isinstance(id_, bool) or not isinstance(id_, int | str):
-                    raise Rejected(Reason.WRONG_TYPE, f"{name} must be a string or an integer")
-            type_name = fixed_type if fixed_type is not None else kind[0]
+        for found in found_at(document, values):
+            user_id, item_id, ts = found[:3]
+            if type(user_id) not in _ID_TYPES or type(item_id) not in _ID_TYPES:
+                _check_id_type("user_id", user_id)
+                _check_id_type("item_id", item_id)
+            type_name = fixed_type if fixed_type is not None else found[3]
             if not isinstance(type_name, str):
                 raise Rejected(Reason.WRONG_TYPE, "type must be a string")
-            events.append(UserEvent(user_id, item_id, type_name, to_ms(ts, self.rules.ts_unit)))
+            events.append(UserEvent(user_id, item_id, type_name, to_ms(ts, self._unit)))
         return events
+
+
+def _check_id_type(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise Rejected(Reason.WRONG_TYPE, f"{name} must be a string or an integer")
 
 
 def found_at(document: Any, values: Values) -> list[tuple[Any, ...]]:
@@ -351,6 +389,8 @@ def to_ms(ts: Any, unit: TsUnit) -> int:
     """
     if unit == "ms" and type(ts) is int:  # as a rule
         return ts
+    if type(ts) is Moment:
+        return int(ts)
     if unit == "iso8601":
         if not isinstance(ts, str):
             hint = _looks_like(ts * 1000, unit) if isinstance(ts, int | float) else ""
@@ -433,9 +473,10 @@ def from_ms(ts_ms: int, unit: TsUnit) -> int | float | str:
 
 
 class DeletionDecoder:
-    """Turns one record of the deletion topic into the time up to which its user is erased."""
+    """Turns one record of the deletion topic into the time up to which its user is erased; `schemas` as for events."""
 
-    def __init__(self) -> None:
+    def __init__(self, schemas: Schemas | None = None) -> None:
+        self._schemas = schemas
         self._decoder = msgspec.json.Decoder(UserDeletion)
 
     def decode(self, key: bytes | None, value: bytes | None, record_ts_ms: int) -> int | Reject | None:
@@ -445,14 +486,28 @@ class DeletionDecoder:
         if value is None:
             return None
         try:
-            if not value.isascii():
-                value.decode()  # as for events
-            deletion = self._decoder.decode(value)
+            if self._schemas is not None and value.startswith(MAGIC):
+                deletion = _deletion_of(framed_document(value, self._schemas))
+            else:
+                if not value.isascii():
+                    value.decode()  # as for events
+                deletion = self._decoder.decode(value)
         except JSON_ERRORS as exc:
-            return json_reject(exc)
+            return _NO_REGISTRY if self._schemas is None and value.startswith(MAGIC) else json_reject(exc)
+        except Rejected as exc:
+            return exc.reject
         if reject := check_user(deletion.user_id, key) or check_time(deletion.ts, record_ts_ms):
             return reject
         return min(deletion.ts + MAX_LEAD_MS, MAX_TS_MS)
+
+
+_DELETION: Final = Values((parse_path("user_id"), parse_path("ts")))
+
+
+def _deletion_of(document: Any) -> UserDeletion:
+    ((user_id, ts),) = found_at(document, _DELETION)
+    _check_id_type("user_id", user_id)
+    return UserDeletion(user_id, to_ms(ts, "ms"))
 
 
 class EventRow(NamedTuple):

@@ -7,6 +7,7 @@ makes one interaction of every element. A dot or bracket that belongs to a key h
 import re
 from collections.abc import Sequence
 from functools import lru_cache
+from operator import itemgetter
 from typing import Any, Final, NamedTuple
 
 #: A key, the index of an element, or each element (None).
@@ -108,6 +109,8 @@ class Values:
     def __init__(self, paths: Sequence[FieldPath]) -> None:
         self._paths = paths
         self._array = array_of(paths)
+        keys = [path.to[0] for path in paths if path.inside is None and len(path.to) == 1]
+        self._pick = itemgetter(*keys) if len(keys) == len(paths) > 1 else None
 
     def of(self, document: Any) -> list[tuple[Any, ...]]:
         """The values: once, or for each element of the array that the paths go through.
@@ -115,6 +118,11 @@ class Values:
         Raises:
             NoValue: there is nothing at one of them.
         """
+        if self._pick is not None:  # as a rule, all is at the top: a fifth of the time
+            try:
+                return [self._pick(document)]
+            except (TypeError, LookupError):
+                pass  # what is missing is found out below
         paths, array = self._paths, self._array
         if array is None:
             return [tuple([_follow(document, path.to, path) for path in paths])]

@@ -1,5 +1,9 @@
 """Bytes of embedding records: Avro single-object encoding, the seed's JSON shape, and key-value entries.
 
+On the output topic a record may be in the framing of schema registries instead (`stream.core.framing`): only what
+precedes its body is another. Which schema the id stands for is not looked up here: a body of another one is no record,
+for all of it must fit, up to the length of the vector and its norm.
+
 A key-value entry is epoch and revision (8 bytes each, big-endian), then the Avro record; an empty body is a deletion.
 """
 
@@ -17,6 +21,7 @@ import numpy as np
 from fastavro.schema import fingerprint, parse_schema, to_parsing_canonical_form
 
 from stream.core.formulas import Float32, is_unit
+from stream.core.framing import FRAME_BYTES, MAGIC, frame
 from stream.core.varint import varint
 
 AVRO_MARKER: Final = b"\xc3\x01"
@@ -26,7 +31,7 @@ SCHEMA_FILES: Final = ("user_embedding.v1.avsc",)  # oldest first; the last one 
 _PREFIX = struct.Struct(">QQ")
 _DOUBLE = struct.Struct("<d")
 _FLOAT32 = np.dtype("<f4")
-_HEADER_BYTES: Final = 10
+HEADER_BYTES: Final = 10
 _LAST_SHIFT: Final = 56  # of a varint's ninth byte; a tenth could overflow 64 bits
 
 
@@ -123,6 +128,37 @@ def encode(record: EmbeddingRecord) -> bytes:
     )
 
 
+def framed(record: bytes, schema_id: int) -> bytes:
+    """A record in the framing of schema registries, from one in single-object encoding."""
+    return frame(schema_id) + record[HEADER_BYTES:]
+
+
+def unframed(record: bytes) -> bytes:
+    """A record in single-object encoding, from one in either."""
+    return _schemas()[1] + record[FRAME_BYTES:] if record.startswith(MAGIC) else record
+
+
+def is_newest_schema(text: str) -> bool:
+    """Whether an Avro schema says of the bytes what that of records does, whatever its comments say."""
+    try:
+        return bool(
+            to_parsing_canonical_form(json.loads(text)) == to_parsing_canonical_form(json.loads(newest_schema()))
+        )
+    except Exception:  # noqa: BLE001 - fastavro raises many kinds on what is no schema
+        return False
+
+
+def newest_schema() -> str:
+    """The Avro schema that records are written with, as text."""
+    return files("schemas").joinpath(SCHEMA_FILES[-1]).read_text()
+
+
+def schema_name() -> str:
+    """The full name of that schema."""
+    schema = json.loads(newest_schema())
+    return f"{schema['namespace']}.{schema['name']}"
+
+
 _OK: Final = status_part("ok", "")  # of nearly every record
 
 
@@ -177,9 +213,13 @@ class RecordDecoder:
             IndexError: the same.
             struct.error: the same.
         """
-        if not data.startswith(self._header):
+        if data.startswith(self._header):
+            at = HEADER_BYTES
+        elif data.startswith(MAGIC):
+            at = FRAME_BYTES
+        else:
             raise ValueError
-        user_id, at = _take_string(data, _HEADER_BYTES)
+        user_id, at = _take_string(data, at)
         epoch, at = _take_long(data, at)
         revision, at = _take_long(data, at)
         if data.startswith(_OK, at):
@@ -237,12 +277,14 @@ class RecordDecoder:
 def _decode_any(data: bytes) -> EmbeddingRecord:
     """Read a record of any schema with fastavro, the judge of all that is unusual."""
     readable, newest = _schemas()
-    writer = readable.get(bytes(data[:_HEADER_BYTES]))
+    if data.startswith(MAGIC):
+        data = newest + data[FRAME_BYTES:]
+    writer = readable.get(bytes(data[:HEADER_BYTES]))
     if writer is None:
         msg = "not an embedding record of a schema this release carries"
         raise CorruptRecord(msg)
     try:
-        body_bytes = io.BytesIO(data[_HEADER_BYTES:])
+        body_bytes = io.BytesIO(data[HEADER_BYTES:])
         raw: Mapping[str, Any] = fastavro.schemaless_reader(body_bytes, writer, readable[newest])
         body = raw["user_embedding"]
         vector = np.frombuffer(body["vector"], _FLOAT32).astype(np.float32)
@@ -274,6 +316,8 @@ _decode_sound = RecordDecoder()
 
 def decode(data: bytes) -> EmbeddingRecord:
     """Read one record in Avro single-object encoding, of this or any older schema; its vector is a unit vector.
+
+    One in the framing of schema registries is read as of this schema.
 
     Raises:
         CorruptRecord: unknown schema, or bytes that don't decode.

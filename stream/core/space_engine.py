@@ -15,8 +15,9 @@ from stream.core.counters import Counter
 from stream.core.encoders import REASONS, VectorStatus, VersionedEncoder, finish
 from stream.core.entry_writer import EntryWriter, Facts
 from stream.core.formulas import Float32
+from stream.core.framing import frame
 from stream.core.kinds import Columns, Int32, Int64, Kinds
-from stream.core.records import EmbeddingRecord, to_json
+from stream.core.records import HEADER_BYTES, EmbeddingRecord, to_json
 from stream.core.space import Space
 from stream.core.sums import Moves, RowHistories, RunningSums, Sums
 from stream.keys import user_cache_key
@@ -98,12 +99,15 @@ class Publisher:
         kinds: where interactions lie in it, and what their types weigh.
         capacity: slots to begin with.
         json_output: write JSON instead of Avro to the output topic.
+        schema_id: write Avro to the output topic in the framing of schema registries, with this id; None: as it is.
 
     Raises:
         SpaceMismatch: the encoder was made for another item version.
     """
 
-    def __init__(self, pair: Pair, kinds: Kinds, *, capacity: int, json_output: bool) -> None:
+    def __init__(
+        self, pair: Pair, kinds: Kinds, *, capacity: int, json_output: bool, schema_id: int | None = None
+    ) -> None:
         encoder, space = pair
         encoder.check(space)
         self.versions = pair.versions
@@ -111,6 +115,7 @@ class Publisher:
         self._sums = RunningSums.of(space, encoder.encoder, encoder.history_limit, capacity)
         self._encoder = encoder
         self._json_output = json_output
+        self._frame = None if schema_id is None else frame(schema_id)
         self._key_prefix = user_cache_key("", space.version, encoder.version).encode()
         self._entries = EntryWriter(encoder.version, space.version, space.dim)
         self._rows = kinds.rows_of(space)
@@ -214,6 +219,8 @@ class Publisher:
                 self._json(facts, place, status, norms, vectors) if body is not None else None
                 for place, body in enumerate(bodies)
             ]
+        elif (framing := self._frame) is not None:
+            bodies = [framing + body[HEADER_BYTES:] if body is not None else None for body in bodies]
         result.output += zip(keys, bodies, strict=True)
         result.entries.update(zip(keys, entries, strict=True))
         return vectors, status

@@ -1,4 +1,4 @@
-"""The wire: Faust's transport and producer, topics and access, logs read whole, the embedded broker."""
+"""The wire: Faust's transport and producer, topics and access, logs, schema registry, the embedded broker."""
 
 from stream.extras import need_worker
 

@@ -13,6 +13,7 @@ from stream.core.history_codec import marker_erased_at
 from stream.core.space_engine import Coverage
 from stream.errors import OwnershipError
 from stream.kafka.delivery import BatchMissing, DeliveryChain, DurableMarks, GivenOut, RecordBatch
+from stream.kafka.schema_registry import REGISTRY, SchemaRegistry
 from stream.pipeline.activity import Activity
 from stream.pipeline.lanes import Lanes, OnStage, Work
 from stream.pipeline.measures import Measures
@@ -57,6 +58,7 @@ class BatchProcessor:
         on_stage: see `stream.pipeline.lanes.OnStage`.
         read_again: called with topic, partition, offset and the run's count of seeks, to have the partition read again
             from the offset.
+        registry: asked for the schemas of framed values; None without one.
 
     Attributes:
         owned: the partitions of this worker.
@@ -71,6 +73,7 @@ class BatchProcessor:
         measures: Measures,
         on_stage: OnStage,
         read_again: Callable[[str, int, int, int], Awaitable[None]],
+        registry: SchemaRegistry | None = None,
     ) -> None:
         self.owned: dict[int, Owned] = {}
         self.activity = Activity()
@@ -80,6 +83,7 @@ class BatchProcessor:
         self._measures = measures
         self._on_stage = on_stage
         self._read_again = read_again
+        self._registry = registry
         self._chain = DeliveryChain()
 
     def give_up(self, seeks: int) -> list[Owned]:
@@ -114,11 +118,17 @@ class BatchProcessor:
             OwnershipError: the partition is not ours.
             TopicMismatch: the topic's producer partitions wrongly.
             StateError: a stored history can't be read.
+            RegistryError: the schema registry is away for too long.
         """
         owned = self.owned.get(batch.partition)
         if owned is None:
             msg = f"a batch of {batch.topic}-{batch.partition} arrived, but this worker does not own the partition"
             raise OwnershipError(msg)
+        if self._registry is not None and (ids := self._registry.missing(record.value for record in batch.records)):
+            self.activity.begin(REGISTRY)
+            await self._registry.fetch(ids)
+            if self.owned.get(batch.partition) is not owned:  # given up meanwhile: its next owner reads it again
+                return
         engine, measures, is_erasures = owned.engine, self._measures, batch.topic == self._deletion_topic
         self.activity.begin("its turn")
         async with owned.turn:

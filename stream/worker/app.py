@@ -21,6 +21,7 @@ from stream.kafka.clients import Clients
 from stream.kafka.delivery import DurableMarks
 from stream.kafka.group import check_group
 from stream.kafka.producer import FAUST_LOG, acknowledged
+from stream.kafka.schema_registry import open_registry
 from stream.kafka.topic_owners import check_owners, topics_record
 from stream.kafka.topic_watch import WATCH_S, TopicWatch
 from stream.kafka.topics import Prepared, prepare_topics
@@ -105,8 +106,9 @@ class EmbeddingApp(faust.App):
         self.failed = asyncio.Event()
         self.marks = DurableMarks()
         self.lanes = Lanes(self.crash)
+        self.registry = open_registry(settings)
         self.processor = BatchProcessor(
-            settings.deletion_topic, self.lanes, self.marks, self.measures, on_stage, self._read_again
+            settings.deletion_topic, self.lanes, self.marks, self.measures, on_stage, self._read_again, self.registry
         )
         self.pulse = Pulse()
         self.has_assignment = False
@@ -171,6 +173,10 @@ class EmbeddingApp(faust.App):
         topics = await asyncio.to_thread(prepare_topics, settings, base.dim if base else 1)
         self.conf.topic_partitions = topics.partitions
         watch = await asyncio.to_thread(self._check_group, topics) if topics.administered else None
+        schema_id = None
+        if self.registry is not None and settings.output_format == "avro":
+            schema_id = await self.registry.output_id()
+            log.info("output: schema %s of subject %s", schema_id, self.registry.subject)
         if not topics.administered:
             self.consumer.hold_no_fetch_for_long()
         check_place(settings.kv_url, settings.kv_group)
@@ -197,6 +203,8 @@ class EmbeddingApp(faust.App):
             on_stage=self._on_stage,
             on_error=self.crash,
             enter=enter,
+            schemas=None if self.registry is None else self.registry.schemas,
+            schema_id=schema_id,
         )
         self._ready = Ready(topics, kv, rollout, Partitions(parts), watch, enter)
         await kv.update_meta(lambda meta: registered(settings, topics.partitions, meta))
@@ -262,6 +270,8 @@ class EmbeddingApp(faust.App):
                 task.cancel()
             if self._http is not None:
                 self._http.stop()
+            if self.registry is not None:
+                self.registry.close()
 
     async def on_started_init_extra_tasks(self) -> None:
         """Start background work once the first assignment is taken."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Final, Protocol
 
 from stream.config import Settings
+from stream.kafka.schema_registry import REGISTRY
 from stream.kv.retrying import PatientKV
 from stream.pipeline.lanes import Lanes
 from stream.pipeline.measures import Measures
@@ -159,6 +160,9 @@ class Health:
             since_s = of.kv.waits_since_s
             if of.kv.is_away or (since_s is not None and now_s - since_s > SILENT_S):
                 reasons.append("the store does not answer")
+        agent = of.processor.activity
+        if agent.awaits == REGISTRY and agent.since_s is not None and now_s - agent.since_s > SILENT_S:
+            reasons.append("the schema registry does not answer")
         known = [lag.known_ms for lag in of.input_lag.lags().values() if lag.known_ms]
         if known and (silent_s := self._clock() - min(known) / 1000) > SILENT_S:
             reasons.append(f"the brokers do not answer for {silent_s:.0f} s")

@@ -11,6 +11,7 @@ from faust.types import TP
 from stream.config import Settings
 from stream.core.engine import Engine
 from stream.core.events import EventDecoder
+from stream.core.framing import Schemas
 from stream.core.history_codec import HistoryCodec
 from stream.core.kinds import Kinds
 from stream.core.records import kv_prefix
@@ -55,6 +56,8 @@ class Parts:
     on_stage: OnStage
     on_error: Callable[[BaseException], Awaitable[None]]
     enter: Callable[[Meta], Meta]  # this worker in the store's shared record
+    schemas: Schemas | None = None  # of framed events
+    schema_id: int | None = None  # of the output, in the schema registry
 
 
 class Partitions:
@@ -72,7 +75,7 @@ class Partitions:
         self._taking: asyncio.Future[Any] | None = None
         self._rebuilds: dict[int, asyncio.Task[None]] = {}
         self._expiry: asyncio.Task[None] | None = None
-        self._decoder = EventDecoder(parts.settings.rules)
+        self._decoder = EventDecoder(parts.settings.rules, parts.schemas)
         self._kinds = Kinds(HistoryCodec(parts.settings.event_types))
         self._input_topics = (*parts.settings.event_topics, parts.settings.deletion_topic)
 
@@ -153,6 +156,7 @@ class Partitions:
             hot_users=hot_users,
             publish_latest=settings.publish == "latest",
             json_output=settings.output_format == "json",
+            schema_id=parts.schema_id,
             decoder=self._decoder,
             kinds=self._kinds,
         )

@@ -215,6 +215,23 @@ WRONG: dict[str, tuple[dict[str, str], str, str]] = {
     "http_ipv6_bare": ({"http": "::1:9464"}, "HTTP", "host:port"),
     "http_url": ({"http": "http://127.0.0.1:9464"}, "HTTP", "host:port"),
     "ready_0": ({"ready_max_lag_s": "0"}, "READY_MAX_LAG_S", "greater than 0"),
+    "registry_no_url": ({"schema_registry_url": "registry:8081"}, "SCHEMA_REGISTRY_URL", "http://host:port"),
+    "registry_one_of_two": ({"schema_registry_url": "http://a,b"}, "SCHEMA_REGISTRY_URL", "http://host:port"),
+    "registry_login": ({"schema_registry_url": "http://me:it@host"}, "SCHEMA_REGISTRY_URL", "SCHEMA_REGISTRY_USERNAME"),
+    "registry_no_password": ({"schema_registry_username": "me"}, "SCHEMA_REGISTRY_USERNAME", "both, or neither"),
+    "registry_no_user": ({"schema_registry_password": "it"}, "SCHEMA_REGISTRY_USERNAME", "both, or neither"),
+    "registry_two_logins": (
+        {"schema_registry_username": "me", "schema_registry_password": "it", "schema_registry_token": "t"},
+        "SCHEMA_REGISTRY_TOKEN",
+        "or those",
+    ),
+    "registry_token_twice": (
+        {"schema_registry_token": "t", "schema_registry_token_file": "/t"},
+        "SCHEMA_REGISTRY_TOKEN_FILE",
+        "set one of them",
+    ),
+    "registry_cafile": ({"schema_registry_cafile": "/no/ca.pem"}, "SCHEMA_REGISTRY_CAFILE", "/no/ca.pem"),
+    "registry_subject": ({"schema_registry_subject": "event"}, "SCHEMA_REGISTRY_SUBJECT", "topic_record"),
     "no_brokers": ({"bootstrap_servers": ""}, "BOOTSTRAP_SERVERS", ""),
     "home_of_nobody": ({"state_dir": "~nobody-of-that-name/state"}, "STATE_DIR", ""),
 }
@@ -263,7 +280,7 @@ def test_an_error_repeats_no_secret(load: Loader) -> None:
 
 
 def test_secrets_are_masked_everywhere(load: Loader) -> None:
-    settings = load(sasl_password="open-sesame", sasl_username="ali")
+    settings = load(sasl_password="open-sesame", sasl_username="ali", schema_registry_token="open-sesame")
     for text in (repr(settings), str(settings), settings.model_dump_json(), str(settings.model_dump(mode="json"))):
         assert "open-sesame" not in text
         assert "ali" in text

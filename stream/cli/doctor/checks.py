@@ -8,10 +8,12 @@ from typing import Final
 
 from stream.cli.doctor.run import Check
 from stream.config import Settings
+from stream.errors import ConfigError
 from stream.findings import Finding, ok, skipped
 from stream.items.manifest import file_sha256
 from stream.items.space import ItemSpace
 from stream.kafka.checkup import EMBEDDED, BrokerCheckup
+from stream.kafka.schema_registry import open_registry
 from stream.kv.checkup import StoreLook, look_at_store
 from stream.kv.folders import look_at_folder
 from stream.kv.protocol import Meta
@@ -57,6 +59,7 @@ class Checkup:
         way = "see whether UEMB_BOOTSTRAP_SERVERS and UEMB_SECURITY_PROTOCOL are right"
         store = "see whether UEMB_KV_URL is right, and its server runs"
         items = "see the file system of UEMB_ITEMS, and `uemb items check`"
+        registry = Check("schema registry", self._registry, ANSWER_S, "see whether UEMB_SCHEMA_REGISTRY_URL is right")
         return [
             Check("names", brokers.names, ANSWER_S, way),
             Check("ports", brokers.ports, ANSWER_S, way, ("names",)),
@@ -76,6 +79,7 @@ class Checkup:
             Check("store's owner", self._owner, LOOK_S, store, ("store",), ("topics",)),
             Check("control topic", self._said, ANSWER_S, log, there, ("topics",)),
             Check("versions", self._versions, load_s, items, ("items",), ("control topic", "store")),
+            *([] if self._settings.schema_registry_url is None else [registry]),
             Check("state folder", self._state, LOOK_S, "see the file system of UEMB_STATE_DIR"),
             Check("releases", self._releases, LOOK_S, "install it anew", (), ("TLS",)),
         ]
@@ -133,6 +137,22 @@ class Checkup:
             return [skipped("control topic must be in order first")]
         hashes = {} if self._meta is None else self._meta.encoders
         return look_at_versions(self._settings, self._catalogue, self._base, self._brokers.largest_dim, hashes)
+
+    def _registry(self) -> Sequence[Finding]:
+        registry = open_registry(self._settings)
+        if registry is None:
+            return []
+        if self._settings.output_format != "avro":
+            return [ok("the output is JSON, which it is not asked about")]
+        try:
+            number = registry.ask_output_id(register=False)
+        except ConfigError:
+            if not self._settings.schema_registry_register:
+                raise
+            return [ok(f"it answers; a worker registers the output's schema under subject {registry.subject}")]
+        finally:
+            registry.close()
+        return [ok(f"the output's schema is {number}, under subject {registry.subject}")]
 
     def _state(self) -> Sequence[Finding]:
         return look_at_folder(self._settings.state_dir / self._settings.app_id, "UEMB_STATE_DIR")

@@ -14,6 +14,7 @@ from stream.core.history_codec import TS_BYTES, HistoryCodec, stored_order
 from stream.core.records import kv_prefix
 from stream.kafka.dead_letters import Letter
 from stream.kafka.log_reader import unreadable
+from stream.kafka.schema_registry import SchemaRegistry
 from stream.keys import partition_of, user_cache_key
 from stream.kv.rocksdb.scratch import Scratch
 from stream.pipeline.table import CLAIM_KEY
@@ -25,6 +26,8 @@ from stream.worker.ownership import joined
 _INPUT, _LOG, _OUTPUT, _REJECT, _LETTER, _UNREAD = b"f", b"c", b"o", b"r", b"d", b"u"
 _OFFSET_BYTES: Final = 8
 _ORDER_BYTES: Final = 16
+#: Reasons that lay outside of the record: it may be one that can be read now.
+_NOT_READ: Final = (Reason.EXPANDS_BEYOND_LIMIT, Reason.UNKNOWN_SCHEMA)
 _NO_EVENT: Final = b"\xff" * TS_BYTES
 Place = tuple[str, int]
 
@@ -38,6 +41,7 @@ class PartitionFold:
         partition: number of the partition.
         partitions: how many there are.
         scratch: an empty table.
+        registry: has the schemas of framed values; None without one.
 
     Attributes:
         claim: the newest claim of the changelog, None without one.
@@ -45,7 +49,13 @@ class PartitionFold:
     """
 
     def __init__(
-        self, settings: Settings, versions: tuple[str, str], partition: int, partitions: int, scratch: Scratch
+        self,
+        settings: Settings,
+        versions: tuple[str, str],
+        partition: int,
+        partitions: int,
+        scratch: Scratch,
+        registry: SchemaRegistry | None = None,
     ) -> None:
         self._settings = settings
         self._partition = partition
@@ -54,8 +64,10 @@ class PartitionFold:
         self._inputs = (*settings.event_topics, settings.deletion_topic)
         # what precedes a history of the input: the user's next offset in each topic, the time of the oldest event
         self._input_bytes = _OFFSET_BYTES * len(self._inputs) + TS_BYTES
-        self._events = EventDecoder(settings.rules)
-        self._deletions = DeletionDecoder()
+        self._registry = registry
+        schemas = None if registry is None else registry.schemas
+        self._events = EventDecoder(settings.rules, schemas)
+        self._deletions = DeletionDecoder(schemas)
         self._codec = HistoryCodec(settings.event_types)
         self._key_prefix = user_cache_key("", versions[1], versions[0]).encode()
         self._any_unread = False
@@ -98,6 +110,8 @@ class PartitionFold:
         index = self._inputs.index(topic)
         entries: dict[bytes, bytes] = {}
         users: dict[bytes, tuple[int, list[bytes | int]]] = {}  # next offset, what to do
+        if self._registry is not None:
+            self._registry.load(self._registry.missing(message.value() for message in messages))
         unread = self._unread(index, messages)
         for message in messages:
             key = message.key()
@@ -133,8 +147,11 @@ class PartitionFold:
             return {}
         offsets = [message.offset() for message in messages]
         found = self._scratch.get([_UNREAD + _place(index, offset) for offset in offsets])
-        reject = Reject(Reason.EXPANDS_BEYOND_LIMIT, "its letter says so")
-        return {offset: reject for offset, letter in zip(offsets, found, strict=True) if letter is not None}
+        return {
+            offset: Reject(Reason(letter.decode()), "its letter says so")
+            for offset, letter in zip(offsets, found, strict=True)
+            if letter is not None
+        }
 
     def _decode(self, topic: str, message: Message) -> bytes | tuple[bytes, ...] | int | Reject | None:
         key, value, ts = message.key(), message.value(), message.timestamp()[1]
@@ -202,8 +219,8 @@ class PartitionFold:
             if source is not None and source.topic in self._inputs and source.partition == self._partition:
                 place = _place(self._inputs.index(source.topic), source.offset)
                 entries[_LETTER + place] = b""
-                if letter.reason == Reason.EXPANDS_BEYOND_LIMIT:
-                    entries[_UNREAD + place] = b""
+                if letter.reason in _NOT_READ:
+                    entries[_UNREAD + place] = letter.reason.encode()
                     self._any_unread = True
         self._scratch.put(entries)
 

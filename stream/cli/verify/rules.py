@@ -1,16 +1,17 @@
 """What a user's history demands of every store, and how what is there differs from it; no I/O."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
 
 from stream.core.encoders import REASONS, VersionedEncoder
+from stream.core.framing import MAGIC, schema_id_of
 from stream.core.history import History
 from stream.core.history_codec import NEVER, key_ts_ms
-from stream.core.records import CorruptRecord, EmbeddingRecord, decode, kv_entry, to_json
+from stream.core.records import CorruptRecord, EmbeddingRecord, decode, kv_entry, to_json, unframed
 from stream.core.space import Space
 
 TOLERANCE: Final = 1e-6
@@ -76,15 +77,23 @@ class Rules:
         encoder: the encoder that makes them.
         json_output: whether the output topic has JSON.
         ended_ms: the markers of erasures before it may be gone, by the retention of markers; None: they are kept.
+        is_output_id: says whether an id in the framing of schema registries is of the output's schema; None: all are.
     """
 
     def __init__(
-        self, space: Space, encoder: VersionedEncoder, *, json_output: bool, ended_ms: int | None = None
+        self,
+        space: Space,
+        encoder: VersionedEncoder,
+        *,
+        json_output: bool,
+        ended_ms: int | None = None,
+        is_output_id: Callable[[int], bool] | None = None,
     ) -> None:
         self._space = space
         self._encoder = encoder
         self._json_output = json_output
         self._ended_ms = ended_ms
+        self._is_output_id = is_output_id
 
     def is_whole(self, found: Evidence) -> bool:
         """Whether the input explains all of the state; compaction may have taken an erasure before the user's last."""
@@ -178,6 +187,9 @@ class Rules:
         document = output_document(published.value, json_output=self._json_output)
         if document is None:
             return "damaged"
+        value = published.value
+        if self._is_output_id is not None and value.startswith(MAGIC) and not self._is_output_id(schema_id_of(value)):
+            return f"schema {schema_id_of(value)} of the registry is another than that of the record"
         if order_of(document) < published.newest:
             return "an older record came last"
         return document
@@ -218,7 +230,8 @@ class Rules:
         if record is not None and order_of(record) != (epoch, revision):
             out.append("store: the prefix is another than the record's")
         if not isinstance(published, str) and not out:
-            same = record == published if self._json_output else (body or None) == found.published.value
+            value = found.published.value
+            same = record == published if self._json_output else (body or None) == (unframed(value) if value else value)
             if not same:
                 out.append("store: the record is another than the output's")
         return out

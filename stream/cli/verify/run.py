@@ -21,6 +21,7 @@ from stream.errors import ConfigError, NotAllowed
 from stream.kafka.brokers import admin_client
 from stream.kafka.grants import GROUP_REFUSED
 from stream.kafka.log_reader import TIMEOUT_S, Span, open_consumer, read, unreadable, whole
+from stream.kafka.schema_registry import open_registry
 from stream.kafka.topics import topic_partitions
 from stream.kv.protocol import KVReader
 from stream.kv.rocksdb.scratch import Scratch
@@ -102,6 +103,7 @@ class Verifier:
     ) -> None:
         self._settings = settings
         self._admin = admin_client(settings)
+        self._registry = open_registry(settings)
         self._store = store
         self._patience_s = patience_s
         self._keep = keep
@@ -112,6 +114,7 @@ class Verifier:
             pair.encoder,
             json_output=settings.output_format == "json",
             ended_ms=None if kept_ms is None else time.time_ns() // 1_000_000 - kept_ms,
+            is_output_id=None if self._registry is None else self._registry.is_output_id,
         )
         self._inputs = (*settings.event_topics, settings.deletion_topic)
         partitions = topic_partitions(settings, to="Read")
@@ -128,6 +131,7 @@ class Verifier:
 
         Raises:
             StateError: the changelog was written for other settings.
+            RegistryError: the schema registry is away.
             DeliveryError: a topic can't be read to its end.
         """
         chosen = partitions or range(self.partitions)
@@ -143,10 +147,12 @@ class Verifier:
                     self._partition(partition, scratch, consumer, scaled)
         finally:
             consumer.close()
+            if self._registry is not None:
+                self._registry.close()
         return self.report
 
     def _partition(self, partition: int, scratch: Scratch, consumer: Consumer, on_progress: OnProgress) -> None:
-        fold = PartitionFold(self._settings, self._pair.versions, partition, self.partitions, scratch)
+        fold = PartitionFold(self._settings, self._pair.versions, partition, self.partitions, scratch, self._registry)
         at: dict[tuple[str, int], int] = {}
         deadline = time.monotonic() + self._patience_s
         users: Iterable[bytes] = fold.users()

@@ -11,7 +11,7 @@ from stream.cli.verify.rules import Evidence, Logged, Published, Rules, output_d
 from stream.core.encoders import VersionedEncoder
 from stream.core.history import History
 from stream.core.history_codec import NEVER, HistoryCodec, sort_key
-from stream.core.records import EmbeddingRecord, kv_prefix, to_json
+from stream.core.records import EmbeddingRecord, encode, framed, kv_prefix, to_json
 from stream.items.space import ItemSpace
 
 CODEC = HistoryCodec({"view": 1})
@@ -51,6 +51,15 @@ def test_a_json_record_without_a_vector_is_damaged(body: Any) -> None:
 def test_what_is_no_json_record_is_damaged(value: bytes) -> None:
     assert output_document(value, json_output=True) is None
     assert output_document(value, json_output=False) is None
+
+
+def test_a_record_under_the_id_of_another_schema_is_named(tmp_path: Path) -> None:
+    space = ItemSpace.save(tmp_path / "i", "i", ["a", "b"], np.eye(2))
+    rules = Rules(space, VersionedEncoder(), json_output=False, is_output_id={7: True, 8: False}.__getitem__)
+    for number, named in ((7, False), (8, True)):
+        found = Evidence(None, None, Published(framed(encode(RECORD), number), (7, 1)), None)
+        said = rules.differences("42", found, whole=True, with_store=False)
+        assert ("output: schema 8 of the registry is another than that of the record" in said) == named
 
 
 def test_an_erasure_that_differs_alone_is_named(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from stream.core.events import EventRules, Reason
 from stream.core.exposure import Exposure
 from stream.core.history import History
 from stream.core.history_codec import HistoryCodec, sort_key, stored_order
-from stream.core.records import decode, kv_entry, to_json
+from stream.core.records import decode, encode, framed, kv_entry, to_json, unframed
 from stream.core.space_engine import _COMPARED_STEPS, _COMPARED_USERS, Pair
 from stream.errors import StateError
 from stream.keys import partition_of
@@ -516,6 +516,17 @@ def test_json_output_says_what_the_store_says():
     assert vector.tobytes() == stored.vector.tobytes()
     assert d.apply(Erase("é", T0)).output == [(d.key("é"), None)]
     assert kv_entry(d.kv[d.key("é")])[2] == b""
+
+
+def test_framed_output_is_the_record_of_the_store_under_the_schemas_id():
+    d = driver(schema_id=7)
+    result = d.apply(view("é", "a"), view("é", "b", 1))
+    key, value = result.output[-1]
+    assert value == framed(kv_entry(d.kv[key])[2], 7)
+    assert value.startswith(b"\0\0\0\0\7")
+    assert value.endswith(decode(value).vector.tobytes())
+    assert encode(decode(value)) == unframed(value) == kv_entry(d.kv[key])[2]
+    assert d.apply(Erase("é", T0)).output == [(d.key("é"), None)]
 
 
 def test_two_spaces_publish_two_records_under_one_revision():

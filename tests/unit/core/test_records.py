@@ -27,9 +27,14 @@ from stream.core.records import (
     EmbeddingRecord,
     decode,
     encode,
+    framed,
+    is_newest_schema,
     kv_entry,
     kv_prefix,
+    newest_schema,
+    schema_name,
     to_json,
+    unframed,
 )
 
 SCHEMA = json.loads(files("schemas").joinpath("user_embedding.v1.avsc").read_text())
@@ -458,3 +463,34 @@ def test_a_record_is_built_by_name_but_in_one_place() -> None:
     ]
     assert len(calls) > 5
     assert [file for file, call in calls if call.args] == ["core/records.py"]
+
+
+# -- the framing of schema registries ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schema_id", [0, 7, 2**32 - 1])
+def test_a_framed_record_is_the_same_record(schema_id: int):
+    value = framed(FROZEN, schema_id)
+    assert value == b"\0" + schema_id.to_bytes(4, "big") + FROZEN[10:]
+    assert unframed(value) == unframed(FROZEN) == FROZEN
+    assert to_json(decode(value)) == to_json(decode(FROZEN))
+
+
+@pytest.mark.parametrize("n", range(len(FROZEN) - 5))
+def test_a_framed_record_that_is_cut_is_corrupt(n: int):
+    with pytest.raises(CorruptRecord):
+        decode(framed(FROZEN, 7)[:n])
+
+
+def test_what_is_of_another_schema_is_no_record_whatever_its_framing_says():
+    event = b"\0\0\0\0\7" + b"\x04ab" * 40
+    with pytest.raises(CorruptRecord):
+        decode(event)
+
+
+def test_a_schema_is_ours_whatever_its_comments_are():
+    assert is_newest_schema(newest_schema())
+    assert is_newest_schema(json.dumps({**SCHEMA, "doc": "another"}))
+    assert not is_newest_schema(json.dumps({**SCHEMA, "fields": SCHEMA["fields"][1:]}))
+    assert not is_newest_schema("{")
+    assert schema_name() == "uemb.v1.UserEmbedding"

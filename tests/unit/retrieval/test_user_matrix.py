@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from reader_store import DIM, ITEMS, OLD_ITEMS, USER, key, record, unit
 from strategies import examples
 
-from stream.core.records import CorruptRecord, EmbeddingRecord, encode
+from stream.core.records import CorruptRecord, EmbeddingRecord, encode, framed
 from stream.keys import partition_of
 from stream.retrieval import user_matrix
 from stream.retrieval.user_matrix import UserMatrix
@@ -109,6 +109,15 @@ def test_a_log_replayed_from_anywhere_ends_in_the_same_state(data: st.DataObject
             replayed.apply(*entry)
     want = {user: straight.vectors[row].copy() for user in USERS if (row := straight.row(user)) is not None}
     check(replayed, want)
+
+
+def test_records_in_the_framing_of_a_schema_registry_are_the_same() -> None:
+    plain, registered = matrix(), matrix()
+    value = encode(record("1"))
+    plain.apply(key("1"), value)
+    registered.apply(key("1"), framed(value, 7))
+    np.testing.assert_array_equal(registered.vectors, plain.vectors)
+    assert registered.apply(key("1"), value) is None
 
 
 def test_it_grows_and_keeps_what_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
