@@ -45,7 +45,13 @@ MAX_PORT: Final = 65_535
 _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)([smhd]?)")
 _SECONDS: Final = {"": 1, "s": 1, "m": 60, "h": 3_600, "d": 86_400}
 #: Settings that may be given in a file as well.
-SECRETS: Final = ("sasl_password", "sasl_oauth_client_secret", "ssl_key_password")
+SECRETS: Final = (
+    "sasl_password",
+    "sasl_oauth_client_secret",
+    "ssl_key_password",
+    "schema_registry_password",
+    "schema_registry_token",
+)
 #: The mechanism that logs in with a token.
 OAUTHBEARER: Final = "OAUTHBEARER"
 _TLS_SETTINGS: Final = {
@@ -245,6 +251,9 @@ class Settings(BaseSettings):
         "group_instance_id",
         "kv_group",
         "schema_registry_url",
+        "schema_registry_password_file",
+        "schema_registry_token_file",
+        "schema_registry_cafile",
         "sasl_password_file",
         "sasl_oauth_token_url",
         "sasl_oauth_client_secret_file",
@@ -390,11 +399,6 @@ class Settings(BaseSettings):
         if (path := self.schema_registry_cafile) is not None and not path.is_file():
             msg = f"UEMB_SCHEMA_REGISTRY_CAFILE: there is no file {path}"
             raise ValueError(msg)
-        for name in ("password", "token"):
-            if getattr(self, f"schema_registry_{name}") and getattr(self, f"schema_registry_{name}_file"):
-                setting = f"UEMB_SCHEMA_REGISTRY_{name.upper()}"
-                msg = f"{setting} and {setting}_FILE are both set; set one of them"
-                raise ValueError(msg)
         has_password = bool(self.schema_registry_password or self.schema_registry_password_file)
         if has_password != bool(self.schema_registry_username):
             msg = (

@@ -316,14 +316,10 @@ class SchemaRegistry:
         Raises:
             RegistryRefused: the file can't be read.
         """
-        file = getattr(self._settings, f"schema_registry_{name}_file")
-        if file is None:
-            return str(getattr(self._settings, f"schema_registry_{name}").get_secret_value())
         try:
-            return str(file.read_text(encoding="utf-8").rstrip("\r\n"))
-        except (OSError, UnicodeDecodeError) as exc:
-            msg = f"UEMB_SCHEMA_REGISTRY_{name.upper()}_FILE: {file} can't be read"
-            raise RegistryRefused(msg) from exc
+            return self._settings.secret(f"schema_registry_{name}") or ""
+        except ConfigError as exc:
+            raise RegistryRefused(str(exc)) from exc
 
 
 def open_registry(settings: Settings) -> SchemaRegistry | None:
