@@ -34,14 +34,14 @@ def librdkafka_config(settings: Settings) -> dict[str, Any]:
     A client that is made without a token waits 10 s for one and then doesn't say what was wrong.
 
     Raises:
-        ConfigError: a secret can't be read, or no token be had.
+        ConfigError: a certificate, key or secret can't be used, or no token be had.
         DeliveryError: who gives tokens can't be reached.
     """
     client: dict[str, Any] = {
         "bootstrap.servers": settings.bootstrap_servers,
         "security.protocol": settings.security_protocol,
     }
-    if settings.security_protocol.endswith("SSL"):
+    if settings.tls_context() is not None:  # which names the file that can't be used, as the client does not
         password = settings.secret("ssl_key_password")
         files = {
             "ssl.ca": settings.ssl_cafile,

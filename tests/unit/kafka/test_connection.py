@@ -1,7 +1,7 @@
 """What both client libraries are told of a connection: the same, whatever setting it comes from."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -134,3 +134,11 @@ def test_a_password_of_a_file_is_that_of_the_moment(tmp_path: Path) -> None:
     file.unlink()
     with pytest.raises(ConfigError, match=r"^UEMB_SASL_PASSWORD_FILE: \S+ can't be read \(No such file"):
         aiokafka_config(settings)
+
+
+@pytest.mark.parametrize("made", [aiokafka_config, librdkafka_config])
+def test_a_key_that_cant_be_used_is_named_before_a_client_is_made(made: Callable[..., object], tmp_path: Path) -> None:
+    make_certificate(tmp_path, "a", "right")
+    files = {name: value.format(folder=tmp_path) for name, value in CERTIFICATE.items()}
+    with pytest.raises(ConfigError, match="UEMB_SSL_KEY_PASSWORD is wrong"):
+        made(load_settings(**files, ssl_key_password="wrong"))
