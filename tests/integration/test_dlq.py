@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import warm_start
-from confluent_kafka import Consumer
 from kafka_broker import KafkaBroker
 from pipeline import UEMB, Event, Pipeline, check_end_state, event_json, expected
 from sender import Sender
@@ -21,9 +20,9 @@ from stream.core.events import EventRow
 from stream.errors import DeliveryError
 from stream.feed.dataset import Dataset
 from stream.items.space import ItemSpace
-from stream.kafka import brokers
 from stream.kafka import log_reader as topic_reader
 from stream.kafka.dead_letters import Header
+from stream.kafka.log_reader import LogConsumer
 from stream.keys import partition_of
 
 USER_VERSION = load_settings().versioned_encoder.version
@@ -237,7 +236,8 @@ def test_a_topic_that_ends_to_be_read_is_an_error(
 ) -> None:
     monkeypatch.setattr(topic_reader.read, "__defaults__", (None, 3, None))
     monkeypatch.setattr(topic_reader, "_BATCH", 1)  # and no more than a fetch is read ahead
-    monkeypatch.setattr(brokers, "Consumer", lambda config: Consumer({**config, "queued.max.messages.kbytes": 1}))
+    few = {"queued.max.messages.kbytes": 1}
+    monkeypatch.setattr(topic_reader, "LogConsumer", lambda config: LogConsumer({**config, **few}))
     reading = read_letters(letters[1], Filter())
     next(reading)
     delete_topic(letters[0].bootstrap, letters[0].dlq)
