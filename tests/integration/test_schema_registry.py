@@ -250,6 +250,7 @@ def test_a_registry_that_is_away_is_waited_for_and_nothing_is_rejected(
     pipeline.check(len({row.user_id for row in rows}))
 
 
+@pytest.mark.slow
 def test_a_worker_gives_up_when_patience_ends(
     films: Dataset, registry: RegistryServer, make_pipeline: Callable[..., Pipeline]
 ) -> None:
