@@ -43,6 +43,8 @@ _ALIKE: Final = 0.8
 _ADDRESS = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([A-Za-z0-9._-]+)):([0-9]{1,5})")
 MAX_PORT: Final = 65_535
 _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)([smhd]?)")
+#: A setting may be any text, of which a fault shows the beginning.
+_FAULT_MAX_CHARS: Final = 900
 _SECONDS: Final = {"": 1, "s": 1, "m": 60, "h": 3_600, "d": 86_400}
 #: Settings that may be given in a file as well.
 SECRETS: Final = (
@@ -710,7 +712,9 @@ def _faults(exc: ValidationError) -> list[str]:
     found = []
     for error in exc.errors(include_url=False, include_input=False):
         where = f"{ENV_PREFIX}{str(error['loc'][0]).upper()}: " if error["loc"] else ""
-        found += [one_line(where + text) for text in error["msg"].removeprefix("Value error, ").splitlines()]
+        found += [
+            one_line(where + text, _FAULT_MAX_CHARS) for text in error["msg"].removeprefix("Value error, ").splitlines()
+        ]
     return found
 
 

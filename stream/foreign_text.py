@@ -27,10 +27,10 @@ def escaped(text: str) -> str:
     return "".join(repr(c)[1:-1] if unicodedata.category(c) in ACTIVE else c for c in text)
 
 
-def one_line(text: str) -> str:
+def one_line(text: str, max_chars: int = LINE_MAX_CHARS) -> str:
     """An error's text as one line of bounded length."""
-    if len(text) > LINE_MAX_CHARS:
-        text = text[: LINE_MAX_CHARS - 1] + "…"
+    if len(text) > max_chars:
+        text = text[: max_chars - 1] + "…"
     return escaped(" ".join(text.split()) if not text.isprintable() else text)
 
 

@@ -321,7 +321,7 @@ def test_settings(name: str, count: int, monkeypatch: pytest.MonkeyPatch) -> Non
         try:
             settings: Settings = load_settings()
         except ConfigError as exc:
-            return check_line(str(exc).replace("x" * 2_000, "").replace("9" * 2_000, "").replace(SECRET, PAYLOAD))
+            return check_line(str(exc).replace(SECRET, PAYLOAD))
         shown = json.dumps(settings.model_dump(mode="json"), allow_nan=False) + repr(settings)
         assert SECRET not in shown
         assert settings.versioned_encoder.version
