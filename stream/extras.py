@@ -1,5 +1,6 @@
 """What readers do without: the packages of the extra ``[worker]``, and one line for who needs them and lacks some."""
 
+import sys
 from functools import cache
 from importlib.util import find_spec
 from typing import Final
@@ -10,7 +11,8 @@ _MODULES: Final = ("aiokafka", "click", "confluent_kafka", "faust", "numba", "py
 
 @cache
 def _missing() -> tuple[str, ...]:
-    return tuple(name for name in _MODULES if find_spec(name) is None)
+    # One that is loaded is not looked for: Faust's stand-in for itself has no spec.
+    return tuple(name for name in _MODULES if name not in sys.modules and find_spec(name) is None)
 
 
 def need_worker(what: str) -> None:
