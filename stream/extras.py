@@ -11,6 +11,7 @@ _MODULES: Final = ("aiokafka", "click", "confluent_kafka", "faust", "numba", "py
 
 @cache
 def _missing() -> tuple[str, ...]:
+    # One that is loaded is not looked for: Faust's stand-in for itself has no spec.
     return tuple(name for name in _MODULES if name not in sys.modules and find_spec(name) is None)
 
 

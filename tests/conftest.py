@@ -23,7 +23,7 @@ from redis_server import RedisServer, why_no_redis
 from xdist.scheduler import LoadScopeScheduling
 
 pytest_plugins = ["cluster_writers", "redis_writers", "secured_broker"]
-if find_spec("faust") is not None:  # else readers' tests run, on what readers bring
+if find_spec("aiokafka") is not None:  # else readers' tests run, on what readers bring
     pytest_plugins += ["pipeline_fixtures"]
 
 #: Markers of tests that run only where `-m` names them.

@@ -198,7 +198,7 @@ def check_named(found: Diagnosis, *says: str, code: int = 1) -> None:
 def test_a_fault_of_the_connection_is_named(fault: str, settings: Callable[..., dict[str, str]]) -> None:
     listener, given, cause = FAULTS[fault]
     found = diagnose(settings(listener, **given))
-    of_settings = {"no password", "missing CA"}
+    of_settings = {"no password", "two passwords", "missing password", "missing CA"}
     check_named(found, cause, code=2 if fault in of_settings else 1)
     if fault not in of_settings:
         assert (found.statuses["topics"], found.statuses["changelog"]) == ("skipped", "skipped")

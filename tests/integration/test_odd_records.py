@@ -213,4 +213,5 @@ def test_every_reason_is_shown_and_listed() -> None:
     listed = json.loads(files("schemas").joinpath("dead_letter_reasons.v1.json").read_text())["enum"]
     shown = {case.outcome for case in CASES} - {*NOT_LETTERS}
     shown.add(Reason.EXPANDS_BEYOND_LIMIT)  # test_bad_input.py; no single record is one
+    shown |= {Reason.UNKNOWN_SCHEMA, Reason.SCHEMA_MISMATCH}  # test_schema_registry.py; they take a registry
     assert shown == {str(reason) for reason in Reason} == set(listed)

@@ -129,6 +129,10 @@ def test_who_needs_the_worker_and_lacks_it_is_told_the_extra(monkeypatch: pytest
     assert ended.value.code == 2
 
 
+def test_what_workers_need_is_found_where_faust_came_first() -> None:
+    loaded_by("import faust; from stream.extras import need_worker; need_worker('faust -A stream.app')")
+
+
 def test_no_store_loads_the_library_of_another() -> None:
     loaded = loaded_by("from stream import MemoryStore; MemoryStore('i', 'u', fallback=[1.0])")
     assert not {"rocksdict", "redis", *KAFKA} & loaded

@@ -9,6 +9,7 @@ from strategies import T0, TYPES, ids, interactions
 
 from stream.core.history import History, Interaction, Outcome
 from stream.core.history_codec import (
+    MAX_ORDER,
     MAX_TS_MS,
     NEVER,
     HistoryCodec,
@@ -189,7 +190,7 @@ def test_integers_and_uuids_are_stored_short():
     assert len(history_of((T0, uuid.UUID(int=1), "view")).encode(0)) - size == 6 + 1 + 16
 
 
-@given(st.lists(interactions, max_size=12), st.integers(1, 12), st.integers(NEVER, 30), st.integers(0, 2**63))
+@given(st.lists(interactions, max_size=12), st.integers(1, 12), st.integers(NEVER, 30), st.integers(0, MAX_ORDER))
 def test_the_layout_round_trips(parts, limit, erased, epoch):
     history = history_of(*parts, limit=limit, erased_at=T0 + erased * 60_000 if erased >= 0 else NEVER)
     stored = history.encode(epoch)
