@@ -212,7 +212,7 @@ class Settings(BaseSettings):
         repr=False,  # it may hold a password
         description="key-value store that retrieval reads, rocksdb:///path or redis[s]://[user:password@]host[:port][/db]",
     )
-    kv_group: str | None = Field(None, description="a group of this host that may read an embedded store, too")
+    kv_group: str | None = Field(None, description="a group, by name or number, that may read an embedded store, too")
     state_dir: Path = Field(_DATA / "state", description="this worker's local tables; one folder per worker")
     hot_users: int = Field(10_000, ge=1, description="users kept in memory, all partitions together")
     kv_lock_patience_s: float = Field(

@@ -28,13 +28,13 @@ def close_folder(folder: Path, is_ours: Callable[[str], bool], group: str | None
     Args:
         folder: where it is; those above it that are missing are closed to all others.
         is_ours: whether something in it, by its name, is ours.
-        group: whose members may read, None for nobody's.
+        group: name or number of that whose members may read, None for nobody's.
 
     Raises:
         OSError: that can't be done.
         LookupError: there is no such group.
     """
-    number = None if group is None else grp.getgrnam(group).gr_gid
+    number = None if group is None else _number(group)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     inside = list(folder.iterdir())
     ours = [path for path in inside if is_ours(path.name)]
@@ -44,6 +44,10 @@ def close_folder(folder: Path, is_ours: Callable[[str], bool], group: str | None
             _close(below, number)
     if len(ours) == len(inside) and not is_everybodys:
         _close(folder, number)
+
+
+def _number(group: str) -> int:
+    return int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid  # a container may know no name for it
 
 
 def _close(path: Path, group: int | None) -> None:

@@ -81,20 +81,24 @@ async def test_a_store_is_closed_to_others(existed: bool, umask: int, tmp_path: 
     assert found["."] == found["p-00000"] == 0o700
 
 
+@pytest.fixture
+def others_may_enter() -> Iterator[Path]:
+    """A folder whose way is open to other users, as that of pytest's own is not."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can be another user")
-async def test_a_group_that_is_named_may_read_a_store_and_nobody_else(umask: int, tmp_path: Path) -> None:
-    path = tmp_path / "kv"
+async def test_a_group_that_is_named_may_read_a_store_and_nobody_else(umask: int, others_may_enter: Path) -> None:
+    path = others_may_enter / "kv"
     kv = await fill(path)
     await kv.close()
     guard(GROUP.gr_name)
-    check_place(f"rocksdb://{path}", GROUP.gr_name)
+    check_place(f"rocksdb://{path}", str(GROUP.gr_gid) if umask else GROUP.gr_name)
     kv = await fill(path)
     found = modes(path)
     assert {name: oct(mode) for name, mode in found.items() if mode not in (0o2750, 0o640)} == WRITTEN_BY_READERS
-    root = Path(tempfile.gettempdir())
-    for above in (tmp_path, *tmp_path.parents):  # pytest's own
-        if root in above.parents:
-            above.chmod(0o755)
     assert str(entry(1, 1)) in await asyncio.to_thread(read_as_another, path, GROUP.gr_gid)
     assert "can't be read (Permission denied)" in await asyncio.to_thread(read_as_another, path)
     await kv.close()
