@@ -207,6 +207,8 @@ def test_no_secret_is_ever_written(
     pipeline.environment["UEMB_BOOTSTRAP_SERVERS"] = secured.at["SASLSSL"]
     planted = Planted({**{f"password of {name}": secret for name, secret in PASSWORDS.items()}, "key": KEY_PASSWORD})
     planted.secrets["password of the store"] = redis.password
+    for setting in ("SASL_OAUTH_CLIENT_SECRET", "SCHEMA_REGISTRY_TOKEN"):  # which this connection needs not
+        planted.secrets[setting] = pipeline.environment[f"UEMB_{setting}"] = f"{setting.lower()}-9"
     by_faust = [sys.executable, "-m", "faust", "-A", "stream.app", "worker", "-l", level.replace("warning", "warn")]
     pipeline.start([*by_faust, "--without-web"] if command == "faust" else None)
     pipeline.until_ready()
@@ -235,8 +237,9 @@ def test_no_secret_is_ever_written(
     malformed = {
         "UEMB_BOOTSTRAP_SERVERS": "ann:wrong-secret-7@127.0.0.1:9092",
         "UEMB_KV_URL": "redis://ann:wrong-secret-8/x@h:port",
+        "UEMB_SCHEMA_REGISTRY_URL": "https://ann:wrong-secret-10@h:8081",
     }
-    planted.secrets |= {f"wrong secret {n}": f"wrong-secret-{n}" for n in (5, 6, 7, 8)}
+    planted.secrets |= {f"wrong secret {n}": f"wrong-secret-{n}" for n in (5, 6, 7, 8, 10)}
     before = dict(pipeline.environment)
     for name, value in (*wrong.items(), *malformed.items()):
         pipeline.environment[name] = value
