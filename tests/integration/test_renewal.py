@@ -76,7 +76,7 @@ def oauth(secured: SecuredBroker) -> dict[str, str]:
 def test_tokens_that_end_are_renewed(secured_kafka: SecuredBroker, flowing: Callable[..., Pipeline]) -> None:
     """The broker closes each connection at the end of its token, which no log ever shows."""
     issuer = secured_kafka.issuer
-    issuer.lifetime_s = 3.0
+    issuer.lifetime_s = 10.0  # a start takes some seconds, and each of its clients one
     try:
         pipeline = flowing(
             "OAUTH",
@@ -95,7 +95,7 @@ def test_tokens_that_end_are_renewed(secured_kafka: SecuredBroker, flowing: Call
 @pytest.mark.slow
 def test_an_issuer_that_is_away_stops_nobody(secured_kafka: SecuredBroker, flowing: Callable[..., Pipeline]) -> None:
     issuer = secured_kafka.issuer
-    issuer.lifetime_s = 3.0
+    issuer.lifetime_s = 10.0
 
     def act(pipeline: Pipeline) -> None:
         issuer.stop()
