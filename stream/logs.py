@@ -156,6 +156,8 @@ def log_config(
         "loggers": {
             "stream": {"level": level.upper()},
             **dict.fromkeys(("faust", "mode", "aiokafka"), libraries),
+            # It tells of requests whole, of the login's too; named here, or it would be given its parent's level.
+            "aiokafka.conn": {"level": "WARNING"},
             # Tasks that Faust leaves behind when it is stopped end in exceptions that nobody awaits.
             "asyncio": {"level": "DEBUG" if is_debug else "CRITICAL"},
         },

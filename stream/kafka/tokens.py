@@ -29,6 +29,7 @@ from aiokafka.errors import KafkaConnectionError
 from stream.config import OAUTHBEARER, Settings
 from stream.credentials import FreshContext, TlsFiles, read_secret, server_fault
 from stream.errors import ConfigError, DeliveryError, UembError
+from stream.kv.tls_probe import speaks_tls
 from stream.logs import OncePerMinute
 
 log = logging.getLogger(__name__)
@@ -226,6 +227,9 @@ class Issuer:
                 f"the certificate of the issuer at {self.url} is signed {fault} ({cause.verify_message}); "
                 f"set {_PREFIX}_CAFILE to its CA's"
             )
+        place = urllib.parse.urlsplit(self.url)
+        if place.scheme == "http" and speaks_tls(place.hostname or "", place.port or http.client.HTTP_PORT):
+            return ConfigError(f"{self.url} speaks TLS; write https:// in {_URL}")
         if isinstance(cause, http.client.HTTPException):
             return ConfigError(f"{self.url} does not speak HTTP; check {_URL}")
         if isinstance(cause, ssl.SSLError):

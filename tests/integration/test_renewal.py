@@ -76,11 +76,16 @@ def oauth(secured: SecuredBroker) -> dict[str, str]:
 def test_tokens_that_end_are_renewed(secured_kafka: SecuredBroker, flowing: Callable[..., Pipeline]) -> None:
     """The broker closes each connection at the end of its token, which no log ever shows."""
     issuer = secured_kafka.issuer
-    issuer.lifetime_s = 3.0
+    issuer.lifetime_s = 8.0  # a start takes some seconds, and each of its clients one
+
+    def act(pipeline: Pipeline) -> None:
+        issuer.lifetime_s = 4.0
+        until_more(pipeline, lambda: len(issuer.given), 2, "two tokens more")
+
     try:
         pipeline = flowing(
             "OAUTH",
-            lambda pipeline: until_more(pipeline, lambda: len(issuer.given), 2, "two tokens more"),
+            act,
             session_timeout_s=6,
             log_level="debug",
             **oauth(secured_kafka),
@@ -95,7 +100,7 @@ def test_tokens_that_end_are_renewed(secured_kafka: SecuredBroker, flowing: Call
 @pytest.mark.slow
 def test_an_issuer_that_is_away_stops_nobody(secured_kafka: SecuredBroker, flowing: Callable[..., Pipeline]) -> None:
     issuer = secured_kafka.issuer
-    issuer.lifetime_s = 3.0
+    issuer.lifetime_s = 10.0
 
     def act(pipeline: Pipeline) -> None:
         issuer.stop()

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from aiokafka.errors import KafkaConnectionError
 from kafka_broker import free_ports
+from redis_server import RedisServer
 from secured_broker import make_certificate, make_ended_certificate
 from token_issuer import CLIENT_ID, CLIENT_SECRET, TokenIssuer
 
@@ -94,6 +95,10 @@ def test_who_is_no_issuer(issuer: TokenIssuer) -> None:
     refused(ConfigError, "can't be talked to in TLS", issuer.url.replace("http:", "https:"))
 
 
+def test_one_that_speaks_otherwise(redis: RedisServer) -> None:
+    refused(ConfigError, "does not speak HTTP", f"http://127.0.0.1:{redis.port}/token")
+
+
 def test_one_that_never_answers(monkeypatch: pytest.MonkeyPatch, half_dead: int) -> None:
     monkeypatch.setattr(tokens, "ANSWER_S", 0.2)
     refused(DeliveryError, "can't be reached (no answer)", f"http://127.0.0.1:{half_dead}/token")
@@ -118,7 +123,7 @@ def test_an_issuer_is_checked_by_its_certificate(tmp_path: Path) -> None:
         refused(ConfigError, "by no CA that this system knows", issuer.url)
         says = f"is signed not by {other} (self-signed certificate); set UEMB_SASL_OAUTH_CAFILE to its CA's"
         refused(ConfigError, says, issuer.url, sasl_oauth_cafile=other)
-        refused(ConfigError, "does not speak HTTP", issuer.url.replace("https:", "http:"))
+        refused(ConfigError, "speaks TLS; write https:// in UEMB_SASL_OAUTH_TOKEN_URL", f"http{issuer.url[5:]}")
     with TokenIssuer(*elsewhere) as issuer:
         refused(ConfigError, "is for another host; name it in UEMB_SASL", issuer.url, sasl_oauth_cafile=elsewhere[0])
     with TokenIssuer(*ended) as issuer:

@@ -129,3 +129,17 @@ def test_what_is_remembered_is_bounded() -> None:
     for n in range(2_000):
         assert log.filter(logging.LogRecord("aiokafka", logging.ERROR, "", 0, "node %s", (n,), None))
     assert len(log._said) < 1_000
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_what_tells_of_logins_stays_silent_whoever_sets_up_the_log(form: str) -> None:
+    """Faust's own command does so after us, and a logger below one that is named forgets its level."""
+    script = f"""
+import logging, logging.config
+from stream.logs import log_config
+logging.getLogger("aiokafka.conn").setLevel(logging.WARNING)
+logging.config.dictConfig(log_config("debug", "{form}"))
+assert logging.getLogger("aiokafka").isEnabledFor(logging.DEBUG)
+assert not logging.getLogger("aiokafka.conn").isEnabledFor(logging.INFO)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
