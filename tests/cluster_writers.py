@@ -34,7 +34,7 @@ async def make_cluster_kv() -> AsyncIterator[Callable[..., ClusterKV]]:
     made: list[ClusterKV] = []
 
     def make(cluster: RedisCluster, login: str = "", query: str = "") -> ClusterKV:
-        made.append(ClusterKV(at(cluster, login, query), timeout_s=1.0))
+        made.append(ClusterKV(at(cluster, login, query)))
         return made[-1]
 
     yield make
