@@ -22,9 +22,9 @@ from redis_cluster import RedisCluster
 from redis_server import RedisServer, why_no_redis
 from xdist.scheduler import LoadScopeScheduling
 
-pytest_plugins = ["cluster_writers", "redis_writers", "secured_broker"]
+pytest_plugins = ["cluster_writers", "redis_writers"]
 if find_spec("aiokafka") is not None:  # else readers' tests run, on what readers bring
-    pytest_plugins += ["pipeline_fixtures"]
+    pytest_plugins += ["pipeline_fixtures", "secured_broker"]
 
 #: Markers of tests that run only where `-m` names them.
 ON_REQUEST: Final = ("slow", "bench")

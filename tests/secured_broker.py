@@ -1,7 +1,5 @@
 """A real Kafka with listeners for each way of securing one, the standard authorizer, and certificates of its own."""
 
-import shutil
-import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +17,7 @@ from confluent_kafka.admin import (
 )
 from half_open import HalfOpenProxy
 from kafka_broker import PATIENT, KafkaBroker, why_unavailable
+from own_certificates import make_certificate, make_ended_certificate
 from token_issuer import AUDIENCE, CLIENT_ID, CLIENT_SECRET, NAME, TokenIssuer
 
 #: Users of PLAIN and their passwords; `app` may do nothing until it is granted.
@@ -225,69 +224,11 @@ class SecuredBroker(KafkaBroker):
             future.result()
 
 
-def make_certificate(
-    folder: Path, name: str, password: str = "", *, address: str = "127.0.0.1", days: int = 2
-) -> tuple[Path, Path]:
-    """A certificate of an address that is signed by itself, and its key, encrypted if there is a password.
-
-    Raises:
-        FileNotFoundError: there is no openssl.
-    """
-    certificate, key = folder / f"{name}.pem", folder / f"{name}-key.pem"
-    secret = ["-passout", f"pass:{password}"] if password else ["-nodes"]
-    _openssl("req", "-x509", *_NEW, *_named(name, address), *secret, "-days", days, "-keyout", key, "-out", certificate)
-    return certificate, key
-
-
-def make_ended_certificate(folder: Path, name: str) -> tuple[Path, Path]:
-    """One of 127.0.0.1 that was valid for the first month of 2020, and its key.
-
-    Raises:
-        FileNotFoundError: there is no openssl.
-    """
-    certificate, key, work = folder / f"{name}.pem", folder / f"{name}-key.pem", folder / f"{name}-ca"
-    work.mkdir()
-    (work / "index").touch()
-    (work / "settings").write_text(
-        f"""[ca]
-default_ca = own
-[own]
-database = {work}/index
-new_certs_dir = {work}
-rand_serial = yes
-default_md = sha256
-policy = any
-copy_extensions = copy
-[any]
-commonName = supplied
-"""
-    )
-    _openssl("req", *_NEW, *_named(name, "127.0.0.1"), "-nodes", "-keyout", key, "-out", work / "request")
-    dates = ["-startdate", "20200101000000Z", "-enddate", "20200201000000Z"]
-    files = ["-config", work / "settings", "-keyfile", key, "-in", work / "request", "-out", certificate]
-    _openssl("ca", "-batch", "-notext", "-selfsign", *dates, *files)
-    return certificate, key
-
-
-_NEW: Final = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1")
-
-
-def _named(name: str, address: str) -> list[str]:
-    return ["-subj", f"/CN={name}", "-addext", f"subjectAltName=IP:{address}"]
-
-
 def _keystore(folder: Path, name: str, certificate: Path, key: Path) -> Path:
     """What a broker reads its key and certificate from."""
     file = folder / f"{name}-keystore.pem"
     file.write_text(key.read_text() + certificate.read_text())
     return file
-
-
-def _openssl(*words: object) -> None:
-    openssl = shutil.which("openssl")
-    if openssl is None:
-        raise FileNotFoundError("openssl")
-    subprocess.run([openssl, *map(str, words)], check=True, capture_output=True, timeout=30)
 
 
 @pytest.fixture(scope="session")

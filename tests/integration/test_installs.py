@@ -132,7 +132,7 @@ def test_a_wheel_has_all_of_the_packages_and_the_license(built: Path, wheel: Pat
         files = [file for top in ("stream", "schemas") for file in (ROOT / top).rglob("*") if file.suffix in suffixes]
         return {str(file.relative_to(ROOT)) for file in files}
 
-    expected = ours((".py",)) | ours((".json", ".avsc")) | {"stream/py.typed", "stream/LICENSE.txt"}
+    expected = ours((".py",)) | ours((".json", ".avsc", ".yaml")) | {"stream/py.typed", "stream/LICENSE.txt"}
     with zipfile.ZipFile(wheel) as archive:
         there = {name for name in archive.namelist() if ".dist-info/" not in name}
         about = {name.partition(".dist-info/")[2]: archive.read(name).decode() for name in archive.namelist()}

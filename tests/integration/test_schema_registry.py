@@ -18,9 +18,9 @@ from confluent_kafka.serialization import MessageField, SerializationContext
 from google.protobuf import message_factory
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from google.protobuf.descriptor_pool import DescriptorPool
+from own_certificates import make_certificate
 from pipeline import Pipeline
 from registry_server import Gate, RegistryServer, running_registry
-from secured_broker import make_certificate
 
 from stream.config import Settings, load_settings
 from stream.core.events import EventDecoder, EventRow, EventRules, Reason

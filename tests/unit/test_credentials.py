@@ -7,7 +7,8 @@ import threading
 from pathlib import Path
 
 import pytest
-from secured_broker import KEY_PASSWORD, make_certificate
+from own_certificates import make_certificate
+from secured_broker import KEY_PASSWORD
 
 from stream.credentials import FreshContext, TlsFiles
 from stream.errors import ConfigError

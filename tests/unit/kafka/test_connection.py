@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from secured_broker import make_certificate
+from own_certificates import make_certificate
 from token_issuer import CLIENT_ID, TokenIssuer
 
 from stream.config import Settings, load_settings

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from aiokafka.errors import KafkaConnectionError
 from kafka_broker import free_ports
+from own_certificates import make_certificate, make_ended_certificate
 from redis_server import RedisServer
-from secured_broker import make_certificate, make_ended_certificate
 from token_issuer import CLIENT_ID, CLIENT_SECRET, TokenIssuer
 
 from stream.config import load_settings

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from secured_broker import make_certificate, make_ended_certificate
+from own_certificates import make_certificate, make_ended_certificate
 
 from stream.kv.certificates import end_of, end_of_file
 

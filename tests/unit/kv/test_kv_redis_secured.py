@@ -11,9 +11,10 @@ import pytest
 from cluster_writers import at as at_cluster
 from kafka_broker import free_ports
 from kv_entries import entry, eventually
+from own_certificates import make_certificate, make_ended_certificate
 from redis_cluster import RedisCluster
 from redis_server import RedisServer
-from secured_broker import KEY_PASSWORD, make_certificate, make_ended_certificate
+from secured_broker import KEY_PASSWORD
 
 from stream.errors import ConfigError, StoreError
 from stream.findings import Status

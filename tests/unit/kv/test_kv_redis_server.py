@@ -13,9 +13,9 @@ import pytest
 from half_open import HalfOpenProxy
 from kafka_broker import free_ports
 from kv_entries import entry
+from own_certificates import make_certificate, make_ended_certificate
 from redis_server import RedisServer
 from redis_writers import CLAIM, at, claim, watermark
-from secured_broker import make_certificate, make_ended_certificate
 
 from stream.core.records import kv_prefix
 from stream.errors import ConfigError, StoreError, StoreLost
