@@ -21,12 +21,12 @@ except ModuleNotFoundError:
 from stream.core.encoders import VersionedEncoder, make_encoder
 from stream.core.events import FIELDS, EventRules, TsUnit
 from stream.core.exposure import Exposure
-from stream.credentials import FreshContext, TlsFiles, read_secret
 from stream.encoders.folder import open_encoder
 from stream.errors import ConfigError, EncoderError
 from stream.foreign_text import one_line
 from stream.kv.urls import masked_kv_url, parse_kv_url
 from stream.logs import LogForm
+from stream.security.credentials import FreshContext, TlsFiles, read_secret
 
 log = logging.getLogger(__name__)
 

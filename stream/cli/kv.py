@@ -13,7 +13,7 @@ from stream.errors import StoreError
 from stream.kafka.topics import topic_partitions
 from stream.kv.protocol import KVWriter
 from stream.kv.stores import open_reader, open_writer
-from stream.permissions import guard
+from stream.security.permissions import guard
 
 _POLL_S: Final = 0.2
 

@@ -8,7 +8,7 @@ import click
 from stream.cli.terminal import err, out, print_json
 from stream.config import load_settings
 from stream.kv.stores import check_place
-from stream.permissions import guard
+from stream.security.permissions import guard
 
 
 @click.command()

@@ -19,7 +19,7 @@ from stream.core.formulas import Float64, l2_normalize
 from stream.core.learned_encoder import SEED_FEATURES, LearnedEncoder
 from stream.encoders.onnx_model import OnnxModel
 from stream.errors import EncoderError
-from stream.regular_files import read_regular
+from stream.security.regular_files import read_regular
 
 MANIFEST: Final = "encoder.json"
 MODEL: Final = "model.onnx"

@@ -14,7 +14,7 @@ from stream.config import Settings
 from stream.errors import ConfigError
 from stream.feed.send_plan import Position
 from stream.feed.shape import FileShape
-from stream.regular_files import read_regular
+from stream.security.regular_files import read_regular
 
 _FORMAT: Final = 1
 #: Some hundred bytes for each of a hundred thousand files.

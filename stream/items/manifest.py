@@ -8,7 +8,7 @@ from typing import Annotated, Final, Literal
 import msgspec
 
 from stream.errors import ItemSpaceError
-from stream.regular_files import read_regular
+from stream.security.regular_files import read_regular
 
 #: Furthest from 1 that the length of a row of a cosine space may be.
 ROW_TOLERANCE: Final = 1e-4

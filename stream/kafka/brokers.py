@@ -18,13 +18,13 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Producer
 from confluent_kafka.admin import AdminClient, ClusterMetadata
 
 from stream.config import Settings
-from stream.credentials import server_fault
 from stream.errors import ConfigError, DeliveryError, NotAllowed
 from stream.kafka.connection import librdkafka_config
 from stream.kafka.grants import REFUSED
 from stream.kafka.tokens import uses_tokens
-from stream.kv.certificates import has_ended
-from stream.kv.tls_probe import speaks_tls
+from stream.security.certificates import has_ended
+from stream.security.credentials import server_fault
+from stream.security.tls_probe import speaks_tls
 
 #: So long a first contact is tried while nothing says that it can't succeed.
 PATIENCE_S: Final = 10.0

@@ -36,7 +36,7 @@ from stream.kafka.topics import (
     room_for_dims,
     survey_topics,
 )
-from stream.kv.certificates import end_of, own_validity, validity
+from stream.security.certificates import end_of, own_validity, validity
 
 #: Longest wait for a name, for a connection and for a first answer.
 NAME_S: Final = 3.0

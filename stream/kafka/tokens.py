@@ -27,10 +27,10 @@ from aiokafka.abc import AbstractTokenProvider
 from aiokafka.errors import KafkaConnectionError
 
 from stream.config import OAUTHBEARER, Settings
-from stream.credentials import FreshContext, TlsFiles, read_secret, server_fault
 from stream.errors import ConfigError, DeliveryError, UembError
-from stream.kv.tls_probe import speaks_tls
 from stream.logs import OncePerMinute
+from stream.security.credentials import FreshContext, TlsFiles, read_secret, server_fault
+from stream.security.tls_probe import speaks_tls
 
 log = logging.getLogger(__name__)
 log.addFilter(OncePerMinute())

@@ -14,7 +14,6 @@ from redis.retry import Retry
 
 from stream.findings import Finding, ok, warning
 from stream.keys import META_KEY
-from stream.kv.certificates import end_of, own_validity, validity
 from stream.kv.folders import look_at_folder
 from stream.kv.meta import decode_meta
 from stream.kv.protocol import Meta
@@ -24,6 +23,7 @@ from stream.kv.redis.scripts import SET_IF_THERE
 from stream.kv.rocksdb.layout import read_meta
 from stream.kv.stores import check_place
 from stream.kv.urls import MemoryAddress, RedisAddress, RocksAddress, parse_kv_url
+from stream.security.certificates import end_of, own_validity, validity
 
 #: Longest wait for one answer of a server.
 TIMEOUT_S: Final = 2.0

@@ -7,7 +7,7 @@ from stream.errors import ConfigError
 from stream.kv.protocol import KVReader, KVWriter
 from stream.kv.rocksdb.layout import is_of_store
 from stream.kv.urls import MemoryAddress, RedisAddress, parse_kv_url
-from stream.permissions import close_folder
+from stream.security.permissions import close_folder
 
 
 def open_writer(url: str, *, lock_patience_s: float = 10.0) -> KVWriter:

@@ -30,7 +30,6 @@ from stream.kv.protocol import Meta
 from stream.kv.retrying import PatientKV
 from stream.kv.stores import check_place, open_writer
 from stream.logs import log_config, log_what_python_prints, print_error
-from stream.permissions import close_folder, guard
 from stream.pipeline.lanes import Lanes, OnStage
 from stream.pipeline.measures import Measures
 from stream.pipeline.processor import BatchProcessor
@@ -38,6 +37,7 @@ from stream.pipeline.table import TABLE, HistoryTable, TableManager
 from stream.rollout.live_spaces import load_space
 from stream.rollout.records import Status
 from stream.rollout.rollout import Rollout
+from stream.security.permissions import close_folder, guard
 from stream.worker.health import Health, Pulse
 from stream.worker.http import HttpServer
 from stream.worker.input_lag import InputLag

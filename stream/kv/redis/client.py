@@ -12,13 +12,13 @@ from typing import Any, Final
 import redis
 from redis import CredentialProvider, exceptions
 
-from stream.credentials import TlsFiles, client_fault, read_secret, server_fault
 from stream.errors import ConfigError, StateError, StoreError, StoreRefused
-from stream.kv.certificates import has_ended
 from stream.kv.redis.grants import KEYS, KEYS_TO_READ
 from stream.kv.redis.scripts import command_at
-from stream.kv.tls_probe import speaks_tls
 from stream.kv.urls import RedisAddress
+from stream.security.certificates import has_ended
+from stream.security.credentials import TlsFiles, client_fault, read_secret, server_fault
+from stream.security.tls_probe import speaks_tls
 
 log = logging.getLogger(__name__)
 

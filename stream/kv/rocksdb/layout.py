@@ -19,8 +19,8 @@ from typing import Final
 from stream.errors import StoreError
 from stream.kv.meta import decode_meta
 from stream.kv.protocol import Meta
-from stream.permissions import file_mode
-from stream.regular_files import read_regular
+from stream.security.permissions import file_mode
+from stream.security.regular_files import read_regular
 
 META_FILE: Final = "meta.json"
 META_LOCK: Final = "meta.lock"

@@ -23,7 +23,7 @@ from stream.kv.rocksdb.layout import (
     identity_path,
     read_count,
 )
-from stream.permissions import is_shared, make_below
+from stream.security.permissions import is_shared, make_below
 
 log = logging.getLogger(__name__)
 

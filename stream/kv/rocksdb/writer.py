@@ -22,7 +22,7 @@ from stream.kv.meta import encode_meta
 from stream.kv.protocol import Meta, fenced, user_of
 from stream.kv.rocksdb.layout import META_FILE, META_LOCK, ask_path, partition_path, read_meta, replace_file, seq_path
 from stream.kv.rocksdb.partition import EPOCH_BYTES, Partition, translated
-from stream.permissions import file_mode
+from stream.security.permissions import file_mode
 
 log = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from own_certificates import make_certificate
 from token_issuer import CLIENT_ID, TokenIssuer
 
 from stream.config import Settings, load_settings
-from stream.credentials import FreshContext
 from stream.errors import ConfigError
 from stream.kafka.connection import aiokafka_config, librdkafka_config
+from stream.security.credentials import FreshContext
 
 LOGIN = {"security_protocol": "SASL_PLAINTEXT", "sasl_username": "ali", "sasl_password": "one"}
 TOKEN = {

@@ -19,7 +19,7 @@ from stream.feed.send_progress import SendProgress
 from stream.kv.protocol import Meta
 from stream.kv.rocksdb.writer import RocksKV
 from stream.kv.stores import check_place
-from stream.permissions import close_folder, guard
+from stream.security.permissions import close_folder, guard
 
 NOBODY = 65534
 #: A group that every system has, and that is not root's own.

@@ -10,8 +10,8 @@ import pytest
 from own_certificates import make_certificate
 from secured_broker import KEY_PASSWORD
 
-from stream.credentials import FreshContext, TlsFiles
 from stream.errors import ConfigError
+from stream.security.credentials import FreshContext, TlsFiles
 
 NAMES = {name: name for name in ("ca", "certificate", "key", "key_password", "key_password_file")}
 

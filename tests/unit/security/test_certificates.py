@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from own_certificates import make_certificate, make_ended_certificate
 
-from stream.kv.certificates import end_of, end_of_file
+from stream.security.certificates import end_of, end_of_file
 
 
 @pytest.mark.parametrize("days", [1, 90, 20_000])  # the last one needs four digits for its year
