@@ -83,6 +83,7 @@ class SchemaRegistry:
         self._settings = settings
         self._forgot_s = time.monotonic()
         self._checked: dict[int, bool] = {}
+        self._is_closed = False
         try:
             self._client = api.SchemaRegistryClient(self._config())
         except OSError as exc:  # ssl.SSLError too
@@ -90,7 +91,8 @@ class SchemaRegistry:
             raise ConfigError(msg) from exc
 
     def close(self) -> None:
-        """Close its connections; any number of times."""
+        """Close its connections; any number of times. Who still waits for it does until cancelled."""
+        self._is_closed = True
         self._client.close()
 
     @property
@@ -267,6 +269,11 @@ class SchemaRegistry:
                 msg = f"the schema registry's certificate is refused ({certificate}); see UEMB_SCHEMA_REGISTRY_CAFILE"
                 raise RegistryRefused(msg) from exc
             msg = f"no schema registry answers at {where} ({type(exc).__name__}); see UEMB_SCHEMA_REGISTRY_URL"
+            raise RegistryError(msg) from exc
+        except RuntimeError as exc:  # the client's, once it is closed; a worker that stops waits for nothing then
+            if not self._is_closed:
+                raise
+            msg = "the schema registry isn't asked any more, for the worker stops"
             raise RegistryError(msg) from exc
         except (ValueError, TypeError, KeyError, AttributeError, self._http.HTTPError) as exc:
             msg = f"what answers at {where} is no schema registry; see UEMB_SCHEMA_REGISTRY_URL"
