@@ -130,6 +130,15 @@ def _broker_runs_again(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def _umask_as_it_was() -> Iterator[None]:
+    """A command that writes to a store or to state, and is run in this process, leaves its own behind."""
+    umask = os.umask(0o022)
+    os.umask(umask)
+    yield
+    os.umask(umask)
+
+
+@pytest.fixture(autouse=True)
 def _loggers_as_they_were() -> Iterator[None]:
     """A command that is run in this process leaves its levels behind."""
     loggers = [logging.getLogger(name) for name in ("stream", "aiokafka", "aiokafka.conn", "faust", "mode")]

@@ -637,7 +637,7 @@ def test_a_sender_waits_for_a_grant_that_is_replaced(
 def test_a_sender_gives_up_in_the_end(filled: Pipeline, acls: Acls, films: Dataset) -> None:
     settings = settings_of(filled)
     acls.give(needed("sender", settings))
-    config = {**librdkafka_config(settings), "message.timeout.ms": 1_000}
+    config = {**librdkafka_config(settings), "message.timeout.ms": 5_000}
     with Feeder(settings.bootstrap_servers, filled.topics, client_config=config) as feeder:
 
         def some() -> Iterator[EventRow]:

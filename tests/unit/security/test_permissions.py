@@ -116,7 +116,8 @@ def test_a_folder_that_is_not_ours_alone_stays_as_it_is(tmp_path: Path) -> None:
         for some in (folder / "app", folder / "app" / "deep"):
             some.chmod(0o755)
         folder.chmod(mode)
-    (shared / "else").mkdir(mode=0o755)
+    (shared / "else").mkdir()
+    (shared / "else").chmod(0o755)
     (shared / "app" / "link").symlink_to(shared / "else")
     for folder in (shared, sticky):
         close_folder(folder, lambda name: name == "app")
