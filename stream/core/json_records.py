@@ -48,7 +48,7 @@ def decode_json(data: bytes, kind: type[_Kind]) -> _Kind:
     """
     try:
         fields = msgspec.json.decode(data)  # which, unlike the standard library, refuses halves of surrogate pairs
-    except (ValueError, RecursionError) as exc:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as exc:  # to old releases of msgspec the two differ
         msg = "the value is no JSON"
         raise NotJson(msg) from exc
     if not isinstance(fields, dict):
