@@ -122,7 +122,7 @@ def test_a_cluster_with_a_fault(
     rows = films.events[:EVENTS]
     users = sorted({row.user_id for row in rows})
     cluster = make_cluster(3, 3 if fault is failed_over else 0)
-    pipeline = make_pipeline(kv_url=cluster.url)
+    pipeline = make_pipeline(kv_url=cluster.url, session_timeout_s=10)
     pipeline.start()
     pipeline.until_ready()
     with ClusterProber(cluster, users, (space.version, USER_VERSION)) as prober:

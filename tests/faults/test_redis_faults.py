@@ -96,7 +96,7 @@ def test_a_store_with_a_fault(
 ) -> None:
     rows = films.events[:EVENTS]
     wiped = fault in (restarted_empty, flushed)
-    pipeline = make_pipeline(kv_url=redis.url)
+    pipeline = make_pipeline(kv_url=redis.url, session_timeout_s=10)  # a starved machine is another matter
     pipeline.start()
     pipeline.until_ready()
     with RedisProber(redis) as prober:
@@ -151,7 +151,7 @@ def test_writes_that_were_applied_but_whose_answers_were_lost(
 ) -> None:
     rows = films.events[:EVENTS]
     with HalfOpenProxy(redis.port) as proxy:
-        pipeline = make_pipeline(kv_url=f"redis://127.0.0.1:{proxy.port}/0")
+        pipeline = make_pipeline(kv_url=f"redis://127.0.0.1:{proxy.port}/0", session_timeout_s=10)
         pipeline.start()
         pipeline.until_ready()
         with RedisProber(redis) as prober, feeding(pipeline, rows, 1_500):
