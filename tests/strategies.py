@@ -13,7 +13,7 @@ import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from stream.core.batch import Record, StepResult
+from stream.core.batch import Batch, Effects, Record, StepResult
 from stream.core.counters import Counter
 from stream.core.encoders import VersionedEncoder
 from stream.core.engine import Engine
@@ -234,6 +234,21 @@ def small_spaces(
 
 
 @dataclass
+class Fed(StepResult, Effects):
+    """What came of a step in the driver's partition, with what its batches counted."""
+
+    @classmethod
+    def of_step(cls, result: StepResult, batches: Sequence[Batch], partition: int) -> "Fed":
+        """The same in one piece."""
+        counts = dict(result.counts)
+        for batch in batches:
+            for name, n in batch.counts.items():
+                counts[name] = counts.get(name, 0) + n
+        assert result.effects.keys() <= {partition}
+        return cls(**{**vars(result.of(partition)), **vars(result), "counts": counts})
+
+
+@dataclass
 class Driver:
     """An engine with a store of its own: feeds it batches, keeps what it wrote, checks that the writes agree."""
 
@@ -261,13 +276,13 @@ class Driver:
         self.engine = Engine(
             self._pairs(),
             self.rules,
-            partition=self.partition,
             partitions=self.partitions,
             hot_users=self.hot_users,
             publish_latest=self.publish_latest,
             json_output=self.json_output,
             schema_id=self.schema_id,
         )
+        self.engine.claim(self.partition, self.epoch)
 
     def _pairs(self) -> list[Pair]:
         return [Pair(self.encoder, space) for space in self.spaces]
@@ -277,11 +292,26 @@ class Driver:
         self.spaces = spaces
         self.engine.serve(self._pairs())
 
-    def feed(self, topic: str, records: Sequence[Record]) -> StepResult:
+    def decode(self, topic: str, records: Sequence[Record]) -> Batch:
+        """What is in one fetched batch."""
+        if topic == DELETIONS:
+            return self.engine.decode_deletions(self.partition, records)
+        return self.engine.decode_events(topic, self.partition, records)
+
+    def step(self, *batches: Batch) -> Fed:
+        """One step; changes nothing that is stored."""
+        missing = self.engine.missing(batches)
+        stored = {partition: {user: self.states.get(user) for user in users} for partition, users in missing.items()}
+        return Fed.of_step(self.engine.apply(batches, stored), batches, self.partition)
+
+    def embed(self, versions: tuple[str, str]) -> Effects:
+        """The present vectors of all who are stored, in one pair."""
+        result, _ = self.engine.embed(self.partition, self.states, versions)
+        return result.of(self.partition)
+
+    def feed(self, topic: str, records: Sequence[Record]) -> Fed:
         """One fetched batch."""
-        engine = self.engine
-        batch = engine.decode_deletions(records) if topic == DELETIONS else engine.decode_events(topic, records)
-        result = engine.apply(batch, {user: self.states.get(user) for user in engine.missing(batch)}, self.epoch)
+        result = self.step(self.decode(topic, records))
         self._check(result)
         self.states |= result.states
         self.kv |= result.entries
@@ -295,7 +325,7 @@ class Driver:
         for topic, operations in batches:
             self.feed(topic, [message(operation) for operation in operations])
 
-    def apply(self, *operations: Operation) -> StepResult:
+    def apply(self, *operations: Operation) -> Fed:
         """One batch of operations of one topic."""
         (topic,) = {topic_of(operation) for operation in operations}
         return self.feed(topic, [message(operation) for operation in operations])
@@ -309,7 +339,7 @@ class Driver:
         """The user's key."""
         return f"uemb:{self.encoder.version}:{self.spaces[space].version}:{user}".encode()
 
-    def _check(self, result: StepResult) -> None:
+    def _check(self, result: Fed) -> None:
         last = dict(result.output)
         assert last.keys() == result.entries.keys()
         for key, entry in result.entries.items():

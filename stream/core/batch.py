@@ -1,4 +1,4 @@
-"""What goes into a step and what comes out of it: decoded records of one partition, and what they caused."""
+"""What goes into a step and what comes out of it: decoded records, and what they caused in each partition."""
 
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
@@ -35,12 +35,14 @@ class Op(NamedTuple):
 
 @dataclass
 class Batch:
-    """Decoded records: operations in log order, rejects with the index of their record, counters.
+    """Decoded records of one partition: operations in log order, rejects with the index of their record, counters.
 
     Attributes:
+        partition: theirs.
         placed: how many valid records were on the partition of their key, those that cause nothing included.
     """
 
+    partition: int
     ops: list[Op] = field(default_factory=list)
     rejects: list[tuple[int, Reject]] = field(default_factory=list)
     counts: dict[Counter, int] = field(default_factory=dict)
@@ -52,8 +54,8 @@ class Batch:
 
 
 @dataclass
-class StepResult:
-    """What a batch caused, in the order in which it must become durable.
+class Effects:
+    """What a step caused in one partition, in the order in which it must become durable.
 
     Attributes:
         states: new stored state by user, for the local table and the changelog.
@@ -61,10 +63,6 @@ class StepResult:
         entries: last entry of each key for the key-value store, prefix included.
         removals: keys to take out of the key-value store.
         forgotten: users to take out of the changelog, once their keys are out of the store.
-        counts: what was counted.
-        published: how many vectors were published, by user version, item version and `VectorStatus`.
-        unknown_items: by user and item version, interactions that entered a history with items that the version lacks.
-        cosines: of a few users, between the vector that is published now and the one before.
     """
 
     states: dict[bytes, bytes] = field(default_factory=dict)
@@ -72,53 +70,89 @@ class StepResult:
     entries: dict[bytes, bytes] = field(default_factory=dict)
     removals: list[bytes] = field(default_factory=list)
     forgotten: list[bytes] = field(default_factory=list)
+
+    def follow(self, later: "Effects") -> None:
+        """Take in what a later step caused: of a user that is in both, the last state and entries are what counts."""
+        self.states.update(later.states)
+        self.output += later.output
+        self.entries.update(later.entries)
+        self.removals += later.removals
+        self.forgotten += later.forgotten
+
+
+@dataclass
+class StepResult:
+    """What a step caused.
+
+    Attributes:
+        effects: by partition.
+        counts: what was counted beside what the batches themselves count.
+        published: how many vectors were published, by user version, item version and `VectorStatus`.
+        unknown_items: by user and item version, interactions that entered a history with items that the version lacks.
+        cosines: of a few users, between the vector that is published now and the one before.
+    """
+
+    effects: dict[int, Effects] = field(default_factory=dict)
     counts: dict[Counter, int] = field(default_factory=dict)
     published: dict[tuple[str, str, int], int] = field(default_factory=dict)
     unknown_items: dict[tuple[str, str], int] = field(default_factory=dict)
     cosines: list[float] = field(default_factory=list)
 
+    def of(self, partition: int) -> Effects:
+        """What it caused there; to be added to."""
+        return self.effects.setdefault(partition, Effects())
+
 
 class BatchDecoder:
-    """Decodes the fetched batches of one partition.
+    """Decodes fetched batches.
 
     Args:
-        events: decodes an event; may be shared with other partitions, so that its memo is held once.
-        partition: number of this partition.
+        events: decodes an event.
         partitions: how many there are.
-        placed: users that are known to belong here; those of others are asked for all at once.
     """
 
-    def __init__(self, events: EventDecoder, partition: int, partitions: int, placed: Container[bytes]) -> None:
+    def __init__(self, events: EventDecoder, partitions: int) -> None:
         self._decode_event = events.decode
         source = events.rules.source
         self._exposure = None if source is None else Exposure(source, events.rules.own_sources, events.schemas)
         self._decode_deletion = DeletionDecoder(events.schemas).decode
-        self._partition = partition
         self._partitions = partitions
-        self._placed = placed
 
-    def events(self, topic: str, records: Sequence[Record]) -> Batch:
-        """Operations and rejects of a fetched batch of one event topic."""
+    def events(self, topic: str, partition: int, records: Sequence[Record], placed: Container[bytes]) -> Batch:
+        """Operations and rejects of a fetched batch of one event topic.
+
+        Args:
+            topic: its name.
+            partition: where the records were.
+            records: in log order.
+            placed: users that are known to belong there; those of others are asked for all at once.
+        """
         decode = self._decode_event
         return self._decode(
-            records, lambda r: decode(topic, r.key, r.value, r.timestamp), Counter.IGNORED, self._exposure
-        )
+            partition, records, placed, lambda r: decode(topic, r.key, r.value, r.timestamp), Counter.IGNORED,
+            self._exposure,
+        )  # fmt: skip
 
-    def deletions(self, records: Sequence[Record]) -> Batch:
-        """Operations and rejects of a fetched batch of the deletion topic."""
+    def deletions(self, partition: int, records: Sequence[Record], placed: Container[bytes]) -> Batch:
+        """Operations and rejects of a fetched batch of the deletion topic; arguments are those of `events`."""
         decode = self._decode_deletion
-        return self._decode(records, lambda r: decode(r.key, r.value, r.timestamp), Counter.WITHDRAWN)
+        return self._decode(
+            partition, records, placed, lambda r: decode(r.key, r.value, r.timestamp), Counter.WITHDRAWN
+        )
 
     def _decode(
         self,
+        partition: int,
         records: Sequence[Record],
+        known: Container[bytes],
         decode: Callable[[Record], bytes | tuple[bytes, ...] | int | Reject | None],
         none_means: Counter,
         exposure: Exposure | None = None,
     ) -> Batch:
-        batch = Batch()
-        known, ops = self._placed, batch.ops
-        placed = self._placed_among({record.key for record in records})
+        batch = Batch(partition)
+        ops = batch.ops
+        unknown = [key for key in {record.key for record in records} if key is not None and key not in known]
+        placed = self._placed_among(partition, unknown)
         for index, record in enumerate(records):
             what = decode(record)
             key = record.key
@@ -140,10 +174,9 @@ class BatchDecoder:
         batch.count(Counter.REJECTED, len(batch.rejects))
         return batch
 
-    def _placed_among(self, keys: set[bytes | None]) -> set[bytes]:
-        """Those of some keys that aren't known and belong here."""
-        unknown = [key for key in keys if key is not None and key not in self._placed]
-        bounds = np.array([0, *accumulate(map(len, unknown))])
-        data = np.frombuffer(b"".join(unknown), dtype=np.uint8)
-        is_here = kernels.partitions_of(data, bounds, self._partitions) == self._partition
-        return set(compress(unknown, is_here.tolist()))
+    def _placed_among(self, partition: int, users: Sequence[bytes]) -> set[bytes]:
+        """Those of some users that belong to a partition."""
+        bounds = np.array([0, *accumulate(map(len, users))])
+        data = np.frombuffer(b"".join(users), dtype=np.uint8)
+        is_here = kernels.partitions_of(data, bounds, self._partitions) == partition
+        return set(compress(users, is_here.tolist()))

@@ -19,7 +19,7 @@ class Facts(NamedTuple):
 
     Attributes:
         users: whose.
-        epoch: this worker's claim on the partition.
+        epochs: the claim on the partition under which each is written [m].
         revisions: of each state [m].
         lengths: of each history [m].
         unknown: how many of its items the space lacks [m].
@@ -27,7 +27,7 @@ class Facts(NamedTuple):
     """
 
     users: list[bytes]
-    epoch: int
+    epochs: Int64
     revisions: Int64
     lengths: Int64
     unknown: Int64
@@ -60,7 +60,7 @@ class EntryWriter:
         """
         users = facts.users
         data, bounds = kernels.write_entries(
-            _bytes(b"".join(users)), np.array([0, *accumulate(map(len, users))]), facts.epoch, facts.revisions,
+            _bytes(b"".join(users)), np.array([0, *accumulate(map(len, users))]), facts.epochs, facts.revisions,
             facts.lengths, facts.unknown, facts.as_of, status, self._flags, self._flags_at, self._header,
             self._versions, self._size, norms.astype("<f8", copy=False)[:, None].view(np.uint8),
             np.ascontiguousarray(vectors, dtype="<f4").view(np.uint8),

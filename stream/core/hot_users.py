@@ -1,14 +1,14 @@
-"""The users of a partition who are in memory: their histories as arrays, one slot a user."""
+"""The users who are in memory: their histories as arrays, one slot a user."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import islice
+from collections.abc import Iterable, Sequence
+from itertools import islice, pairwise
 from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stream.core import kernels
-from stream.core.batch import Op
+from stream.core.batch import Batch
 from stream.core.history_codec import NEVER, TS_BYTES
 from stream.core.kinds import Columns, Int32, Int64, Kinds
 from stream.core.sums import grown
@@ -21,7 +21,7 @@ class Folded(NamedTuple):
 
     Attributes:
         users: whose, one for each of n.
-        events: number of the event [n]: those of one event are shown as one.
+        events: number of the operation among those given [n]: the interactions of one are shown as one.
         slots: of the users [n].
         numbers: kind of what was to be added [n].
         at_ms: event time of what was to be added, or time of the erasure [n].
@@ -31,6 +31,7 @@ class Folded(NamedTuple):
         lengths: how long the history is then [n].
         as_of: when its newest interaction was in ms, -1 without one [n].
         revisions: its revision then [n].
+        ends: where the operations of each batch end among these.
     """
 
     users: list[bytes]
@@ -44,24 +45,26 @@ class Folded(NamedTuple):
     lengths: Int64
     as_of: Int64
     revisions: Int64
+    ends: Int64
 
 
 class HotUsers:
-    """Histories by slot, least recently used first.
+    """Histories by slot.
 
     Args:
         kinds: what numbers kinds of interactions.
         limit: L, how many interactions a history has at most.
-        at_most: how many users are kept between steps.
+        at_most: how many users of a partition are kept between steps.
 
     Attributes:
-        slots: by user.
+        at_most: see above.
+        slots: by partition and user, least recently used first. Whoever has a slot belongs to that partition.
     """
 
     def __init__(self, kinds: Kinds, limit: int, at_most: int) -> None:
-        self.slots: dict[bytes, int] = {}
+        self.at_most = at_most
+        self.slots: dict[int, dict[bytes, int]] = {}
         self._kinds = kinds
-        self._at_most = at_most
         self._capacity = min(at_most, _FIRST_SLOTS)
         self._free = list(range(self._capacity))
         self._times = np.zeros((self._capacity, limit), dtype=np.int64)
@@ -73,15 +76,21 @@ class HotUsers:
         """How many slots there are."""
         return self._capacity
 
-    def load(self, users: Sequence[bytes], columns: Columns) -> Int64:
-        """Take users into memory, whose histories are those of the columns; return their slots."""
-        count = len(users)
+    def load(self, groups: Sequence[tuple[int, Sequence[bytes]]], columns: Columns) -> Int64:
+        """Take users into memory, groups of one partition each, whose histories are in this order in the columns.
+
+        Returns:
+            Their slots.
+        """
+        count = sum(len(users) for _, users in groups)
         if count > len(self._free):
             self._grow(count - len(self._free))
         first = len(self._free) - count
         taken = self._free[first:]
         del self._free[first:]
-        self.slots.update(zip(users, taken, strict=True))
+        rest = iter(taken)
+        for partition, users in groups:
+            self.slots.setdefault(partition, {}).update(zip(users, rest, strict=False))  # the rest is the next ones'
         slots = np.array(taken, dtype=np.int64)
         kernels.place_histories(
             slots, columns.base, columns.times, columns.numbers, self._times, self._numbers, self._counts
@@ -96,31 +105,36 @@ class HotUsers:
         self._free += range(self._capacity, capacity)
         self._capacity = capacity
 
-    def fold(self, ops: Iterable[Op]) -> Folded:
+    def fold(self, batches: Iterable[Batch]) -> Folded:
         """Do what is to be done to users who are in memory; they are the most recently used then."""
-        slots_of = self.slots
         users: list[bytes] = []
         events: list[int] = []
         slots: list[int] = []
         what: list[int] = []
         at_ms: list[int] = []
         suffixes: list[bytes] = []
-        for event, (user, wanted) in enumerate(ops):
-            slot = slots_of[user] = slots_of.pop(user)
-            for one in wanted if type(wanted) is tuple else (wanted,):
-                users.append(user)
-                events.append(event)
-                slots.append(slot)
-                if type(one) is bytes:
-                    what.append(kernels.ADD)
-                    at_ms.append(int.from_bytes(one[:TS_BYTES], "big"))
-                    suffixes.append(one[TS_BYTES:])
-                elif type(one) is int:
-                    what.append(kernels.ERASE)
-                    at_ms.append(one)
-                else:
-                    what.append(kernels.SEND_AGAIN)
-                    at_ms.append(0)
+        ends: list[int] = []
+        before = 0
+        for batch in batches:
+            slots_of = self.slots.get(batch.partition, {})
+            for event, (user, wanted) in enumerate(batch.ops, before):
+                slot = slots_of[user] = slots_of.pop(user)
+                for one in wanted if type(wanted) is tuple else (wanted,):
+                    users.append(user)
+                    events.append(event)
+                    slots.append(slot)
+                    if type(one) is bytes:
+                        what.append(kernels.ADD)
+                        at_ms.append(int.from_bytes(one[:TS_BYTES], "big"))
+                        suffixes.append(one[TS_BYTES:])
+                    elif type(one) is int:
+                        what.append(kernels.ERASE)
+                        at_ms.append(one)
+                    else:
+                        what.append(kernels.SEND_AGAIN)
+                        at_ms.append(0)
+            before += len(batch.ops)
+            ends.append(len(users))
         count = len(users)
         order = self._kinds.numbers(suffixes)
         whats = np.array(what, dtype=np.int8)
@@ -131,7 +145,7 @@ class HotUsers:
         places[:] = -1
         folded = Folded(
             users, np.array(events, dtype=np.int64), np.array(slots, dtype=np.int64), numbers, at, outcomes, places,
-            gone, lengths, as_of, revisions,
+            gone, lengths, as_of, revisions, np.array(ends, dtype=np.int64),
         )  # fmt: skip
         pool = self._kinds.order
         kernels.fold(
@@ -144,22 +158,29 @@ class HotUsers:
         """Whether there is anything to say of some users [n]: they have a history, or were erased."""
         return np.asarray((self._counts[slots] > 0) | (self._erased_at[slots] != NEVER))
 
-    def states(self, users: Mapping[bytes, int], epoch: int) -> dict[bytes, bytes]:
-        """What is to be stored of users, given with their slots."""
+    def states(self, slots: Int64, epochs: Int64) -> list[bytes]:
+        """What is to be stored of users [n], under the epochs [n]."""
         pool = self._kinds.bodies
         data, bounds = kernels.write_states(
-            np.fromiter(users.values(), dtype=np.int64, count=len(users)), epoch, self._times, self._numbers,
-            self._counts, self._revisions, self._erased_at, pool.data, pool.at,
+            slots, epochs, self._times, self._numbers, self._counts, self._revisions, self._erased_at, pool.data,
+            pool.at,
         )  # fmt: skip
         block, at = data.tobytes(), bounds.tolist()
-        return {user: block[start:end] for user, start, end in zip(users, at, at[1:], strict=False)}
+        return [block[start:end] for start, end in pairwise(at)]
 
-    def forget(self, users: Iterable[bytes]) -> None:
-        """Drop users from memory; what is stored has all of them."""
-        self._free += [slot for user in users if (slot := self.slots.pop(user, None)) is not None]
+    def forget(self, partition: int, users: Iterable[bytes]) -> None:
+        """Drop users of a partition from memory; what is stored has all of them."""
+        slots_of = self.slots.get(partition, {})
+        self._free += [slot for user in users if (slot := slots_of.pop(user, None)) is not None]
 
-    def evict(self) -> None:
-        """Drop those who were not used for longest, as far as there are too many."""
-        excess = len(self.slots) - self._at_most
+    def forget_all(self) -> None:
+        """Drop everybody."""
+        for partition, users in self.slots.items():
+            self.forget(partition, list(users))
+
+    def evict(self, partition: int) -> None:
+        """Drop those of a partition who were not used for longest, as far as there are too many."""
+        users = self.slots.get(partition, {})
+        excess = len(users) - self.at_most
         if excess > 0:
-            self.forget(list(islice(self.slots, excess)))
+            self.forget(partition, list(islice(users, excess)))

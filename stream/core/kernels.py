@@ -377,13 +377,13 @@ def read_states(  # type: ignore[no-untyped-def]
     return -1, missing
 
 
-@_compiled(_BLOCK(_I64, _INT, _I64_2, _I32_2, _I64, _I64, _I64, _U8, _I64))
-def write_states(slots, epoch, times, numbers, counts, revisions, erased_at, pool, pool_at):  # type: ignore[no-untyped-def]
+@_compiled(_BLOCK(_I64, _I64, _I64_2, _I32_2, _I64, _I64, _I64, _U8, _I64))
+def write_states(slots, epochs, times, numbers, counts, revisions, erased_at, pool, pool_at):  # type: ignore[no-untyped-def]
     """Stored states of some slots [m], one behind the other; where each begins and the last ends [m + 1].
 
     Args:
         slots: whose.
-        epoch: under which they are written.
+        epochs: under which they are written [m].
         times: event times by slot, oldest first [S, L].
         numbers: item and type of each [S, L].
         counts: how many a slot has [S].
@@ -408,7 +408,7 @@ def write_states(slots, epoch, times, numbers, counts, revisions, erased_at, poo
     for i in range(slots.shape[0]):
         slot, at = slots[i], bounds[i]
         data[at] = LAYOUT_VERSION
-        _put_big_endian(data, at + 1, 8, epoch)
+        _put_big_endian(data, at + 1, 8, epochs[i])
         _put_big_endian(data, at + 9, 8, revisions[slot])
         _put_big_endian(data, at + 17, 8, erased_at[slot])
         _put_big_endian(data, at + 25, 2, counts[slot])
@@ -731,9 +731,9 @@ def follow(  # type: ignore[no-untyped-def]
 # -- records -------------------------------------------------------------------------------------------------------
 
 
-@_compiled(_BLOCK(_BYTES, _I64, _INT, _I64, _I64, _I64, _I64, _I8, _BYTES, _I64, _BYTES, _BYTES, _BYTES, _U8_2, _U8_2))
+@_compiled(_BLOCK(_BYTES, _I64, _I64, _I64, _I64, _I64, _I64, _I8, _BYTES, _I64, _BYTES, _BYTES, _BYTES, _U8_2, _U8_2))
 def write_entries(  # type: ignore[no-untyped-def]
-    users, users_at, epoch, revisions, lengths, unknown, as_of, status, flags, flags_at, header, versions, size,
+    users, users_at, epochs, revisions, lengths, unknown, as_of, status, flags, flags_at, header, versions, size,
     norms, vectors,
 ):  # fmt: skip
     """Key-value entries of some states, one behind the other; where each begins and the last ends [m + 1].
@@ -741,7 +741,7 @@ def write_entries(  # type: ignore[no-untyped-def]
     Args:
         users: ids, one behind the other.
         users_at: where each begins and the last ends [m + 1].
-        epoch: of all.
+        epochs: of each [m].
         revisions: of each [m].
         lengths: of each history [m]; of an empty one nothing follows the prefix.
         unknown: how many of its items the space lacks [m].
@@ -764,7 +764,7 @@ def write_entries(  # type: ignore[no-untyped-def]
     bounds = np.zeros(lengths.shape[0] + 1, dtype=np.int64)
     at = np.int64(0)
     for i in range(lengths.shape[0]):
-        _put_big_endian(data, at, 8, epoch)
+        _put_big_endian(data, at, 8, epochs[i])
         _put_big_endian(data, at + 8, 8, revisions[i])
         at += _PREFIX_BYTES
         if lengths[i]:
@@ -773,7 +773,7 @@ def write_entries(  # type: ignore[no-untyped-def]
             user = users_at[i + 1] - users_at[i]
             at = _put_varint(data, at, user << 1)
             at = _put(data, at, users, users_at[i], user)
-            at = _put_varint(data, at, epoch << 1)
+            at = _put_varint(data, at, epochs[i] << 1)
             at = _put_varint(data, at, revisions[i] << 1)
             at = _put(data, at, flags, flags_at[of], flags_at[of + 1] - flags_at[of])
             at = _put_varint(data, at, lengths[i] << 1)

@@ -30,11 +30,21 @@ _COMPARED_STEPS: Final = 8
 _COMPARED_USERS: Final = 16
 
 
+class Part(NamedTuple):
+    """The states of one partition among those to publish: from which on to before which."""
+
+    partition: int
+    start: int
+    end: int
+
+
 class Step(NamedTuple):
     """What a batch did to users in memory, and the states of them to publish.
 
     Attributes:
         users: of each state to publish, one for each of m.
+        parts: partitions of these, which lie one behind the other.
+        epochs: the claim on its partition [m].
         lengths: of its history [m].
         as_of: when its newest interaction was in ms, -1 without one [m].
         revisions: of the state [m].
@@ -47,6 +57,8 @@ class Step(NamedTuple):
     """
 
     users: list[bytes]
+    parts: Sequence[Part]
+    epochs: Int64
     lengths: Int64
     as_of: Int64
     revisions: Int64
@@ -137,7 +149,7 @@ class Publisher:
         weights = None if self._weights is None else self._weights.of(columns.numbers)
         return RowHistories(columns.base, self._rows.of(columns.numbers), weights, columns.times)
 
-    def publish(self, step: Step, epoch: int, result: StepResult) -> None:
+    def publish(self, step: Step, result: StepResult) -> None:
         """Follow what was done, and add the records of all states to publish to `result`."""
         is_added = step.places >= 0
         rows, weights = np.full(len(is_added), -1, dtype=np.int32), None
@@ -149,8 +161,9 @@ class Publisher:
         before = self._before(step) if self._steps % _COMPARED_STEPS == 0 else None
         moves = Moves(step.slots, rows, weights, step.at_ms, step.places, step.gone, step.shown)
         computed = self._sums.follow(moves, len(step.users))
-        facts = Facts(step.users, epoch, step.revisions, step.lengths, step.lengths - computed.known, step.as_of)
-        vectors, status = self._emit(facts, computed, result)
+        unknown_items = step.lengths - computed.known
+        facts = Facts(step.users, step.epochs, step.revisions, step.lengths, unknown_items, step.as_of)
+        vectors, status = self._emit(facts, step.parts, computed, result)
         if unknown := int(np.count_nonzero(rows[is_added] < 0)):
             result.unknown_items[self.versions] = result.unknown_items.get(self.versions, 0) + unknown
         if before is not None:
@@ -158,7 +171,9 @@ class Publisher:
             now = vectors[before.places[is_own]]
             result.cosines += np.einsum("nd,nd->n", before.vectors[is_own], now).tolist()
 
-    def publish_cold(self, users: Sequence[bytes], columns: Columns, epoch: int, result: StepResult) -> Coverage:
+    def publish_cold(
+        self, partition: int, epoch: int, users: Sequence[bytes], columns: Columns, result: StepResult
+    ) -> Coverage:
         """Add the present state of users that need not be in memory, and whose histories are those of the columns.
 
         Who has no state to show yet is left out. The running sums stay as they are.
@@ -168,8 +183,9 @@ class Publisher:
         lengths = columns.lengths[shown]
         whose = [users[place] for place in shown.tolist()]
         unknown = lengths - computed.known
-        facts = Facts(whose, epoch, columns.revisions[shown], lengths, unknown, columns.as_of[shown])
-        _, status = self._emit(facts, computed, result)
+        epochs = np.full(len(shown), epoch)
+        facts = Facts(whose, epochs, columns.revisions[shown], lengths, unknown, columns.as_of[shown])
+        _, status = self._emit(facts, [Part(partition, 0, len(shown))], computed, result)
         fallbacks = int(((status != VectorStatus.OK) & (lengths > 0)).sum())
         return Coverage(fallbacks, int(lengths.sum()), int(unknown.sum()))
 
@@ -205,7 +221,9 @@ class Publisher:
                 what = (*self.versions, kind)
                 result.published[what] = result.published.get(what, 0) + n
 
-    def _emit(self, facts: Facts, computed: Sums, result: StepResult) -> tuple[Float32, NDArray[np.int8]]:
+    def _emit(
+        self, facts: Facts, parts: Sequence[Part], computed: Sums, result: StepResult
+    ) -> tuple[Float32, NDArray[np.int8]]:
         """Add records of states, in order; return the vectors, and the `VectorStatus` of each."""
         vectors, status = self._vectors(computed)
         is_vector = facts.lengths > 0  # of an empty history there is none
@@ -221,8 +239,10 @@ class Publisher:
             ]
         elif (framing := self._frame) is not None:
             bodies = [framing + body[HEADER_BYTES:] if body is not None else None for body in bodies]
-        result.output += zip(keys, bodies, strict=True)
-        result.entries.update(zip(keys, entries, strict=True))
+        for partition, start, end in parts:
+            effects = result.of(partition)
+            effects.output += zip(keys[start:end], bodies[start:end], strict=True)
+            effects.entries.update(zip(keys[start:end], entries[start:end], strict=True))
         return vectors, status
 
     def _json(
@@ -231,7 +251,7 @@ class Publisher:
         said, reason = REASONS[status[place]]
         record = EmbeddingRecord(
             user_id=facts.users[place].decode(),
-            epoch=facts.epoch,
+            epoch=int(facts.epochs[place]),
             revision=int(facts.revisions[place]),
             status=said,
             reason=reason,

@@ -1,7 +1,8 @@
 """Faust transport driver: whole fetched batches in, acknowledged batches out, commits moved by a durable mark only.
 
-One Faust event is one fetched batch of one partition. What stock Faust decides from acks is decided here by
-`stream.kafka.delivery.DurableMarks` alone, so that no exception, decode error or rebalance can move a commit (law 5).
+One Faust event is what was fetched together, a batch of each partition. What stock Faust decides from acks is decided
+here by `stream.kafka.delivery.DurableMarks` alone, so that no exception, decode error or rebalance can move a commit
+(law 5).
 
 Nothing that was fetched can vanish on its way to the agent. Each partition is read in runs, from one seek to the next.
 The client's thread says of what it fetched to which run it belongs, and numbers it. What belongs to an ended run is
@@ -53,13 +54,14 @@ from stream.kafka.producer import FAUST_LOG, Producer
 WATCH_GROUP_S: Final = 1.0
 #: How long a worker that stops anyway waits to learn why.
 ASK_S: Final = 2.0
-#: Records of one batch at most. A fetch of a backlog holds tens of thousands (its limit counts compressed bytes): as
-#: one batch they would hold up everything else for a second, and their users have many events each, which costs more.
-BATCH_RECORDS: Final = 2_000
+#: Records that are handed on together, at most. A fetch of a backlog holds tens of thousands (its limit counts
+#: compressed bytes): as one step they would hold up everything else for a second, and their users have many events
+#: each, which costs more.
+STEP_RECORDS: Final = 2_000
 
 
 class BatchSchema(faust.Schema):
-    """Hands a fetched batch to the agent as it is; decoding and its errors are the agent's."""
+    """Hands fetched batches to the agent as they are; decoding and its errors are the agent's."""
 
     def compile(self, app: Any, **_: Any) -> Callable[..., Awaitable[Any]]:
         """Build the function that makes an event of a message."""
@@ -294,36 +296,19 @@ class Consumer(driver.Consumer):
             await self.perform_seek()
         try:
             while not (self.should_stop or fetcher.should_stop):
-                turn: dict[TP, Any] = {}
-                is_backlog = False
-                async for tp, message in self.getmany(timeout=1.0):
-                    is_backlog |= tp in turn
-                    if is_backlog:
-                        for one in (*turn.values(), message):
-                            await self._hand_on(one)
-                        turn = {}
-                    else:
-                        turn[tp] = message
-                await self._hand_on(*turn.values())
+                async for _, message in self.getmany(timeout=1.0):
+                    await self._hand_on(message)
                 await asyncio.sleep(0)
         except (asyncio.CancelledError, *self.consumer_stopped_errors):
             if not self.app.should_stop:
                 raise
 
-    async def _hand_on(self, *messages: Any) -> None:
-        """Hand on batches together, so that their steps share requests to the brokers.
-
-        Those of a backlog come one by one: what is handed on is processed before the worker stops.
-        """
-        if messages and self.flow_active:
-            await self.wait_first(self._call_back(messages), self.suspend_flow.wait())
-
-    async def _call_back(self, messages: Sequence[Any]) -> None:
-        for message in messages:
-            await self.callback(message)
+    async def _hand_on(self, message: Any) -> None:
+        if self.flow_active:
+            await self.wait_first(self.callback(message), self.suspend_flow.wait())
 
     async def getmany(self, timeout: float) -> AsyncIterator[tuple[TP, Any]]:
-        """Fetch from the broker; yield one message for each batch, partitions in turns."""
+        """Fetch from the broker; yield one message for all batches that make a step."""
         if not self.flow_active:
             await self.wait(self.can_resume_flow)
         self.fetches += 1
@@ -339,15 +324,17 @@ class Consumer(driver.Consumer):
             return
         if not fetched or self.should_stop:
             return
-        for tp, batch in self._take_in(fetched):
+        for batches in _steps(self._take_in(fetched)):
             if not self.flow_active:
                 return
-            run = self._runs.get(tp)
-            if run is not None and run.seeks == batch.seeks:
-                self.app.monitor.track_tp_end_offset(tp, self.highwater(tp))
-                yield tp, self._batch_message(tp, batch)
+            if current := [batch for batch in batches if self._is_current(batch)]:
+                yield self._message(current)
 
-    def _take_in(self, fetched: Mapping[TP, Fetched]) -> list[tuple[TP, RecordBatch]]:
+    def _is_current(self, batch: RecordBatch) -> bool:
+        run = self._runs.get(TP(batch.topic, batch.partition))
+        return run is not None and run.seeks == batch.seeks
+
+    def _take_in(self, fetched: Mapping[TP, Fetched]) -> list[RecordBatch]:
         """Cut what was fetched into batches, partitions in turns so that topics of one partition advance together."""
         due: list[tuple[TP, Run, Sequence[ConsumerRecord]]] = []
         for tp, fetch in fetched.items():
@@ -360,8 +347,8 @@ class Consumer(driver.Consumer):
         longest = max((len(records) for _, _, records in due), default=0)
         now_s = time.monotonic()
         return [
-            (tp, self._batch(tp, run, records[start : start + BATCH_RECORDS], now_s))
-            for start in range(0, longest, BATCH_RECORDS)
+            self._batch(tp, run, records[start : start + STEP_RECORDS], now_s)
+            for start in range(0, longest, STEP_RECORDS)
             for tp, run, records in due
             if start < len(records)
         ]
@@ -371,10 +358,12 @@ class Consumer(driver.Consumer):
         run.batches += 1
         return batch
 
-    def _batch_message(self, tp: TP, batch: RecordBatch) -> Any:
-        message = self._to_message(tp, batch.records[-1])
-        message.key, message.value = None, batch
-        return message
+    def _message(self, batches: Sequence[RecordBatch]) -> tuple[TP, Any]:
+        """One message with all of them, in the name of the first; the agent reads all topics through one channel."""
+        tp = TP(batches[0].topic, batches[0].partition)
+        message = self._to_message(tp, batches[0].records[-1])
+        message.key, message.value = None, batches
+        return tp, message
 
     async def _stop_at_a_loss(self, lost: OutOfRange) -> None:
         tp, run = lost.tp, self._runs.get(lost.tp)
@@ -608,6 +597,20 @@ class Consumer(driver.Consumer):
                 "the same topics; stop all of them and start them with equal UEMB_EVENT_TOPICS"
             )
             raise OwnershipError(msg)
+
+
+def _steps(batches: Iterable[RecordBatch]) -> Iterator[list[RecordBatch]]:
+    """Batches, in their order, as many together as have no more than `STEP_RECORDS`."""
+    together: list[RecordBatch] = []
+    count = 0
+    for batch in batches:
+        if count + len(batch.records) > STEP_RECORDS and together:
+            yield together
+            together, count = [], 0
+        together.append(batch)
+        count += len(batch.records)
+    if together:
+        yield together
 
 
 class Transport(driver.Transport):

@@ -12,7 +12,7 @@ from stream.metrics import SECONDS, Histogram
 
 _Key = TypeVar("_Key")
 
-#: The parts of a batch's way that are timed, in order.
+#: The parts of a step's way that are timed, in order.
 Stage = Literal["decode", "apply", "queue", "changelog", "kv", "output"]
 STAGES: Final[tuple[Stage, ...]] = ("decode", "apply", "queue", "changelog", "kv", "output")
 #: What may become of a record of an event topic, and of one of the deletion topic.
@@ -21,7 +21,7 @@ OF_EVENTS: Final = (
 )  # fmt: skip
 OF_ERASURES: Final = (Counter.ERASURES, Counter.WITHDRAWN, Counter.REJECTED)
 
-_BATCH_BOUNDS: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000)
+_STEP_BOUNDS: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000)
 #: Prometheus' client leaves sum and count out where a bound is negative.
 _COSINE_BOUNDS: Final = (0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999, 1.0)
 #: A batch may be minutes old after an outage, and its events days.
@@ -40,8 +40,8 @@ class Measures:
         dead_letters: that are on their topic.
         claims: of partitions.
         assignments: that the group gave this worker.
-        stage_s: how long batches were at each stage.
-        batch_records: sizes of batches.
+        stage_s: how long steps were at each stage.
+        step_records: how many records steps took in.
         durable_s: of each event, from its fetch until all it caused was durable.
         age_s: of the first event of each batch, by Kafka's time, when its vectors could be read.
         cosines: between a user's vectors before and after a batch.
@@ -57,7 +57,7 @@ class Measures:
         self.claims = 0
         self.assignments = 0
         self.stage_s = {stage: Histogram(SECONDS) for stage in STAGES}
-        self.batch_records = Histogram(_BATCH_BOUNDS)
+        self.step_records = Histogram(_STEP_BOUNDS)
         self.durable_s = Histogram(_WAY_BOUNDS)
         self.age_s = Histogram(_WAY_BOUNDS)
         self.cosines = Histogram(_COSINE_BOUNDS)
@@ -69,8 +69,8 @@ class Measures:
     def took(self, batch: RecordBatch, decoded: Batch, *, is_erasures: bool) -> None:
         """Take note of what became of the records of a batch, whose step is done."""
         topic, counts = batch.topic, decoded.counts
+        self.counts.update(counts)
         self.count(Counter.RECORDS, len(batch.records))
-        self.batch_records.observe(len(batch.records))
         outcomes: dict[str, int] = {c: counts.get(c, 0) for c in (OF_ERASURES if is_erasures else OF_EVENTS)}
         if is_erasures:
             outcomes[Counter.DUPLICATE] = len(batch.records) - sum(outcomes.values())

@@ -26,7 +26,7 @@ from stream.rollout.backfill import Backfill
 from stream.rollout.control_topics import ControlTopics
 from stream.rollout.live_encoders import LiveEncoders
 from stream.rollout.live_spaces import LiveSpaces
-from stream.rollout.records import Catalogue, Status
+from stream.rollout.records import Catalogue, Stage, Status
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +72,7 @@ class Rollout:
         self.partitions = 0
         self._live = LiveSpaces(settings, None, 0)
         self._encoders = LiveEncoders(settings)
+        self._processor = processor
         self._settings = settings
         self._kv = kv
         self._tell = tell
@@ -184,20 +185,21 @@ class Rollout:
         """Speak of every pair for a partition that is being taken, before it processes anything.
 
         Args:
-            owned: the partition; its engine serves `pairs`.
+            owned: the partition, of which vectors of `pairs` are published.
             earlier_epoch: the claim of the owner right before, 0 for none.
         """
         partition, coverage = owned.partition, self._control.coverage
         empty = next(owned.db.users(), None) is None
         here = _Here(owned, {}, [])
-        for versions in owned.engine.versions:
-            status = coverage.of(*versions, partition) or Status(*versions, partition, 0, "covering")
-            unbroken = status.stage == "covered" and status.epoch == earlier_epoch
-            status = status.at("covered" if unbroken or empty else "covering", epoch=owned.epoch, error="", asked=-1)
-            here.statuses[versions] = status
-        await asyncio.gather(*map(self._tell, here.statuses.values()))
-        here.todo = [versions for versions, status in here.statuses.items() if status.stage == "covering"]
-        self._here[partition] = here
+        async with self._turn:  # no pair comes between what is told here and the first vector
+            for versions in self._processor.versions:
+                status = coverage.of(*versions, partition) or Status(*versions, partition, 0, "covering")
+                unbroken = status.stage == "covered" and status.epoch == earlier_epoch
+                stage: Stage = "covered" if unbroken or empty else "covering"
+                here.statuses[versions] = status.at(stage, epoch=owned.epoch, error="", asked=-1)
+            await asyncio.gather(*map(self._tell, here.statuses.values()))
+            here.todo = [versions for versions, status in here.statuses.items() if status.stage == "covering"]
+            self._here[partition] = here
 
     def begin(self) -> None:
         """Work on what the partitions lack, from here on."""
@@ -266,22 +268,21 @@ class Rollout:
             await self._kv.update_meta(self.announce)
             for user_version, item_version in sorted(now - before):
                 log.info("item version %s, user version %s: publishing from here on", item_version, user_version)
+        new = [versions for versions in sorted(now) if versions not in self._processor.versions]
         for here in list(self._here.values()):
-            await self._change(here, catalogue)
+            for versions in new:
+                status = Status(*versions, here.owned.partition, here.owned.epoch, "covering")
+                here.statuses[versions] = status
+                await self._tell(status)  # before the first vector of the pair: whoever comes next must know of it
+        if set(self._processor.versions) != now:
+            await self._processor.serve(self.pairs)
+        for here in list(self._here.values()):
+            await self._change(here, new, now, catalogue)
         self._applied = catalogue
 
-    async def _change(self, here: _Here, catalogue: Catalogue) -> None:
-        """Publish the present pairs for a partition, and see what is to be covered or removed."""
-        owned, pairs = here.owned, self.pairs
-        live = {pair.versions for pair in pairs}
-        new = [versions for versions in live if versions not in owned.engine.versions]
-        for versions in new:
-            status = Status(*versions, owned.partition, owned.epoch, "covering")
-            here.statuses[versions] = status
-            await self._tell(status)  # before the first vector of the pair: whoever comes next must know of it
-        if set(owned.engine.versions) != live:
-            async with owned.turn:
-                owned.engine.serve(pairs)
+    async def _change(self, here: _Here, new: Collection[Versions], live: set[Versions], catalogue: Catalogue) -> None:
+        """See what is to be covered or removed of a partition, now that these pairs are live."""
+        owned = here.owned
         here.todo = [
             versions for versions in here.todo if _is_wanted(here.statuses[versions], versions, live, catalogue)
         ]
@@ -320,7 +321,8 @@ class Rollout:
         """Prefixes of the keys that a partition has vectors under which nobody keeps current any more."""
         spoken_of = self._control.coverage.statuses.values()
         pairs = {s.pair for s in spoken_of if s.partition == owned.partition and s.stage != "removed"}
-        return [user_cache_key("", item, user).encode() for user, item in sorted(pairs - set(owned.engine.versions))]
+        abandoned = sorted(pairs - set(self._processor.versions))
+        return [user_cache_key("", item, user).encode() for user, item in abandoned]
 
     def _spoken_of(self, version: str, partition: int) -> list[Status]:
         """What is known of an item version's vectors in a partition, of whatever user version, not removed yet."""

@@ -30,7 +30,7 @@ from stream.kv.protocol import Meta
 from stream.kv.retrying import PatientKV
 from stream.kv.stores import check_place, open_writer
 from stream.logs import log_config, log_what_python_prints, print_error
-from stream.pipeline.lanes import Lanes, OnStage
+from stream.pipeline.lane import Destinations, Lane, OnStage
 from stream.pipeline.measures import Measures
 from stream.pipeline.processor import BatchProcessor
 from stream.pipeline.table import TABLE, HistoryTable, TableManager
@@ -51,8 +51,8 @@ HEARTBEAT_S: Final = 1.0
 LAG_S: Final = 1.0
 TOO_LATE: Final = "the worker did not stop in time; what was not committed is processed again"
 REPORT_S: Final = 10.0
-#: Batches that wait for the agent; each is a whole fetch of a partition.
-STREAM_BUFFER: Final = 16
+#: Steps that wait for the agent: one is ready when it has done the last. More would only have to be done before a stop.
+STREAM_BUFFER: Final = 2
 REBALANCE_TIMEOUT_S: Final = 60.0
 MAX_POLL_RECORDS: Final = 4_000
 
@@ -65,6 +65,7 @@ class Ready:
         topics: what they are like.
         kv: the store.
         rollout: item versions.
+        lane: what makes all durable.
         partitions: takes them and gives them up.
         watch: looks at the topics from time to time; None where the brokers let nobody.
         enter: enters this worker into the store's shared record.
@@ -73,6 +74,7 @@ class Ready:
     topics: Prepared
     kv: PatientKV
     rollout: Rollout
+    lane: Lane
     partitions: Partitions
     watch: TopicWatch | None
     enter: Callable[[Meta], Meta]
@@ -105,10 +107,9 @@ class EmbeddingApp(faust.App):
         self.failure: BaseException | None = None
         self.failed = asyncio.Event()
         self.marks = DurableMarks()
-        self.lanes = Lanes(self.crash)
         self.registry = open_registry(settings)
         self.processor = BatchProcessor(
-            settings.deletion_topic, self.lanes, self.marks, self.measures, on_stage, self._read_again, self.registry
+            settings.deletion_topic, self.marks, self.measures, on_stage, self._read_again, self.registry
         )
         self.pulse = Pulse()
         self.has_assignment = False
@@ -184,6 +185,22 @@ class EmbeddingApp(faust.App):
         kv = PatientKV(store, settings.delivery_timeout_s)
         rollout = Rollout(settings, self.clients, kv, self.processor, self._tell, self._records, self.crash)
 
+        lane = Lane(
+            Destinations(
+                changelog=settings.changelog_topic,
+                output=settings.output_topic,
+                dead_letters=settings.dlq_topic,
+                dead_letter_partitions=topics.dead_letter_partitions,
+                dead_letter_max_bytes=settings.dlq_max_bytes,
+            ),
+            self.producer,
+            kv,
+            marks=self.marks,
+            measures=self.measures,
+            on_stage=self._on_stage,
+            on_error=self.crash,
+        )
+
         def enter(meta: Meta) -> Meta:
             return rollout.announce(registered(settings, topics.partitions, meta))
 
@@ -196,17 +213,15 @@ class EmbeddingApp(faust.App):
             kv=kv,
             producer=self.producer,
             consumer=self.consumer,
-            lanes=self.lanes,
-            marks=self.marks,
+            lane=lane,
             processor=self.processor,
             measures=self.measures,
-            on_stage=self._on_stage,
             on_error=self.crash,
             enter=enter,
             schemas=None if self.registry is None else self.registry.schemas,
             schema_id=schema_id,
         )
-        self._ready = Ready(topics, kv, rollout, Partitions(parts), watch, enter)
+        self._ready = Ready(topics, kv, rollout, lane, Partitions(parts), watch, enter)
         await kv.update_meta(lambda meta: registered(settings, topics.partitions, meta))
         await rollout.start(base, topics.partitions, topics.largest_dim)
         try:
@@ -299,6 +314,11 @@ class EmbeddingApp(faust.App):
         return None if self._ready is None else self._ready.kv
 
     @property
+    def lane(self) -> Lane | None:
+        """See the class."""
+        return None if self._ready is None else self._ready.lane
+
+    @property
     def rollout(self) -> Rollout | None:
         """See the class."""
         return None if self._ready is None else self._ready.rollout
@@ -377,10 +397,12 @@ class EmbeddingApp(faust.App):
             await asyncio.gather(taking, return_exceptions=True)
 
     async def drain(self) -> None:
-        """Wait until what the lanes hold is durable; not so long that the group would give this worker up."""
+        """Wait until what the lane holds is durable; not so long that the group would give this worker up."""
+        if self._ready is None:
+            return
         try:
             async with asyncio.timeout(min(self.settings.delivery_timeout_s, REBALANCE_TIMEOUT_S / 2)):
-                await self.lanes.drain()
+                await self._ready.lane.drain()
         except TimeoutError:
             log.warning("gave up waiting for unacknowledged batches; they will be processed again")
 
@@ -389,8 +411,8 @@ class EmbeddingApp(faust.App):
     async def _embed(self, stream: Any) -> None:
         self._stream, self._agent = stream, asyncio.current_task()
         try:
-            async for batch in stream:
-                await self.processor.process(batch)
+            async for batches in stream:
+                await self.processor.process(batches)
         except Exception as exc:  # noqa: BLE001 - Faust would restart the agent and skip the batch
             await self.crash(exc)
             await asyncio.Event().wait()  # until Faust cancels us

@@ -1,6 +1,6 @@
 """Whether a worker is alive, and whether it is ready; both can be asked while its event loop is stuck.
 
-Alive is a worker whose event loop, agent and lanes move, or wait for brokers or a store no longer than these may be
+Alive is a worker whose event loop, agent and lane move, or wait for brokers or a store no longer than these may be
 away, which a restart would not mend. Ready is one that has taken what the group gave it, with its state, and is not far
 behind.
 """
@@ -13,13 +13,13 @@ from typing import Final, Protocol
 from stream.config import Settings
 from stream.kafka.schema_registry import REGISTRY
 from stream.kv.retrying import PatientKV
-from stream.pipeline.lanes import Lanes
+from stream.pipeline.lane import Lane
 from stream.pipeline.measures import Measures
 from stream.pipeline.processor import BatchProcessor
 from stream.rollout.rollout import Rollout
 from stream.worker.input_lag import InputLag
 
-#: The event loop, the agent or a lane that has not moved for so long is stuck.
+#: The event loop, the agent or the lane that has not moved for so long is stuck.
 STUCK_S: Final = 7.0
 BEAT_S: Final = 0.5
 #: Who has not answered for so long is away.
@@ -55,7 +55,6 @@ class Vitals(Protocol):
     Attributes:
         settings: how long brokers and store may be away, and how far behind is ready.
         processor: what the agent does, and the partitions that are owned.
-        lanes: of these.
         pulse: the event loop's.
         input_lag: how far it is behind.
         measures: what was counted and timed.
@@ -65,7 +64,6 @@ class Vitals(Protocol):
 
     settings: Settings
     processor: BatchProcessor
-    lanes: Lanes
     pulse: Pulse
     input_lag: InputLag
     measures: Measures
@@ -90,6 +88,11 @@ class Vitals(Protocol):
     @property
     def kv(self) -> PatientKV | None:
         """The store; None before it is opened."""
+        ...
+
+    @property
+    def lane(self) -> Lane | None:
+        """What makes all durable; None before the store is opened."""
         ...
 
     @property
@@ -123,17 +126,16 @@ class Health:
         if of.agent_has_ended:
             reasons.append("the agent has ended")
         agent = of.processor.activity
-        if agent.since_s is not None and not agent.awaits:  # else it waits for a lane, which is judged by itself
+        if agent.since_s is not None and not agent.awaits:  # else it waits for the lane, which is judged by itself
             reasons += _stuck("the agent", now_s - agent.since_s, STUCK_S)
         if of.pulse.takes_nothing_s is not None and now_s - of.pulse.takes_nothing_s > STUCK_S:
             reasons.append("the agent takes nothing of what was fetched")
         longest_s = of.settings.delivery_timeout_s + STUCK_S  # what may be away is given up before that
-        for partition, activity, has_ended in of.lanes.states():
-            who, since_s, awaits = f"the lane of partition {partition}", activity.since_s, activity.awaits
-            if has_ended:
-                reasons.append(f"{who} has ended")
-            elif since_s is not None:
-                reasons += _stuck(who, now_s - since_s, longest_s if awaits else STUCK_S)
+        if (lane := of.lane) is not None:
+            if lane.has_ended:
+                reasons.append("the lane has ended")
+            elif (since_s := lane.activity.since_s) is not None:
+                reasons += _stuck("the lane", now_s - since_s, longest_s if lane.activity.awaits else STUCK_S)
         if of.kv is not None and (since_s := of.kv.waits_since_s) is not None:
             reasons += _stuck("a call of the store", now_s - since_s, longest_s)
         return reasons

@@ -29,8 +29,10 @@ METRICS: Final = (
     Metric("uemb_vectors_total", "counter", "vectors that were published", (*_PAIR, "status", "reason")),
     Metric("uemb_unknown_items_total", "counter", "interactions with items that the version lacks", _PAIR),
     Metric("uemb_vector_cosine", "histogram", "cosine between vectors of a user before and after a batch"),
-    Metric("uemb_batch_records", "histogram", "records of a batch"),
-    Metric("uemb_stage_seconds", "histogram", "how long batches were at a stage", ("stage",)),
+    Metric(
+        "uemb_batch_records", "histogram", "records of a step, which takes what was fetched together, of all partitions"
+    ),
+    Metric("uemb_stage_seconds", "histogram", "how long steps were at a stage", ("stage",)),
     Metric("uemb_event_durable_seconds", "histogram", "from an event's fetch until all it caused was durable"),
     Metric("uemb_event_age_seconds", "histogram", "age of a batch's first event when its vectors could be read"),
     Metric("uemb_lag_records", "gauge", "records that the brokers hold and that are not durable", _PLACE),
@@ -75,7 +77,7 @@ class WorkerMetrics:
             "uemb_rejected_total": dict(measures.rejected),
             "uemb_dead_letters_total": {(): measures.dead_letters},
             **{f"uemb_{counter}_total": {(): counts.get(counter, 0)} for counter in _COUNTERS},
-            "uemb_batch_records": {(): measures.batch_records},
+            "uemb_batch_records": {(): measures.step_records},
             "uemb_stage_seconds": {(stage,): histogram for stage, histogram in measures.stage_s.items()},
             "uemb_event_durable_seconds": {(): measures.durable_s},
             "uemb_event_age_seconds": {(): measures.age_s},

@@ -10,20 +10,17 @@ from faust.types import TP
 
 from stream.config import Settings
 from stream.core.engine import Engine
-from stream.core.events import EventDecoder
 from stream.core.framing import Schemas
-from stream.core.history_codec import HistoryCodec
-from stream.core.kinds import Kinds
 from stream.core.records import kv_prefix
 from stream.errors import StateError, UembError
 from stream.kafka.clients import Clients
-from stream.kafka.delivery import DurableMarks, RecordBatch
+from stream.kafka.delivery import RecordBatch
 from stream.kafka.producer import Producer, acknowledged
 from stream.kafka.topics import Prepared
 from stream.kafka.transport import Consumer
 from stream.keys import epoch_key, watermark_key
 from stream.kv.protocol import KVWriter, Meta
-from stream.pipeline.lanes import Destinations, Lane, Lanes, OnStage
+from stream.pipeline.lane import Lane, Outlet
 from stream.pipeline.measures import Measures
 from stream.pipeline.processor import BatchProcessor, Owned
 from stream.pipeline.table import HistoryStore
@@ -49,11 +46,9 @@ class Parts:
     kv: KVWriter
     producer: Producer
     consumer: Consumer
-    lanes: Lanes
-    marks: DurableMarks
+    lane: Lane
     processor: BatchProcessor
     measures: Measures
-    on_stage: OnStage
     on_error: Callable[[BaseException], Awaitable[None]]
     enter: Callable[[Meta], Meta]  # this worker in the store's shared record
     schemas: Schemas | None = None  # of framed events
@@ -75,8 +70,7 @@ class Partitions:
         self._taking: asyncio.Future[Any] | None = None
         self._rebuilds: dict[int, asyncio.Task[None]] = {}
         self._expiry: asyncio.Task[None] | None = None
-        self._decoder = EventDecoder(parts.settings.rules, parts.schemas)
-        self._kinds = Kinds(HistoryCodec(parts.settings.event_types))
+        self._engine: Engine | None = None
         self._input_topics = (*parts.settings.event_topics, parts.settings.deletion_topic)
 
     async def take(self, partitions: Sequence[int], standbys: Sequence[int]) -> None:
@@ -89,10 +83,12 @@ class Partitions:
         parts = self._parts
         parts.consumer.check_assignment(self._input_topics, partitions)
         await parts.rollout.prepare()
-        share = max(64, parts.settings.hot_users // max(1, len(partitions)))
         self.restoring = dict.fromkeys(partitions)
-        self._taking = asyncio.gather(*(self._take(partition, share) for partition in partitions))
-        await self._taking
+        if partitions:
+            engine = self._engine_for(len(partitions))
+            parts.processor.begin(engine, parts.lane)
+            self._taking = asyncio.gather(*(self._take(partition, engine) for partition in partitions))
+            await self._taking
         parts.rollout.begin()
         if (kept_ms := parts.settings.erasure_marker_retention_ms) is not None:
             expiry = MarkerExpiry(parts.processor, kept_ms, self._stream_time_ms)
@@ -111,7 +107,7 @@ class Partitions:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._standbys.stop()
         owned = parts.processor.give_up(parts.consumer.seeks + 1)
-        await parts.lanes.stop()
+        await parts.lane.stop()
         for partition in owned:
             try:
                 partition.db.put({}, partition.changelog_offset)
@@ -125,14 +121,34 @@ class Partitions:
     async def heartbeat(self) -> None:
         """Write the watermarks of idle partitions, and see whether somebody asks for a rebuild."""
         parts = self._parts
-        await parts.lanes.heartbeat()
+        await parts.lane.heartbeat()
         for partition, owned in list(parts.processor.owned.items()):
             if partition in self._rebuilds or await parts.kv.rebuild_request(partition) is None:
                 continue
             if parts.processor.owned.get(partition) is owned:  # not given up while the store answered
                 self._start_rebuild(owned)
 
-    async def _take(self, partition: int, hot_users: int) -> None:
+    def _engine_for(self, partitions: int) -> Engine:
+        """The engine, for so many partitions to be claimed."""
+        parts, settings = self._parts, self._parts.settings
+        hot_users = max(64, settings.hot_users // partitions)
+        if self._engine is None:
+            self._engine = Engine(
+                parts.rollout.pairs,
+                settings.rules,
+                partitions=parts.topics.partitions,
+                hot_users=hot_users,
+                publish_latest=settings.publish == "latest",
+                json_output=settings.output_format == "json",
+                schema_id=parts.schema_id,
+                schemas=parts.schemas,
+            )
+        else:
+            self._engine.restart(hot_users)
+            self._engine.serve(parts.rollout.pairs)
+        return self._engine
+
+    async def _take(self, partition: int, engine: Engine) -> None:
         parts, settings = self._parts, self._parts.settings
         restoring = self.restoring
         await parts.producer.take(partition, [settings.changelog_topic, settings.output_topic])
@@ -148,29 +164,18 @@ class Partitions:
             max_age_s=parts.topics.removed_kept_s,
         )
         parts.measures.claims += 1
-        engine = Engine(
-            parts.rollout.pairs,
-            settings.rules,
-            partition=partition,
-            partitions=parts.topics.partitions,
-            hot_users=hot_users,
-            publish_latest=settings.publish == "latest",
-            json_output=settings.output_format == "json",
-            schema_id=parts.schema_id,
-            decoder=self._decoder,
-            kinds=self._kinds,
-        )
+        engine.claim(partition, epoch)
         watermark = (await parts.kv.get(partition, [watermark_key(partition).encode()]))[0]
         committed = await self._committed(partition, covered_offsets(watermark))
         progress = Progress(epoch, {topic: offset for topic, offset in committed.items() if offset is not None})
-        owned = Owned(partition, epoch, db, engine, progress, db.changelog_offset)
+        owned = Owned(partition, epoch, db, progress, db.changelog_offset)
         owned.left_behind = lambda: parts.rollout.left_behind(owned)
         if lost_writes(watermark, committed):
             log.warning("partition %s: the key-value store lacks committed writes; rebuilding it", partition)
             progress.whole = False
         await parts.rollout.take(owned, earlier_epoch)
         parts.processor.owned[partition] = owned
-        parts.lanes.start(self._lane(owned))
+        parts.lane.open(self._outlet(owned))
         start = (committed[settings.deletion_topic] or 0) if earlier_epoch else 0
         await self._apply_erasures(partition, start)
         restoring.pop(partition, None)
@@ -205,10 +210,10 @@ class Partitions:
         parts, topic = self._parts, self._parts.settings.deletion_topic
 
         async def handle(records: list[Any]) -> None:
-            await parts.processor.step(RecordBatch(topic, partition, records, -1, 0, records[0].offset))
+            await parts.processor.step([RecordBatch(topic, partition, records, -1, 0, records[0].offset)])
 
         await Restorer(parts.clients).read(topic, partition, start, handle)
-        await parts.lanes[partition].empty()
+        await parts.lane.drain()
 
     async def _reclaim(self, owned: Owned) -> None:
         """Claim a partition in a store that has lost it, under the same epoch, and fill it beside the events."""
@@ -251,26 +256,13 @@ class Partitions:
             topics.append((progress.newest_ms.get(topic), is_read))
         return stream_time_ms(topics, now_ms())
 
-    def _lane(self, owned: Owned) -> Lane:
-        parts, settings, partition = self._parts, self._parts.settings, owned.partition
-        return Lane(
-            partition,
+    def _outlet(self, owned: Owned) -> Outlet:
+        return Outlet(
+            owned.partition,
             owned.progress,
-            Destinations(
-                changelog=settings.changelog_topic,
-                output=settings.output_topic,
-                dead_letters=settings.dlq_topic,
-                dead_letter_partitions=parts.topics.dead_letter_partitions,
-                dead_letter_max_bytes=settings.dlq_max_bytes,
-            ),
-            parts.producer,
-            parts.kv,
-            marks=parts.marks,
+            Standing(self._parts.consumer, [TP(topic, owned.partition) for topic in self._input_topics]),
             changelog_at=owned.changelog_at,
             reclaim=lambda: self._reclaim(owned),
-            standing=Standing(parts.consumer, [TP(topic, partition) for topic in self._input_topics]),
-            measures=parts.measures,
-            on_stage=parts.on_stage,
         )
 
     async def _send_one(self, topic: str, partition: int, key: bytes, value: bytes) -> int:

@@ -23,6 +23,7 @@ import numpy as np
 
 from stream.cli.bench.load import IDS, START_MS, Load
 from stream.config import load_settings
+from stream.core.counters import Counter
 from stream.core.encoders import AvgEncoder, Encoder, MadeFor, MixEncoder, TimeMixEncoder, VersionedEncoder
 from stream.core.engine import Engine
 from stream.core.formulas import user_embed_mix
@@ -52,7 +53,8 @@ class Steps:
 
     def __init__(self, load: Load, pairs: Sequence[Pair], hot_users: int) -> None:
         settings = load_settings()
-        self.engine = Engine(pairs, settings.rules, partition=0, partitions=1, hot_users=hot_users)
+        self.engine = Engine(pairs, settings.rules, partitions=1, hot_users=hot_users)
+        self.engine.claim(0, 1)
         self.states: dict[bytes, bytes | None] = dict(load.states(settings))
         self._load = load
         self._runs = count()
@@ -68,11 +70,11 @@ class Steps:
         def work() -> None:
             nonlocal applied
             for start in range(0, len(records), batch):
-                decoded = self.engine.decode_events(TOPIC, records[start : start + batch])
-                stored = {user: self.states.get(user) for user in self.engine.missing(decoded)}
-                result = self.engine.apply(decoded, stored, 1)
-                self.states.update(result.states)
-                applied += result.counts["applied"]
+                decoded = self.engine.decode_events(TOPIC, 0, records[start : start + batch])
+                missing = self.engine.missing([decoded]).get(0, [])
+                result = self.engine.apply([decoded], {0: {user: self.states.get(user) for user in missing}})
+                self.states.update(result.of(0).states)
+                applied += decoded.counts[Counter.APPLIED]
 
         took_us = cpu_us(work, len(records))
         assert applied == len(records), "not what events cost"

@@ -6,6 +6,7 @@ import sys
 
 from stream.config import load_settings
 from stream.logs import setup_logging
+from stream.pipeline.lane import Work
 from stream.worker.app import EmbeddingApp
 from stream.worker.run import main
 
@@ -13,11 +14,12 @@ stage, users = sys.argv[1], {user.encode() for user in sys.argv[2].split(",")}
 pending = [signal.Signals[sys.argv[3]]]
 
 
-def hit_here(name: str, batch: object, result: object) -> None:
+def hit_here(name: str, work: Work) -> None:
     """End or freeze the process without any warning, as a power cut or a stalled host would."""
-    if name == stage and users & {*result.states, *result.forgotten} and pending:
+    here = {user for effects in work.effects.values() for user in (*effects.states, *effects.forgotten)}
+    if name == stage and users & here and pending:
         # The store would refuse the next heartbeat of one that was frozen, and end it before its writes are tried.
-        app.lanes.heartbeat = silence
+        app.ready.lane.heartbeat = silence
         os.kill(os.getpid(), pending.pop())
 
 

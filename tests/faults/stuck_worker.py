@@ -1,4 +1,4 @@
-"""A worker of which a part never comes to an end, once events flow: the event loop, the agent, or a lane."""
+"""A worker of which a part never comes to an end, once events flow: the event loop, the agent, or the lane."""
 
 import asyncio
 import sys
@@ -6,7 +6,7 @@ import threading
 
 from stream.config import load_settings
 from stream.logs import setup_logging
-from stream.pipeline.lanes import Lane
+from stream.pipeline.lane import Lane, Work
 from stream.pipeline.processor import BatchProcessor
 from stream.worker.app import EmbeddingApp
 from stream.worker.run import main
@@ -14,9 +14,9 @@ from stream.worker.run import main
 part = sys.argv[1]
 
 
-def hold(stage: str, batch: object, result: object) -> None:
+def hold(stage: str, work: Work) -> None:
     """Never return to the event loop."""
-    if part == "loop" and stage == "kv" and batch is not None:
+    if part == "loop" and stage == "kv" and work.taken:
         threading.Event().wait()
 
 

@@ -82,7 +82,7 @@ def test_what_is_counted_is_what_happened(films: Dataset, make_pipeline: Callabl
         "uemb_event_durable_seconds_count", "uemb_batch_records_count", "uemb_stage_seconds_count"
     )
     assert durable == {(): 3_053}
-    assert stages["apply",] == batches[()] == worker.value("uemb_event_age_seconds_count")
+    assert stages["apply",] == batches[()] <= worker.value("uemb_event_age_seconds_count")
     assert worker.value("uemb_epoch_claims_total") == pipeline.partitions
     assert worker.value("uemb_rebalances_total") >= 1
     (covered,) = worker.samples("uemb_rollout_covered_partitions")

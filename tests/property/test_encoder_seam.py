@@ -79,7 +79,7 @@ def test_users_who_are_silent_get_the_same_vectors_in_a_new_space() -> None:
     encoder = VersionedEncoder(learned(space), 20)
     driver, oracle = Driver([space], encoder), FeatureOracle(20, [space])
     check_every_event(driver, oracle, random_chunks(rng, random_stream(rng, 200, users=4), 20))
-    result, _ = driver.engine.embed(dict(driver.states), (encoder.version, space.version), 1)
+    result = driver.embed((encoder.version, space.version))
     cold = {key: entry[16:] for key, entry in result.entries.items()}
     for user in oracle.users():
         want = oracle.expected(user)

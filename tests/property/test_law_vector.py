@@ -182,7 +182,7 @@ def test_kinds_that_are_forgotten_now_and_then_change_nothing(data, stream, most
         patch.setattr(kinds, "_MEMO_LIMIT", most)
         driver = Driver([old, new], encoder)
         check_every_event(driver, Oracle(3, [old, new], type_weights={"like": 3.0}), data.draw(arrivals(stream)))
-        driver.engine.embed(driver.states, (encoder.version, "items_v2"), driver.epoch)
+        driver.engine.embed(0, driver.states, (encoder.version, "items_v2"))
 
 
 @given(st.data(), streams())
@@ -227,7 +227,7 @@ def test_a_space_that_joins_and_one_that_leaves_midway(data, stream, limit, weig
     driver.serve([old, new])
     passed = data.draw(st.integers(joins, leaves))  # the pass over all users comes some batches later
     driver.run(batches[joins:passed])
-    result, _ = driver.engine.embed(driver.states, (encoder.version, "items_v2"), driver.epoch)
+    result = driver.embed((encoder.version, "items_v2"))
     assert not result.states
     driver.kv |= result.entries
     driver.topic |= dict(result.output)

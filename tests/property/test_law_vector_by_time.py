@@ -101,7 +101,7 @@ def test_encoders_side_by_side_each_publish_what_they_would_alone(data, stream, 
     driver.run(batches[:joins])
     driver.engine.serve([Pair(encoder, space) for encoder in encoders.values()])
     for name in ("avg", "decays", "time"):
-        result, _ = driver.engine.embed(driver.states, (encoders[name].version, space.version), driver.epoch)
+        result = driver.embed((encoders[name].version, space.version))
         assert not result.states
         driver.kv |= result.entries
     driver.run(batches[joins:leaves])

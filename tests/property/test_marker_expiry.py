@@ -40,7 +40,7 @@ def end_markers(driver, before_ms):
     found = {user: (marker_erased_at(state), state) for user, state in driver.states.items()}
     markers = {user: state for user, (at, state) in found.items() if at is not None and at < before_ms}
     if markers:
-        result = driver.engine.end_markers(markers)
+        result = driver.engine.end_markers(0, markers)
         assert sorted(result.forgotten) == sorted(markers)
         driver.topic |= dict(result.output)
         for key in result.removals:
@@ -112,7 +112,7 @@ def test_who_comes_back_after_the_markers_end_begins_above_what_was_forgotten():
 def test_keys_that_were_left_behind_go_with_the_marker():
     driver = Driver([random_space("items_v1", 3)])
     driver.apply(Erase("a", T0))
-    result = driver.engine.end_markers({b"a": driver.states[b"a"]}, [b"uemb:old:items_v1:"])
+    result = driver.engine.end_markers(0, {b"a": driver.states[b"a"]}, [b"uemb:old:items_v1:"])
     assert result.output == [(b"uemb:old:items_v1:a", None)], "the others' tombstones are out since the erasure"
     assert result.removals == [driver.key("a"), b"uemb:old:items_v1:a"]
 

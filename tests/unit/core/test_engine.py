@@ -159,7 +159,7 @@ def test_rejects_carry_their_records_index_and_the_neighbours_go_on():
         Message(b"u", b"not json"),
         message(view("u", "c", 2)),
     ]
-    batch = d.engine.decode_events(TOPIC, records)
+    batch = d.decode(TOPIC, records)
     assert [(index, reject.reason) for index, reject in batch.rejects] == [
         (1, Reason.NULL_VALUE),
         (2, Reason.NULL_KEY),
@@ -184,9 +184,9 @@ def test_records_on_another_partition_are_turned_away(kind):
     if kind == "cached":
         d.feed(TOPIC, [message(view(u, "a")) for u in users if partition_of(u.encode(), partitions) == own])
     if kind == "erasure":
-        batch = d.engine.decode_deletions([message(Erase(user, T0)) for user in users])
+        batch = d.decode(DELETIONS, [message(Erase(user, T0)) for user in users])
     else:
-        batch = d.engine.decode_events(TOPIC, [message(view(user, "b", 1)) for user in users])
+        batch = d.decode(TOPIC, [message(view(user, "b", 1)) for user in users])
     turned_away = {users[index] for index, reject in batch.rejects if reject.reason is Reason.WRONG_PARTITION}
     assert turned_away == {user for user in users if partition_of(user.encode(), partitions) != own}
     assert len(batch.ops) == len(users) - len(turned_away) > 0
@@ -195,15 +195,15 @@ def test_records_on_another_partition_are_turned_away(kind):
 
 def test_a_mismatched_key_is_that_whatever_its_partition():
     d = driver(partition=0, partitions=1000)
-    batch = d.engine.decode_events(TOPIC, [Message(b"nobody", message(view("u", "a")).value)])
+    batch = d.decode(TOPIC, [Message(b"nobody", message(view("u", "a")).value)])
     assert [reject.reason for _, reject in batch.rejects] == [Reason.KEY_MISMATCH]
 
 
 def test_only_users_that_are_not_in_memory_are_asked_for():
     d = driver()
     d.apply(view("u", "a"))
-    batch = d.engine.decode_events(TOPIC, [message(view(u, "b", 1)) for u in ("u", "v", "w", "v")])
-    assert d.engine.missing(batch) == [b"v", b"w"]
+    batch = d.decode(TOPIC, [message(view(u, "b", 1)) for u in ("u", "v", "w", "v")])
+    assert d.engine.missing([batch]) == {0: [b"v", b"w"]}
 
 
 def test_ignored_types_leave_no_trace():
@@ -303,8 +303,8 @@ def test_a_user_can_be_sent_again_on_request():
     d.apply(Erase("gone", T0))
     before = d.record("u")
     d.restart()
-    batch = Batch([Op(user, None) for user in (b"u", b"gone", b"nobody")])
-    result = d.engine.apply(batch, {user: d.states.get(user) for user in d.engine.missing(batch)}, d.epoch)
+    batch = Batch(0, [Op(user, None) for user in (b"u", b"gone", b"nobody")])
+    result = d.step(batch)
     published = dict(result.output)
     assert published.keys() == result.entries.keys() == {d.key("u"), d.key("gone")}
     assert published[d.key("gone")] is None
@@ -315,12 +315,11 @@ def test_a_user_can_be_sent_again_on_request():
 
 @pytest.mark.parametrize("topic", [TOPIC, DELETIONS])
 def test_what_causes_nothing_must_be_where_its_key_belongs_too(topic):
-    pairs = [Pair(VersionedEncoder(MixEncoder(), 5), SPACE)]
-    engine = Engine(pairs, EventRules(TYPES, frozenset({"seen"})), partition=1, partitions=3)
+    d = driver(rules=EventRules(TYPES, frozenset({"seen"})), partition=1, partitions=3)
     value = None if topic == DELETIONS else b'{"user_id": %d, "item_id": 1, "type": "seen", "ts": %d}'
     records = [SimpleNamespace(key=b"%d" % n, value=value and value % (n, T0), timestamp=T0) for n in range(30)]
     here = [partition_of(record.key, 3) == 1 for record in records]
-    decoded = engine.decode_deletions(records) if topic == DELETIONS else engine.decode_events(topic, records)
+    decoded = d.decode(topic, records)
     assert [index for index, _ in decoded.rejects] == [n for n, is_here in enumerate(here) if not is_here]
     assert {reject.reason for _, reject in decoded.rejects} == {Reason.WRONG_PARTITION}
     assert decoded.placed == sum(here)
@@ -560,6 +559,7 @@ def test_every_publication_is_under_the_present_epoch():
     d = driver()
     d.apply(view("u", "a"))
     d.epoch = 7
+    d.engine.claim(0, 7)
     result = d.apply(view("u", "b", 1))
     assert decode(result.output[0][1]).epoch == 7
     assert stored_order(result.states[b"u"]) == (7, 2)
@@ -567,14 +567,15 @@ def test_every_publication_is_under_the_present_epoch():
 
 def test_memory_is_bounded_by_the_hot_cache_whatever_passes_through():
     pairs = [Pair(VersionedEncoder(MixEncoder(), 100), SPACE)]
-    engine = Engine(pairs, EventRules(TYPES), partition=0, partitions=1, hot_users=2_000)
+    engine = Engine(pairs, EventRules(TYPES), partitions=1, hot_users=2_000)
+    engine.claim(0, 1)
     key = sort_key(T0, b"3", b"view")
     for start in range(0, 40_000, 400):
-        batch = Batch([Op(str(user).encode(), key) for user in range(start, start + 400)])
-        engine.apply(batch, dict.fromkeys(engine.missing(batch)), 1)
-        assert len(engine._users.slots) <= 2_000
+        batch = Batch(0, [Op(str(user).encode(), key) for user in range(start, start + 400)])
+        engine.apply([batch], {0: dict.fromkeys(engine.missing([batch]).get(0, ()))})
+        assert len(engine._users.slots[0]) <= 2_000
     assert engine._users.capacity == engine._publishers[0]._sums.capacity <= 4 * 2_000
-    assert len(engine._users.slots) == 2_000
+    assert len(engine._users.slots[0]) == 2_000
 
 
 # -- what says how good vectors are -------------------------------------------------------------------------------

@@ -387,7 +387,7 @@ def test_what_led_to_a_framed_event_is_counted() -> None:
     class Record:
         key, value, timestamp = b"5", frame(7) + avro(schema, event), T0
 
-    found = BatchDecoder(decoder(AvroReader(json.dumps(schema)), rules), 0, 1, ()).events("t", [Record()])
+    found = BatchDecoder(decoder(AvroReader(json.dumps(schema)), rules), 1).events("t", 0, [Record()], ())
     assert (found.counts[Counter.SOURCED], found.counts[Counter.SELF_CAUSED]) == (1, 1)
 
 

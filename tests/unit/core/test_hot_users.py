@@ -1,4 +1,4 @@
-"""Histories as arrays: what `History` does, for the users of a partition at once."""
+"""Histories as arrays: what `History` does, for many users at once."""
 
 from itertools import accumulate
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from strategies import TYPES, ids
 
 from stream.core import kernels
-from stream.core.batch import Op
+from stream.core.batch import Batch, Op
 from stream.core.history import History, Outcome
 from stream.core.history_codec import NEVER, HistoryCodec, sort_key
 from stream.core.hot_users import HotUsers
@@ -43,9 +43,10 @@ def test_arrays_do_what_a_history_does(limit: int, batches: list[list[Op]], data
     users = HotUsers(Kinds(codec), limit, at_most=2)
     kinds, stored = users._kinds, {user: History(codec, limit, revision=7) for user in USERS}
     for ops in batches:
-        absent = [user for user in USERS if user not in users.slots]
-        users.load(absent, kinds.read([stored[user].encode(0) for user in absent], limit))
-        folded = users.fold(ops)
+        absent = [user for user in USERS if user not in users.slots.get(0, {})]
+        users.load([(0, absent)], kinds.read([stored[user].encode(0) for user in absent], limit))
+        folded = users.fold([Batch(0, ops)])
+        slots = users.slots[0]
         of_ops = iter(range(len(folded.users)))
         for event, (user, what) in enumerate(ops):
             history = stored[user]
@@ -66,25 +67,31 @@ def test_arrays_do_what_a_history_does(limit: int, batches: list[list[Op]], data
                 newest = -1 if history.as_of_ms is None else history.as_of_ms
                 said = (folded.lengths[n], folded.as_of[n], folded.revisions[n])
                 assert said == (history.count, newest, history.revision)
-        touched = {user: users.slots[user] for user in dict.fromkeys(op.user for op in ops)}
-        assert users.states(touched, 9) == {user: stored[user].encode(9) for user in touched}
+        assert folded.ends.tolist() == [len(folded.users)]
+        touched = list(dict.fromkeys(op.user for op in ops))
+        states = users.states(np.array([slots[user] for user in touched]), np.arange(9, 9 + len(touched)))
+        assert states == [stored[user].encode(epoch) for epoch, user in enumerate(touched, 9)]
         exist = users.exist(folded.slots).tolist()
         assert exist == [stored[u].count > 0 or stored[u].erased_at != NEVER for u in folded.users]
-        users.evict()
-        assert ops[-1].user in users.slots
-        assert len(users.slots) == 2
+        users.evict(0)
+        assert ops[-1].user in slots
+        assert len(slots) == 2
         if data.draw(st.booleans()):
-            users.forget([b"nobody", *users.slots])
+            users.forget(0, [b"nobody", *slots])
 
 
 def test_who_was_not_used_for_longest_leaves_first() -> None:
     kinds = Kinds(HistoryCodec(TYPES))
     users = HotUsers(kinds, 2, at_most=2)
     none = kinds.read([], 2)
-    users.load([b"a", b"b", b"c"], none.followed_by(3, 0, NEVER))
-    users.fold([Op(b"a", None)])
-    users.evict()
-    assert list(users.slots) == [b"c", b"a"]
+    users.load([(0, [b"a", b"b", b"c"]), (1, [b"a", b"b", b"c"])], none.followed_by(6, 0, NEVER))
+    assert len({*users.slots[0].values(), *users.slots[1].values()}) == 6
+    users.fold([Batch(0, [Op(b"a", None)])])
+    users.evict(0)
+    assert {partition: list(some) for partition, some in users.slots.items()} == {
+        0: [b"c", b"a"],
+        1: [b"a", b"b", b"c"],
+    }
 
 
 @pytest.mark.parametrize("at_most", [1, 5_000])
@@ -93,10 +100,10 @@ def test_slots_are_used_again_and_made_when_they_are_needed(at_most: int) -> Non
     users = HotUsers(kinds, 2, at_most)
     for start in range(0, 30_000, 3_000):
         names = [b"%d" % n for n in range(start, start + 3_000)]
-        slots = users.load(names, kinds.read([], 2).followed_by(len(names), 0, NEVER))
+        slots = users.load([(0, names)], kinds.read([], 2).followed_by(len(names), 0, NEVER))
         assert len(set(slots.tolist())) == len(names)
-        assert len(set(users.slots.values())) == len(users.slots)
-        users.evict()
+        assert len(set(users.slots[0].values())) == len(users.slots[0])
+        users.evict(0)
     assert users.load([], kinds.read([], 2)).tolist() == []
     assert users.capacity <= 16_000
 

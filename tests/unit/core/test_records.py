@@ -150,14 +150,14 @@ def test_the_last_bytes_are_the_vector(record):
 
 
 @given(st.lists(some_records, min_size=1, max_size=5), st.integers(1, 2**40), st.data())
-def test_a_step_s_entries_are_prefix_and_record_of_each(some, epoch, data):
-    """Of one pair and one epoch, as it is in a step; of an empty history there is the prefix only."""
+def test_a_step_s_entries_are_prefix_and_record_of_each(some, first_epoch, data):
+    """Of one pair, as it is in a step; of an empty history there is the prefix only."""
     dim = len(some[0].vector)
     statuses = np.array([data.draw(st.integers(0, len(REASONS) - 1)) for _ in some], dtype=np.int8)
     records = [
         replace(
             record,
-            epoch=epoch,
+            epoch=first_epoch + n,
             revision=record.revision >> 2,
             status=REASONS[status][0],
             reason=REASONS[status][1],
@@ -166,19 +166,18 @@ def test_a_step_s_entries_are_prefix_and_record_of_each(some, epoch, data):
             as_of=record.as_of or 0,
             vector=np.resize(record.vector, dim),
         )
-        for record, status in zip(some, statuses, strict=True)
+        for n, (record, status) in enumerate(zip(some, statuses, strict=True))
     ]
     facts = Facts(
         [record.user_id.encode() for record in records],
-        epoch,
-        *(np.array([getattr(record, name) for record in records]) for name in ("revision", "history_len")),
+        *(np.array([getattr(record, name) for record in records]) for name in ("epoch", "revision", "history_len")),
         *(np.array([getattr(record, name) for record in records]) for name in ("unknown_items", "as_of")),
     )
     norms, vectors = np.array([record.norm for record in records]), np.stack([record.vector for record in records])
     entries, bodies = EntryWriter("user_v7", "items_v42", dim).write(facts, statuses, norms, vectors)
     want = [encode(record) if record.history_len else None for record in records]
     assert bodies == want
-    prefixes = [kv_prefix(epoch, record.revision) for record in records]
+    prefixes = [kv_prefix(record.epoch, record.revision) for record in records]
     assert entries == [prefix + (body or b"") for prefix, body in zip(prefixes, want, strict=True)]
     by_column = np.asfortranarray(vectors)  # an encoder's choice
     assert EntryWriter("user_v7", "items_v42", dim).write(facts, statuses, norms, by_column) == (entries, bodies)

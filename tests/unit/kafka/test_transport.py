@@ -18,7 +18,7 @@ from stream.kafka.delivery import GAP_TRIES, BatchMissing, DeliveryChain, Durabl
 from stream.kafka.embedded_broker import DevBroker
 from stream.kafka.fetch_pace import FetchPace
 from stream.kafka.transport import (
-    BATCH_RECORDS,
+    STEP_RECORDS,
     Consumer,
     ConsumerThread,
     OutOfRange,
@@ -143,7 +143,7 @@ def records(*offsets: int) -> dict[TopicPartition, list[Any]]:
 
 
 async def collect(flow: Flow) -> list[RecordBatch]:
-    return [message.value async for _, message in flow.getmany(timeout=1.0)]
+    return [batch async for _, message in flow.getmany(timeout=1.0) for batch in message.value]
 
 
 async def test_the_first_fetch_after_a_rebalance_is_delivered() -> None:
@@ -281,15 +281,27 @@ async def test_a_large_fetch_is_delivered_in_bounded_batches_by_turns() -> None:
     flow.client.places = {PLACE, other}
     flow.committed_at = 0
     await flow.resume()
-    batches = await flow.next({**records(*range(2 * BATCH_RECORDS + 5)), other: records(*range(BATCH_RECORDS))[PLACE]})
+    batches = await flow.next({**records(*range(2 * STEP_RECORDS + 5)), other: records(*range(STEP_RECORDS))[PLACE]})
     assert [(b.partition, b.number, len(b.records)) for b in batches] == [
-        (0, 0, BATCH_RECORDS),
-        (1, 0, BATCH_RECORDS),
-        (0, 1, BATCH_RECORDS),
+        (0, 0, STEP_RECORDS),
+        (1, 0, STEP_RECORDS),
+        (0, 1, STEP_RECORDS),
         (0, 2, 5),
     ]
-    assert [r.offset for b in batches if b.partition == 0 for r in b.records] == list(range(2 * BATCH_RECORDS + 5))
-    assert batches[-1].next_offset == 2 * BATCH_RECORDS + 5
+    assert [r.offset for b in batches if b.partition == 0 for r in b.records] == list(range(2 * STEP_RECORDS + 5))
+    assert batches[-1].next_offset == 2 * STEP_RECORDS + 5
+
+
+async def test_what_was_fetched_together_comes_together_as_far_as_that_is_bounded() -> None:
+    flow, others = Flow(), [TopicPartition("events", n) for n in (1, 2, 3)]
+    flow.client.places = {PLACE, *others}
+    flow.committed_at = 0
+    await flow.resume()
+    sizes = (STEP_RECORDS // 2, STEP_RECORDS // 2, 1, STEP_RECORDS)
+    flow.answer_next({place: records(*range(n))[PLACE] for place, n in zip([PLACE, *others], sizes, strict=True)})
+    steps = [message.value async for _, message in flow.getmany(timeout=1.0)]
+    assert [[batch.partition for batch in step] for step in steps] == [[0, 1], [2], [3]]
+    assert all(sum(len(batch.records) for batch in step) <= STEP_RECORDS for step in steps)
 
 
 async def test_commits_follow_the_durable_mark_alone() -> None:
@@ -481,51 +493,29 @@ async def test_a_group_outlasts_metadata_without_brokers() -> None:
 class Drained(Flow):
     """What a fetch brought, as it is handed on."""
 
-    def __init__(self, brought: list[tuple[TP, str]], stops_at: str = "") -> None:
+    def __init__(self, brought: list[str], stops_at: str) -> None:
         super().__init__()
         self.flow_active = True
         self.app.should_stop = False
         self._brought = brought
         self._stops_at = stops_at
-        self.turns: list[list[str]] = []
+        self.handed_on: list[str] = []
 
     async def getmany(self, timeout: float) -> Any:
         for one in self._brought:
-            yield one
+            yield TP("events", 0), one
         self.should_stop = True
 
     async def callback(self, message: Any) -> None:
-        self.turns[-1].append(message)
+        self.handed_on.append(message)
         self.flow_active = message != self._stops_at
 
     async def wait_first(self, handing: Any, suspended: Any) -> None:
-        self.turns.append([])
         suspended.close()
         await handing
 
 
-ONE, TWO = TP("events", 1), TP("events", 2)
-
-
-@pytest.mark.parametrize(
-    ("brought", "turns"),
-    [
-        ([], []),
-        ([(ONE, "a"), (TWO, "b")], [["a", "b"]]),
-        ([(ONE, "a"), (TWO, "b"), (ONE, "c"), (TWO, "d")], [["a"], ["b"], ["c"], ["d"]]),
-        ([(ONE, "a"), (ONE, "c"), (TWO, "b")], [["a"], ["c"], ["b"]]),
-    ],
-)
-async def test_a_batch_of_each_partition_is_handed_on_together_and_a_backlog_one_by_one(
-    brought: Any, turns: list[list[str]]
-) -> None:
-    """The former share requests; the latter leave a worker that stops little to do."""
-    flow = Drained(brought)
-    await flow._drain_messages(SimpleNamespace(should_stop=False))
-    assert flow.turns == turns
-
-
 async def test_nothing_more_is_handed_on_once_the_flow_has_stopped() -> None:
-    flow = Drained([(ONE, "a"), (TWO, "b"), (ONE, "c"), (TWO, "d")], stops_at="b")
+    flow = Drained(["a", "b", "c", "d"], stops_at="b")
     await flow._drain_messages(SimpleNamespace(should_stop=False))
-    assert flow.turns == [["a"], ["b"]]
+    assert flow.handed_on == ["a", "b"]

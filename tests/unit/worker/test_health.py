@@ -8,7 +8,7 @@ from faust.types import TP
 
 from stream.errors import DeliveryError
 from stream.pipeline.activity import Activity
-from stream.pipeline.lanes import BROKERS, STORE, LaneState
+from stream.pipeline.lane import BROKERS, STORE
 from stream.worker.health import STUCK_S, Health, Pulse
 from stream.worker.input_lag import Lag
 
@@ -34,8 +34,7 @@ class Worker:
         self.kv: Store | None = Store()
         self.progress = SimpleNamespace(whole=True)
         self.processor = SimpleNamespace(activity=Activity(), owned={2: SimpleNamespace(progress=self.progress)})
-        self.lane, self.lane_has_ended = Activity(), False
-        self.lanes = SimpleNamespace(states=lambda: [LaneState(2, self.lane, self.lane_has_ended)])
+        self.lane: SimpleNamespace | None = SimpleNamespace(activity=Activity(), has_ended=False)
         self.lags = {TP("events", 2): Lag(0, 0.0, int(time.time() * 1000))}
         self.input_lag = SimpleNamespace(lags=lambda: self.lags)
 
@@ -90,17 +89,17 @@ def test_an_agent_that_takes_nothing(worker: Worker) -> None:
 
 @pytest.mark.parametrize("awaits", [BROKERS, STORE])
 def test_a_lane_that_waits_for_what_is_away_is_alive(worker: Worker, awaits: str) -> None:
-    since(worker.lane, DELIVERY_S, awaits)
+    since(worker.lane.activity, DELIVERY_S, awaits)
     assert worker.dead() == []
-    since(worker.lane, DELIVERY_S + STUCK_S + 1, awaits)
-    assert worker.dead() == ["the lane of partition 2 is stuck for 68 s"]
+    since(worker.lane.activity, DELIVERY_S + STUCK_S + 1, awaits)
+    assert worker.dead() == ["the lane is stuck for 68 s"]
 
 
 def test_a_lane_that_waits_for_nothing_like_that_is_stuck(worker: Worker) -> None:
-    since(worker.lane, STUCK_S + 1)
-    assert worker.dead() == ["the lane of partition 2 is stuck for 8 s"]
-    worker.lane_has_ended = True
-    assert worker.dead() == ["the lane of partition 2 has ended"]
+    since(worker.lane.activity, STUCK_S + 1)
+    assert worker.dead() == ["the lane is stuck for 8 s"]
+    worker.lane.has_ended = True
+    assert worker.dead() == ["the lane has ended"]
     worker.should_stop = True
     assert worker.dead() == [], "tasks end in a stop, which is bounded"
 
@@ -122,7 +121,7 @@ def test_a_store_that_never_answers(worker: Worker) -> None:
 
 
 def test_a_start_is_alive_and_not_ready(worker: Worker) -> None:
-    worker.has_assignment, worker.kv = False, None
+    worker.has_assignment, worker.kv, worker.lane = False, None, None
     worker.lags, worker.processor.owned = {}, {}
     assert (worker.dead(), worker.not_ready()) == ([], ["waiting for partitions"])
     worker.restoring = {4: None, 3: 1_500}
@@ -131,7 +130,6 @@ def test_a_start_is_alive_and_not_ready(worker: Worker) -> None:
 
 def test_a_worker_that_was_given_nothing_is_ready(worker: Worker) -> None:
     worker.lags, worker.processor.owned = {}, {}
-    worker.lanes.states = list
     assert worker.not_ready() == []
 
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from faust.types import TP
 
-from stream.core.batch import StepResult
+from stream.core.batch import Effects
 from stream.core.records import kv_entry
 from stream.errors import StoreError, StoreLost
 from stream.kafka.delivery import DurableMarks, RecordBatch
 from stream.keys import watermark_key
-from stream.pipeline.lanes import Destinations, Lane, Lanes, Work
+from stream.pipeline.lane import Destinations, Lane, Outlet, Taken, Work
 from stream.pipeline.measures import Measures
 from stream.pipeline.watermark import Progress, Standing
 from stream.worker.app import EmbeddingApp
@@ -74,84 +74,92 @@ async def never() -> None:
     raise AssertionError("the store lost nothing")
 
 
-def lane(
-    partition: int,
-    kv: SlowKV,
-    progress: Progress | None = None,
-    reclaim: Callable[[], Awaitable[None]] = never,
-) -> Lane:
-    return Lane(
-        partition,
-        progress or Progress(1),
+def lane(kv: SlowKV, *outlets: Outlet) -> Lane:
+    async def fail(exc: BaseException) -> None:
+        raise exc
+
+    made = Lane(
         Destinations("changelog", "output", "dlq", 1, 1000),
         Producer(),
         kv,  # type: ignore[arg-type]
         marks=DurableMarks(),
+        measures=Measures(),
+        on_stage=lambda stage, work: None,
+        on_error=fail,
+    )
+    for one in outlets:
+        made.open(one)
+    return made
+
+
+def outlet(partition: int, progress: Progress | None = None, reclaim: Callable[[], Awaitable[None]] = never) -> Outlet:
+    return Outlet(
+        partition,
+        progress or Progress(1),
+        Standing(Fetches(), [TP("events", partition)], lambda: 0),
         changelog_at=lambda offset: None,
         reclaim=reclaim,
-        standing=Standing(Fetches(), [TP("events", partition)], lambda: 0),
-        measures=Measures(),
-        on_stage=lambda stage, batch, result: None,
     )
 
 
-@pytest.fixture
-async def lanes() -> Lanes:
-    async def fail(exc: BaseException) -> None:
-        raise exc
+def work(*partitions: int) -> Work:
+    """A step with a batch, and an entry, of each partition."""
+    record: Any = SimpleNamespace(offset=5, timestamp=1)
+    return Work(
+        {partition: Effects(entries={b"user": bytes(16)}) for partition in partitions},
+        [Taken(RecordBatch("events", partition, [record], 0, 0, 5), ()) for partition in partitions],
+    )
 
-    return Lanes(fail)
 
-
-async def test_partitions_that_are_given_up_meanwhile_get_no_heartbeat(lanes: Lanes) -> None:
+async def test_partitions_that_are_given_up_meanwhile_get_no_heartbeat() -> None:
     kv = SlowKV(0, 1, 2)
-    for partition in (0, 1, 2):
-        lanes.start(lane(partition, kv))
-    beating = asyncio.create_task(lanes.heartbeat())
+    one = lane(kv, *map(outlet, (0, 1, 2)))
+    beating = asyncio.create_task(one.heartbeat())
     await kv.called.wait()
-    await lanes.stop()
+    await one.stop()
     kv.open.clear()
     kv.go.set()
     await beating
     assert [partition for partition, _ in kv.written] == [0], "what was under way"
 
 
-async def test_partitions_that_are_taken_again_meanwhile_are_left_to_the_next_heartbeat(lanes: Lanes) -> None:
+async def test_partitions_that_are_taken_again_meanwhile_are_left_to_the_next_heartbeat() -> None:
     kv = SlowKV(0, 1)
-    for partition in (0, 1):
-        lanes.start(lane(partition, kv))
-    beating = asyncio.create_task(lanes.heartbeat())
+    one = lane(kv, outlet(0), outlet(1))
+    beating = asyncio.create_task(one.heartbeat())
     await kv.called.wait()
-    await lanes.stop()
-    lanes.start(lane(1, kv))
+    await one.stop()
+    one.open(outlet(1))
     kv.go.set()
     await beating
     assert [partition for partition, _ in kv.written] == [0]
-    await lanes.heartbeat()
+    await one.heartbeat()
     assert [partition for partition, _ in kv.written] == [0, 1]
-    await lanes.stop()
+    await one.stop()
 
 
-async def test_no_heartbeat_tells_of_offsets_whose_vectors_are_not_stored_yet(lanes: Lanes) -> None:
-    kv, progress = SlowKV(0), Progress(1, {"events": 5})
-    one = lane(0, kv, progress)
-    lanes.start(one)
-    batch = RecordBatch("events", 0, [SimpleNamespace(offset=5, timestamp=1)], 0, 0, 5)  # type: ignore[list-item]
-    await one.put(Work(batch, (), StepResult(entries={b"user": bytes(16)})))
-    await kv.called.wait()
-    await lanes.heartbeat()
-    assert kv.calls == 1, "a heartbeat overtook the batch"
+async def test_no_heartbeat_tells_of_offsets_whose_vectors_are_not_stored_yet() -> None:
+    kv = SlowKV(0, 1)
+    one = lane(kv, *(outlet(partition, Progress(1, {"events": 5})) for partition in (0, 1)))
+    await one.put(work(0, 1))
+    beating = []
+    for _ in range(20):  # whenever they come in
+        beating.append(asyncio.create_task(one.heartbeat()))
+        await asyncio.sleep(0)
     kv.go.set()
-    await one.empty()
-    await lanes.heartbeat()
-    await lanes.stop()
-    (_, first), (_, second) = kv.written
-    assert list(first) == [b"user", watermark_key(0).encode()]
-    for entries in (first, second):
-        assert json.loads(kv_entry(entries[watermark_key(0).encode()])[2])["offsets"] == {"events": 6}
+    await asyncio.gather(*beating)
+    await one.drain()
+    await one.heartbeat()
+    await one.stop()
+    for partition in (0, 1):
+        seen = [entries for where, entries in kv.written if where == partition]
+        told = [json.loads(kv_entry(entries[watermark_key(partition).encode()])[2])["offsets"] for entries in seen]
+        assert told[-1] == {"events": 6}
+        stored_at = next(n for n, entries in enumerate(seen) if b"user" in entries)
+        assert all(offsets == {"events": 5} for offsets in told[:stored_at])
 
 
-async def test_a_loss_that_a_heartbeat_and_a_batch_meet_at_once_is_mended_once(lanes: Lanes) -> None:
+async def test_a_loss_that_a_heartbeat_and_a_batch_meet_at_once_is_mended_once() -> None:
     kv, reclaimed = SlowKV(0), 0
     kv.lost = True
 
@@ -160,29 +168,27 @@ async def test_a_loss_that_a_heartbeat_and_a_batch_meet_at_once_is_mended_once(l
         reclaimed += 1
         kv.lost = False
 
-    one = lane(0, kv, reclaim=reclaim)
-    lanes.start(one)
-    beating = asyncio.create_task(lanes.heartbeat())
+    one = lane(kv, outlet(0, reclaim=reclaim))
+    beating = asyncio.create_task(one.heartbeat())
     await kv.called.wait()
-    batch = RecordBatch("events", 0, [SimpleNamespace(offset=5, timestamp=1)], 0, 0, 5)  # type: ignore[list-item]
-    await one.put(Work(batch, (), StepResult(entries={b"user": bytes(16)})))
+    await one.put(work(0))
     for _ in range(20):
         await asyncio.sleep(0)
     kv.go.set()
     await beating
-    await one.empty()
-    await lanes.stop()
+    await one.drain()
+    await one.stop()
     assert reclaimed == 1
     assert b"user" in kv.written[-1][1]
 
 
-async def test_no_rebuild_begins_on_a_partition_that_was_given_up_meanwhile(lanes: Lanes) -> None:
+async def test_no_rebuild_begins_on_a_partition_that_was_given_up_meanwhile() -> None:
     kv = SlowKV(0)
     owned = SimpleNamespace(partition=0)
     processor = SimpleNamespace(owned={0: owned})
     partitions = Partitions.__new__(Partitions)
     started: list[object] = []
-    partitions._parts = SimpleNamespace(kv=kv, lanes=lanes, processor=processor)  # type: ignore[assignment]
+    partitions._parts = SimpleNamespace(kv=kv, lane=lane(kv), processor=processor)  # type: ignore[assignment]
     partitions._rebuilds = {}
     partitions._start_rebuild = started.append  # type: ignore[method-assign]
     beating = asyncio.create_task(partitions.heartbeat())

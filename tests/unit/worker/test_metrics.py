@@ -44,10 +44,11 @@ class Worker:
         self.rollout: Any = SimpleNamespace(covered=lambda: self.covered, serving=Serving(*PAIR, 4), partitions=8)
         records = [SimpleNamespace(offset=n, timestamp=1_000) for n in range(5)]
         batch = RecordBatch("events", 3, records, 0, 0, 0, 1.0)  # type: ignore[arg-type]
-        decoded = Batch(rejects=[(4, Reject(Reason.NOT_JSON, "no payload"))])
+        decoded = Batch(3, rejects=[(4, Reject(Reason.NOT_JSON, "no payload"))])
         for counter in (Counter.APPLIED, Counter.DUPLICATE, Counter.IGNORED, Counter.REJECTED):
             decoded.count(counter)
         self.measures.took(batch, decoded, is_erasures=False)
+        self.measures.step_records.observe(5)
         self.measures.readable(batch, 3_500)
         self.measures.durable(batch)
         for stage in STAGES:
@@ -190,7 +191,7 @@ def test_an_erasure_that_is_known_is_a_duplicate() -> None:
     measures = Measures()
     records = [SimpleNamespace(offset=n, timestamp=-1) for n in range(6)]
     batch = RecordBatch("erasures", 0, records, 0, 0, 0)  # type: ignore[arg-type]
-    decoded = Batch(counts={Counter.ERASURES: 2, Counter.WITHDRAWN: 1, Counter.REJECTED: 1})
+    decoded = Batch(0, counts={Counter.ERASURES: 2, Counter.WITHDRAWN: 1, Counter.REJECTED: 1})
     measures.took(batch, decoded, is_erasures=True)
     measures.readable(batch, 1_000)
     measures.durable(batch)
