@@ -55,6 +55,14 @@ def is_unit(vector: Float32) -> bool:
     return abs(math.sqrt(wide.dot(wide)) - 1.0) <= UNIT_TOLERANCE
 
 
+def are_unit(vectors: Float32) -> NDArray[np.bool_]:
+    """The same of many [n, d], at once."""
+    with np.errstate(invalid="ignore"):  # damaged bytes: see `is_unit`
+        wide = vectors.astype(np.float64)
+        norms = np.sqrt(np.einsum("nd,nd->n", wide, wide))
+        return np.asarray(np.abs(norms - 1.0) <= UNIT_TOLERANCE)
+
+
 def unit_vector(values: ArrayLike) -> Float32:
     """Whatever numbers have a direction [d], as a float32 vector of length 1; one that has it stays as it is.
 

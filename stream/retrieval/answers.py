@@ -1,6 +1,6 @@
 """What retrieval gets for one user, made from a stored entry or from the reason why there is none."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from stream.core.formulas import Float32, unit_vector
-from stream.core.records import CorruptRecord, decode, kv_entry
+from stream.core.records import PREFIX_BYTES, CorruptRecord, EmbeddingRecord, decode, decode_many, kv_order
 from stream.errors import ConfigError
 from stream.items.space import ItemSpace
 from stream.keys import fallback_key
@@ -68,21 +68,34 @@ class View(NamedTuple):
     trouble: Trouble | None
 
 
-def answer_for(name: str | None, entry: Entry, view: View, fresh: Freshness) -> UserEmbedding:
-    """The answer for a stored entry; anything but a record of exactly what was asked for is a fallback (law 4)."""
+def answers_for(
+    names: Sequence[str | None], entries: Sequence[Entry], view: View, freshness: Sequence[Freshness]
+) -> list[UserEmbedding]:
+    """Answers for stored entries; anything but a record of exactly what was asked for is a fallback (law 4)."""
+    bodies = [entry[PREFIX_BYTES:] for entry in entries if isinstance(entry, bytes)]
+    records = iter(decode_many([body for body in bodies if body]))
+    return [
+        _answer(name, entry, records, view, fresh) for name, entry, fresh in zip(names, entries, freshness, strict=True)
+    ]
+
+
+def _answer(
+    name: str | None, entry: Entry, records: Iterator[EmbeddingRecord | None], view: View, fresh: Freshness
+) -> UserEmbedding:
+    """The answer for one; `records` has that of each entry with a body, in turn."""
     if isinstance(entry, Trouble):
         return fallback_answer(name, entry.reason, view, fresh)
     if entry is None:
         return fallback_answer(name, "missing", view, fresh)
-    try:
-        epoch, revision, body = kv_entry(entry)
-        if not body:
-            return fallback_answer(name, "erased", view, fresh, epoch, revision)
-        record = decode(body)
-    except CorruptRecord:
+    if len(entry) < PREFIX_BYTES:
         return fallback_answer(name, "corrupt", view, fresh)
+    epoch, revision = kv_order(entry)
+    if len(entry) == PREFIX_BYTES:
+        return fallback_answer(name, "erased", view, fresh, epoch, revision)
+    record = next(records)
     if (
-        record.user_id != name
+        record is None
+        or record.user_id != name
         or record.epoch != epoch
         or record.revision != revision
         or record.user_embedding_version != view.user_version

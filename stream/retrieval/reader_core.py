@@ -27,7 +27,7 @@ from stream.retrieval.answers import (
     Pair,
     UserEmbedding,
     View,
-    answer_for,
+    answers_for,
     decoded_vector,
     fallback_vector,
     frozen,
@@ -128,22 +128,17 @@ class ReaderState:
         store, partitions = self._store, (view.meta.partitions if view.meta is not None else None) or 1
         lookups: list[Lookup] = []
         if view.trouble is None:
-            user_version, item_version = str(view.user_version), str(view.item_version)
-            lookups = [
-                (name.encode(), user_cache_key(name, item_version, user_version).encode())
-                for name in names
-                if name is not None
-            ]
+            prefix = user_cache_key("", str(view.item_version), str(view.user_version)).encode()
+            keys = [name.encode() for name in names if name is not None]
+            lookups = [(key, prefix + key) for key in keys]
         return Call(view, store, names, lookups, partitions)
 
     def answers(self, call: Call, found: Sequence[Entry]) -> list[UserEmbedding]:
         """An answer for each user of the call, from what its lookups found [k]."""
-        view, entries = call.view, iter(found)
+        view, of_ids = call.view, iter(found)
         freshness = self._judge.freshness(call.store, call.names, call.partitions)
-        return [
-            answer_for(name, MISSING if name is None else (view.trouble or next(entries)), view, fresh)
-            for name, fresh in zip(call.names, freshness, strict=True)
-        ]
+        entries = [MISSING if name is None else (view.trouble or next(of_ids)) for name in call.names]
+        return answers_for(call.names, entries, view, freshness)
 
     def given_out(self, answers: list[UserEmbedding], began_s: float) -> list[UserEmbedding]:
         """Count what is about to be given out, of a call that began then (monotonic s)."""

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from stream.core.watermark import Watermark, decode_watermark
-from stream.keys import partition_of
+from stream.keys import partitions_of
 from stream.kv.protocol import KVReader
 from stream.retrieval.answers import Freshness
 
@@ -30,18 +30,13 @@ class Judge:
 
     def freshness(self, store: KVReader | None, names: Sequence[str | None], partitions: int) -> list[Freshness]:
         """Of each user [n] whether its vector is stale, and the lag in seconds; None stands for what is no id."""
-        known: dict[int, Freshness] = {}
-        out = []
-        for name in names:
-            if name is None or store is None:
-                out.append(UNVOUCHED)
-                continue
-            user_id = name.encode()
-            partition = partition_of(user_id, partitions)
-            if partition not in known:
-                known[partition] = self._judge(store.watermark(user_id))
-            out.append(known[partition])
-        return out
+        if store is None:
+            return [UNVOUCHED] * len(names)
+        user_ids = [b"" if name is None else name.encode() for name in names]
+        where = partitions_of(user_ids, partitions)
+        some_user = dict(zip(where, user_ids, strict=True))
+        known = {partition: self._judge(store.watermark(user_id)) for partition, user_id in some_user.items()}
+        return [UNVOUCHED if name is None else known[partition] for name, partition in zip(names, where, strict=True)]
 
     def _judge(self, watermark: bytes | None) -> Freshness:
         """Whether a partition's watermark makes its vectors stale, and how far behind it says they are."""

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from strategies import ids
 
 from stream import keys
-from stream.keys import canonical_id, check_version_name, murmur2, partition_of, user_cache_key
+from stream.keys import canonical_id, check_version_name, murmur2, partition_of, partitions_of, user_cache_key
 
 
 @given(st.binary(max_size=300))
@@ -39,6 +39,11 @@ def test_murmur2_is_javas(data, java):
 def test_partitions_are_those_of_the_default_partitioners(key, n):
     assert partition_of(key, n) == (aiokafka_murmur2(key) & 0x7FFFFFFF) % n
     assert 0 <= partition_of(key, n) < n
+
+
+@given(st.lists(st.binary(max_size=40) | st.binary(max_size=6), max_size=60), st.integers(1, 10_000))
+def test_partitions_of_many_are_those_of_each(keys, n):
+    assert partitions_of(keys, n) == [partition_of(key, n) for key in keys]
 
 
 @given(ids)

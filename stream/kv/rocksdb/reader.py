@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 from rocksdict import AccessType, BlockBasedOptions, Cache, Options, Rdict
 
 from stream.errors import StateError, StoreError, UembError
-from stream.keys import partition_of, watermark_key
+from stream.keys import partition_of, partitions_of, watermark_key
 from stream.kv.protocol import Meta
 from stream.kv.rocksdb.layout import (
     COUNT_KEY,
@@ -254,8 +254,8 @@ class RocksReader:
             ((user_id, key),) = lookups
             return self._read(parts, partition_of(user_id, len(parts)), [key])
         places: dict[int, list[int]] = {}
-        for place, (user_id, _) in enumerate(lookups):
-            places.setdefault(partition_of(user_id, len(parts)), []).append(place)
+        for place, partition in enumerate(partitions_of([user_id for user_id, _ in lookups], len(parts))):
+            places.setdefault(partition, []).append(place)
         found: list[bytes | None] = [None] * len(lookups)
         for partition, at in places.items():
             for place, entry in zip(at, self._read(parts, partition, [lookups[i][1] for i in at]), strict=True):

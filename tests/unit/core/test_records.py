@@ -26,6 +26,7 @@ from stream.core.records import (
     CorruptRecord,
     EmbeddingRecord,
     decode,
+    decode_many,
     encode,
     framed,
     is_newest_schema,
@@ -140,6 +141,35 @@ def test_numbers_that_are_none_are_refused_without_a_warning(damage):
         warnings.simplefilter("error")
         with pytest.raises(CorruptRecord):
             decode(body)
+
+
+@st.composite
+def bodies(draw):
+    """A record's bytes, some of them damaged, cut off, or in another framing."""
+    data = encode(replace(draw(some_records), **({"vector": RECORD.vector} if draw(st.booleans()) else {})))
+    return draw(
+        st.sampled_from(
+            [data, data, data, framed(data, 7), data[:-1], data + b"x", data[:9], data[:-4] + b"\0\0\x80\x7f"]
+        )
+        | st.integers(0, len(data) - 1).map(lambda at: data[:at] + bytes([data[at] ^ 0x55]) + data[at + 1 :])
+        | st.binary(max_size=40)
+    )
+
+
+@given(st.lists(bodies(), max_size=12))
+def test_many_are_what_each_is(some):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = decode_many(some)
+    assert len(found) == len(some)
+    for data, record in zip(some, found, strict=True):
+        try:
+            alone = decode(data)
+        except CorruptRecord:
+            assert record is None
+        else:
+            same(record, alone)
+            assert record.vector.base is None, "whoever keeps one vector keeps all of them"
 
 
 @given(some_records)
