@@ -29,7 +29,7 @@ from stream.pipeline.watermark import Progress, Standing, now_ms
 log = logging.getLogger(__name__)
 
 #: Steps that wait in the lane before the agent has to wait; bounds memory and what a crash repeats.
-LANE_DEPTH: Final = 4
+LANE_DEPTH: Final = 16
 
 #: What the lane waits for, as its activity has it. Both may be away for a while, and give up by themselves.
 BROKERS: Final = "the brokers"

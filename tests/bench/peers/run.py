@@ -54,7 +54,7 @@ SAMPLE: Final = 200
 TOLERANCE: Final = 2e-5  # most peers compute in float32
 COMPACT: Final = {"cleanup.policy": "compact"}
 FEW_HOT: Final = "200"
-#: Enough that what the worker has computed and not yet written at the first mark, up to 32,000 events, and what the JVM
+#: Enough that what the worker has computed and not yet written at the first mark, up to 38,000 events, and what the JVM
 #: still compiles, weigh little.
 COUNTS: Final = {
     "worker": 600_000,
