@@ -40,7 +40,7 @@ from stream.keys import INT64_MAX, INT64_MIN, MAX_ID_BYTES, canonical_id
 from stream.kv.meta import decode_meta, encode_meta
 from stream.kv.protocol import Meta
 from stream.kv.redis.losses import Known
-from stream.retrieval.answers import View, answer_for
+from stream.retrieval.answers import UserEmbedding, View, answers_for
 from stream.retrieval.staleness import Judge
 from stream.retrieval.user_matrix import UserMatrix
 from stream.rollout.records import BadRecord, Catalogue, ControlRecord, Coverage, EncoderRecord, Status
@@ -305,18 +305,29 @@ def test_records(count: int) -> None:
 def test_answers_of_readers_and_of_the_matrix(count: int) -> None:
     view = View(Meta(), "mix-1", "v1", np.array([1, 0], dtype=np.float32), None)
     users = UserMatrix(2, "v1", "mix-1")
+    sound = kv_prefix(1 << 40, 3) + RECORDS[0]
+
+    def answers(*entries: bytes) -> list[UserEmbedding]:
+        count = len(entries)
+        return answers_for([PAYLOAD] * count, entries, view, [(False, 0.0)] * count)
+
+    (of_sound,) = answers(sound)
 
     def target(data: bytes) -> None:
-        answer = answer_for(PAYLOAD, data, view, (False, 0.0))
+        (answer,) = answers(data)
         assert abs(np.linalg.norm(answer.vector.astype(np.float64)) - 1) <= 1e-5
         assert (answer.status, answer.reason) == ("ok", "") or answer.status == "fallback" or answer.reason
+        among_others = answers(sound, data, sound, data, sound)
+        for one, want in zip(among_others, (of_sound, answer, of_sound, answer, of_sound), strict=True):
+            assert (one.status, one.reason, one.revision) == (want.status, want.reason, want.revision)
+            assert np.array_equal(one.vector, want.vector)
         try:
             users.apply(b"uemb:mix-1:v1:" + USER, data[16:])
         except CorruptRecord as exc:
             check_line(str(exc))
         assert len(users) <= 1
 
-    fuzz(target, [kv_prefix(1 << 40, 3) + RECORDS[0], kv_prefix(3, 3)], BINARY_TOKENS, count)
+    fuzz(target, [sound, kv_prefix(3, 3)], BINARY_TOKENS, count)
 
 
 WATERMARK = Watermark(offsets={"t": 5}, kafka_time_ms=T0, lag_ms=996, heartbeat_ms=T0).entry(7, 184)
