@@ -98,6 +98,9 @@ async def _stop(app: EmbeddingApp, starting: "asyncio.Task[None]") -> None:
     if not stopping.done():
         log.critical(TOO_LATE)
         app.failure = app.failure or app.clients.refusal or DeliveryError(TOO_LATE)
+    elif stopping.cancelled():  # the client cancels a task of its own, and what awaits it learns of that
+        log.critical("did not stop in order: a client was cut short")
+        app.failure = app.failure or app.clients.refusal or DeliveryError(TOO_LATE)
     elif error := stopping.exception():
         log.critical("did not stop in order: %s", error, exc_info=None if isinstance(error, UembError) else error)
         app.failure = app.failure or error
