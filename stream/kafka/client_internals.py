@@ -4,6 +4,7 @@ What the client offers no way to, we reach for here. Each function says what it 
 pinned version, and `read_batches_as` refuses another one.
 """
 
+import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from typing import Any, Final
@@ -65,6 +66,33 @@ def hold_fetches(consumer: aiokafka.AIOKafkaConsumer, hold: Callable[[bool], tup
         return requests(assignment)
 
     fetcher._get_actions_per_node = held
+
+
+def stop_whatever_fetches(consumer: aiokafka.AIOKafkaConsumer) -> None:
+    """Have a stop come to its end also while a fetch that has failed waits to be tried again.
+
+    The client cancels that fetch, awaits it, and takes its end for one of its own: what stops the client is cancelled
+    with it, and connections stay open.
+    """
+    stop = consumer.stop
+
+    async def stop_all() -> None:
+        fetcher = consumer._fetcher
+        if fetcher is not None and not fetcher._closed:
+            close = fetcher.close
+
+            async def close_all() -> None:
+                fetches = [fetcher._fetch_task, *fetcher._pending_tasks]
+                for task in fetches:
+                    task.cancel()
+                await asyncio.gather(*fetches, return_exceptions=True)
+                fetcher._pending_tasks.clear()
+                await close()
+
+            fetcher.close = close_all
+        await stop()
+
+    consumer.stop = stop_all
 
 
 def outlast_empty_metadata(consumer: aiokafka.AIOKafkaConsumer) -> None:

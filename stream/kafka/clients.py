@@ -26,6 +26,7 @@ from stream.kafka.client_internals import (
     metadata_wait,
     read_password,
     set_metadata_wait,
+    stop_whatever_fetches,
 )
 from stream.kafka.connection import aiokafka_config
 from stream.kafka.grants import CLUSTER_REFUSED, GROUP_REFUSED, REFUSED, TOPIC_REFUSED, worker
@@ -72,6 +73,7 @@ class Clients:
         """A client that reads."""
         consumer = aiokafka.AIOKafkaConsumer(**{**config, **aiokafka_config(self._settings)})
         self._make_patient(connection_of(consumer))
+        stop_whatever_fetches(consumer)
         return consumer
 
     def producer(self, **config: Any) -> aiokafka.AIOKafkaProducer:

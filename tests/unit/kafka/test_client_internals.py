@@ -56,6 +56,33 @@ async def test_what_the_client_knows_of_a_partition_and_of_its_topic() -> None:
             await consumer.stop()
 
 
+@pytest.mark.parametrize("is_mended", [False, True])
+async def test_a_stop_while_a_fetch_that_has_failed_waits(is_mended: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """Without the mend it is cancelled; if it is no more, the client has mended it."""
+    with DevBroker() as broker:
+        producer = Producer({"bootstrap.servers": broker.bootstrap})
+        producer.produce("events", b"x", partition=0)
+        assert producer.flush(60) == 0
+        consumer = aiokafka.AIOKafkaConsumer(bootstrap_servers=broker.bootstrap)
+        if is_mended:
+            internals.stop_whatever_fetches(consumer)
+        await consumer.start()
+        consumer.assign([PLACE])
+        async with asyncio.timeout(60):
+            await consumer.position(PLACE)
+        consumer._fetcher._retry_backoff = 600.0
+    async with asyncio.timeout(60):
+        while "Failed fetch messages" not in caplog.text:  # noqa: ASYNC110 - the client has no event for it
+            await asyncio.sleep(0.01)
+    if is_mended:
+        await consumer.stop()
+        assert not consumer._client._conns
+    else:
+        with pytest.raises(asyncio.CancelledError):
+            await consumer.stop()
+        await consumer._client.close()
+
+
 async def test_the_wait_for_metadata_that_is_set_is_the_one_that_is_used() -> None:
     with DevBroker() as broker:
         producer = aiokafka.AIOKafkaProducer(bootstrap_servers=broker.bootstrap)
