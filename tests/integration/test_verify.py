@@ -15,7 +15,8 @@ from pipeline import Pipeline, delete_topics, event_json
 from sender import Sender
 
 from stream.config import load_settings
-from stream.core.history_codec import stored_order
+from stream.core.history import History
+from stream.core.history_codec import HistoryCodec, stored_order
 from stream.core.records import decode, encode, kv_entry, kv_prefix
 from stream.feed.dataset import Dataset
 from stream.items.space import ItemSpace
@@ -200,11 +201,14 @@ def output_with_a_tombstone(pipeline: Pipeline, space: ItemSpace, user: str) -> 
 
 
 def changelog_with_an_older_record(pipeline: Pipeline, space: ItemSpace, user: str) -> None:
-    records = [r for r in pipeline.read(pipeline.changelog) if r.key() == user.encode()]
-    oldest = min(records, key=lambda r: stored_order(r.value()))
-    assert stored_order(oldest.value()) < stored_order(records[-1].value())
+    last = [r.value() for r in pipeline.read(pipeline.changelog) if r.key() == user.encode()][-1]
+    codec = HistoryCodec(load_settings().event_types)
+    history = History.decode(last, codec, 100)
+    epoch, revision = stored_order(last)
+    older = History(codec, 100, history.keys, revision=revision - 1).encode(epoch)
+    assert stored_order(older) == (epoch, revision - 1)
     producer = Producer({"bootstrap.servers": pipeline.bootstrap})
-    producer.produce(pipeline.changelog, oldest.value(), user.encode(), partition_of(user.encode(), 4))
+    producer.produce(pipeline.changelog, older, user.encode(), partition_of(user.encode(), 4))
     producer.flush(60)
 
 
