@@ -53,6 +53,7 @@ SECRETS: Final = (
     "ssl_key_password",
     "schema_registry_password",
     "schema_registry_token",
+    "inspect_token",
 )
 #: The mechanism that logs in with a token.
 OAUTHBEARER: Final = "OAUTHBEARER"
@@ -223,13 +224,24 @@ class Settings(BaseSettings):
         "127.0.0.1:9464",
         description="where a worker serves metrics and health, host:port; 0 takes a free port; empty: nowhere",
     )
+    inspect: str = Field("127.0.0.1:9470", description="where `uemb inspect` serves its page, host:port")
+    inspect_token: SecretStr | None = Field(
+        None, description="what whoever opens that page must know; needed where others can reach it"
+    )
+    inspect_token_file: Path | None = Field(None, description="a file with that token instead")
+    inspect_workers: Topics = Field(
+        (), description="workers that it looks at, host:port or host:port-port; empty: the one at UEMB_HTTP"
+    )
+    inspect_titles: Path | None = Field(
+        None, description="what it calls items: CSV or tab-separated, with the columns item_id and title"
+    )
     ready_max_lag_s: float = Field(
         30.0, gt=0, le=366 * 86_400, description="a worker that is further behind than this is not ready"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log line")
     log_format: LogForm = Field("text", description="log lines of a worker: text, or json with one object a line")
 
-    @field_validator("event_topics", "ignored_types", "own_sources", mode="before")
+    @field_validator("event_topics", "ignored_types", "own_sources", "inspect_workers", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(filter(None, (p.strip() for p in value.split(",")))) if isinstance(value, str) else value
@@ -252,6 +264,8 @@ class Settings(BaseSettings):
         "event_source",
         "group_instance_id",
         "kv_group",
+        "inspect_token_file",
+        "inspect_titles",
         "schema_registry_url",
         "schema_registry_password_file",
         "schema_registry_token_file",
@@ -276,7 +290,7 @@ class Settings(BaseSettings):
             return _seconds(value) if value.strip() else None
         return value
 
-    @field_validator("cache_dir", "state_dir", "items", "encoder_folder", mode="after")
+    @field_validator("cache_dir", "state_dir", "items", "encoder_folder", "inspect_titles", mode="after")
     @classmethod
     def _home(cls, value: Path | None) -> Path | None:
         try:
@@ -306,6 +320,11 @@ class Settings(BaseSettings):
     @classmethod
     def _address(cls, value: str) -> str:
         return str(Address.parse(value)) if value.strip() else ""
+
+    @field_validator("inspect")
+    @classmethod
+    def _some_address(cls, value: str) -> str:
+        return str(Address.parse(value))
 
     @field_serializer("kv_url")
     def _without_password(self, value: str) -> str:

@@ -19,6 +19,8 @@ RESERVED_WORDS: Final = frozenset(
 APP_KEY: Final = "uemb:app"
 CURRENT_KEY: Final = "uemb:current"
 META_KEY: Final = "uemb:meta"
+#: Key of a partition's claims in the changelog; no user has such an id.
+CLAIM_KEY: Final = b"\0claim"
 
 #: For fewer keys arrays cost more than they save.
 _FEW: Final = 16
@@ -120,6 +122,22 @@ def partitions_of(keys: Sequence[bytes], partitions: int) -> list[int]:
     h = h ^ (h >> 15)
     found: list[int] = ((h & 0x7FFFFFFF).astype(np.int64) % partitions).tolist()
     return found
+
+
+def one_user_per_partition(partitions: int) -> list[bytes]:
+    """An id that lies in each partition [partitions], for who asks about partitions by their users.
+
+    >>> one_user_per_partition(4)
+    [b'0', b'4', b'5', b'1']
+    """
+    found: dict[int, bytes] = {}
+    first = 0
+    while len(found) < partitions:
+        users = [b"%d" % number for number in range(first, first + 4 * partitions)]
+        for user, partition in zip(users, partitions_of(users, partitions), strict=True):
+            found.setdefault(partition, user)
+        first += len(users)
+    return [found[partition] for partition in range(partitions)]
 
 
 def user_cache_key(user_id: int | str, item_emb_version: str, user_emb_version: str) -> str:

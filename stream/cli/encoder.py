@@ -13,7 +13,6 @@ from stream.cli.rollouts import (
     check_covered,
     compared,
     print_comparison,
-    progress_of,
     progress_text,
     publish_once,
     rollout_client,
@@ -26,7 +25,9 @@ from stream.core.encoders import VersionedEncoder, make_encoder
 from stream.encoders.folder import load_encoder, read_manifest
 from stream.errors import ConfigError
 from stream.items.space import ItemSpace
+from stream.kafka.topics import topic_partitions
 from stream.rollout.client import RolloutClient, encoder_record
+from stream.rollout.progress import progress_of
 from stream.rollout.records import EncoderRecord
 
 
@@ -296,7 +297,8 @@ def _items_of(control: RolloutClient, record: EncoderRecord) -> str:
 
 def _rows(settings: Settings, control: RolloutClient) -> list[dict[str, Any]]:
     """One row an encoder: those whose vectors are published, then those whose vectors are, or were, kept as left."""
-    served, rows = control.served_encoder.user_version, []
+    served, partitions = control.served_encoder.user_version, topic_partitions(settings) or 0
+    rows = []
     for name, record in control.live_encoders.items():
         item_version = _items_of(control, record)
         rows.append(
@@ -306,7 +308,7 @@ def _rows(settings: Settings, control: RolloutClient) -> list[dict[str, Any]]:
                 "params": record.params,
                 "state": "served" if name == served else record.state,
                 "item_version": item_version,
-                **progress_of(settings, control, name, item_version),
+                **progress_of(control.coverage, partitions, name, item_version),
                 "refused": control.encoder_refusal(name),
             }
         )

@@ -12,7 +12,6 @@ from stream.cli.rollouts import (
     check_covered,
     compared,
     print_comparison,
-    progress_of,
     progress_text,
     publish_once,
     rollout_client,
@@ -22,7 +21,9 @@ from stream.cli.rollouts import (
 from stream.cli.terminal import out, print_json
 from stream.config import Settings
 from stream.errors import ConfigError
+from stream.kafka.topics import topic_partitions
 from stream.rollout.client import RolloutClient
+from stream.rollout.progress import progress_of
 from stream.rollout.records import ControlRecord, EncoderRecord
 
 
@@ -143,6 +144,7 @@ def _rows(settings: Settings, control: RolloutClient) -> list[dict[str, Any]]:
     base = control.base
     if base is not None:
         states.setdefault(base.version, "active")
+    partitions = topic_partitions(settings) or 0
     rows = []
     for version, state in sorted(states.items()):
         user_version = (control.encoder_for(version) or control.served_encoder).user_version
@@ -151,7 +153,7 @@ def _rows(settings: Settings, control: RolloutClient) -> list[dict[str, Any]]:
                 "version": version,
                 "user_version": user_version,
                 "state": "served" if served is not None and served.version == version else state,
-                **progress_of(settings, control, user_version, version),
+                **progress_of(control.coverage, partitions, user_version, version),
                 "refused": control.refusal(version),
             }
         )

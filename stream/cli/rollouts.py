@@ -16,6 +16,7 @@ from stream.kafka.topics import topic_partitions
 from stream.kv.stores import open_reader
 from stream.rollout.client import RolloutClient
 from stream.rollout.comparison import Shown, VersionReport, compare
+from stream.rollout.progress import progress_of
 from stream.rollout.records import AnyRecord, EncoderRecord
 
 _POLL_S: Final = 0.3
@@ -47,28 +48,6 @@ def publish_once(control: RolloutClient, record: AnyRecord, known: AnyRecord | N
     return "is published again" if known else "is published"
 
 
-def progress_of(settings: Settings, control: RolloutClient, user_version: str, item_version: str) -> dict[str, Any]:
-    """How far the partitions are with a pair."""
-    partitions = topic_partitions(settings) or 0
-    known = [control.coverage.of(user_version, item_version, p) for p in range(partitions)]
-    found = [status for status in known if status is not None]
-    stages = [control.coverage.stage(user_version, item_version, p) for p in range(partitions)]
-    users, done = sum(status.users for status in found), sum(status.done for status in found)
-    items = sum(status.items for status in found)
-    per_second = sum(status.per_second for status in found if status.stage in ("covering", "removing"))
-    return {
-        "partitions": partitions,
-        "covered": stages.count("covered"),
-        "removed": [status.stage for status in found].count("removed"),
-        "users": users,
-        "done": done,
-        "users_per_second": round(per_second, 1),
-        "seconds_left": round((users - done) / per_second, 1) if per_second and users > done else None,
-        "fallback_share": sum(status.fallbacks for status in found) / done if done else None,
-        "unknown_item_share": sum(status.unknown_items for status in found) / items if items else None,
-    }
-
-
 def progress_text(row: dict[str, Any]) -> str:
     """A row of `progress_of` in words."""
     parts = [f"covers {row['covered']} of {row['partitions']} partitions"]
@@ -84,7 +63,7 @@ def progress_text(row: dict[str, Any]) -> str:
 
 def check_covered(settings: Settings, control: RolloutClient, user_version: str, item_version: str, what: str) -> None:
     """Raise `ConfigError` unless all users have a vector of a pair; `what` is to be activated."""
-    row = progress_of(settings, control, user_version, item_version)
+    row = progress_of(control.coverage, topic_partitions(settings) or 0, user_version, item_version)
     done, of = row["covered"], row["partitions"]
     if done < of:
         msg = f"{what} covers {done} of {of} partitions; wait for them (--wait), or insist (--force)"

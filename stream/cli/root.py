@@ -29,6 +29,7 @@ _ELSEWHERE: Final = {
     "evaluate": "stream.cli.evaluate",
     "export": "stream.cli.export",
     "health": "stream.cli.health",
+    "inspect": "stream.cli.inspect",
     "items": "stream.cli.items",
     "kv": "stream.cli.kv",
     "repartition": "stream.cli.repartition",

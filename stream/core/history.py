@@ -157,3 +157,11 @@ class History:
         if len(keys) > limit or max(epoch, revision) > MAX_ORDER or not NEVER <= erased_at <= MAX_TS_MS:
             raise StateError(DAMAGED)
         return cls(codec, limit, keys, revision=revision, erased_at=erased_at)
+
+
+def joined(held: bytes | None, value: bytes, codec: HistoryCodec, limit: int) -> bytes:
+    """State of a user after one more changelog record: the newer one, joined with an older that came later."""
+    if held is None or stored_order(value) >= stored_order(held):
+        return value
+    merged = History.decode(held, codec, limit).merge(History.decode(value, codec, limit))
+    return merged.encode(stored_order(held)[0])

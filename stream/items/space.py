@@ -101,6 +101,23 @@ class ItemSpace:
         # what is no text in UTF-8 is no id, and not known
         return self.rows_of([str(i).encode(errors="surrogatepass") for i in item_ids])
 
+    def nearest(self, vectors: Float32, k: int) -> tuple[NDArray[np.int64], Float32]:
+        """The `k` items with the greatest inner products with each of `vectors` [m, d], whole, some rows at a time.
+
+        Returns:
+            int64 [m, k] rows and float32 [m, k] products, the greatest first; fewer where there are fewer items.
+        """
+        scores = np.zeros((len(vectors), 0), dtype=np.float32)
+        rows = np.zeros((len(vectors), 0), dtype=np.int64)
+        for start in range(0, len(self), _CHUNK_ROWS):
+            block = self.vectors[start : start + _CHUNK_ROWS]
+            scores = np.concatenate([scores, vectors @ block.T], axis=1)
+            numbers = np.broadcast_to(np.arange(start, start + len(block)), (len(vectors), len(block)))
+            rows = np.concatenate([rows, numbers], axis=1)
+            best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+            scores, rows = np.take_along_axis(scores, best, axis=1), np.take_along_axis(rows, best, axis=1)
+        return rows, scores
+
     @property
     def popularity_version(self) -> str | None:
         """Name of the popularity list; None without one, or where it is the one the version was made with.

@@ -168,7 +168,7 @@ ROLES: Final[dict[str, Role]] = {
         _release,
     ),
     "eraser": Role(("delete",), _eraser),
-    "auditor": Role(("verify", "dlq list", "dlq show", "items status", "doctor --role auditor"), _auditor),
+    "auditor": Role(("verify", "inspect", "dlq list", "dlq show", "items status", "doctor --role auditor"), _auditor),
     "replayer": Role(("dlq list", "dlq show", "dlq replay"), _replayer),
     "operator": Role(("repartition",), _operator),
     "bench": Role(("bench",), _bench),

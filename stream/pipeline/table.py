@@ -22,13 +22,12 @@ from rocksdict import AccessType, BlockBasedOptions, Cache, DBCompressionType, O
 from stream.errors import StateDamaged, StateError, StoreLocked
 from stream.kafka.host import Host
 from stream.kafka.producer import FAUST_LOG
-from stream.keys import partition_of
+from stream.keys import CLAIM_KEY, partition_of
 from stream.kv.rocksdb.errors import first_line, is_damage
 
 TABLE: Final = "user-history"
 #: Keys of our own; no user id holds a control character.
 OFFSET_KEY: Final = b"\0offset"
-CLAIM_KEY: Final = b"\0claim"
 
 _CACHE_BYTES: Final = 32 << 20
 _WRITE_BUFFER_BYTES: Final = 8 << 20

@@ -1,6 +1,7 @@
 """The command line's side of versions: what the control and status topics say, and saying something new."""
 
 from collections.abc import Mapping
+from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
 from typing import Final
@@ -80,9 +81,9 @@ class RolloutClient:
         write_all(writer, topic, [(key, 0, value)], _TIMEOUT_S, "see the brokers, then try again")
         self.look()
 
-    @property
+    @cached_property
     def base(self) -> ControlRecord | None:
-        """The version in ``UEMB_ITEMS``, as a record that would name it."""
+        """The version in ``UEMB_ITEMS``, as a record that would name it; loaded once, for a version does not change."""
         if self._settings.items is None:
             return None
         space = ItemSpace.load(self._settings.items)

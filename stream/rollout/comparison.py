@@ -17,7 +17,6 @@ from stream.keys import user_cache_key
 from stream.kv.protocol import KVReader
 
 NEIGHBOURS: Final = 10
-_ROWS: Final = 65_536  # item rows scored at once
 _NEWEST: Final = 2_000  # records of each partition that the sample is drawn from
 _SEED: Final = 7
 _QUANTILES: Final = (0.1, 0.5, 0.9)
@@ -91,14 +90,14 @@ def compare(settings: Settings, store: KVReader, served: Shown, other: Shown, sa
         ConfigError: there are no users yet.
         StoreError: the store can't be read.
     """
-    users = _users(settings, served, sample)
+    users = recent_users(settings, served, sample)
     if not users:
         msg = (
             f"{settings.output_topic} holds no vectors of item version {served.space.version}, user version "
             f"{served.user_version} yet"
         )
         raise ConfigError(msg)
-    records = [_records(store, shown, users) for shown in (served, other)]
+    records = [records_of(store, shown, users) for shown in (served, other)]
     both = [n for n, pair in enumerate(zip(*records, strict=True)) if all(r and r.status == "ok" for r in pair)]
     overlap = cosine = None
     if both:
@@ -111,8 +110,13 @@ def compare(settings: Settings, store: KVReader, served: Shown, other: Shown, sa
     return VersionReport(_side(served, records[0]), _side(other, records[1]), len(both), cosine, overlap)
 
 
-def _users(settings: Settings, shown: Shown, sample: int) -> list[bytes]:
-    """Users of the newest records of every partition, sampled."""
+def recent_users(settings: Settings, shown: Shown, sample: int) -> list[bytes]:
+    """Users of the newest records of every partition, at most `sample` of them, drawn at random.
+
+    Raises:
+        DeliveryError: the topic can't be read.
+        NotAllowed: it may not be read.
+    """
     prefix = shown.prefix
     found: dict[bytes, None] = {}
     consumer = open_consumer(settings, "report")
@@ -131,7 +135,8 @@ def _users(settings: Settings, shown: Shown, sample: int) -> list[bytes]:
     return random.Random(_SEED).sample(users, min(sample, len(users)))  # noqa: S311 - a sample, no secret
 
 
-def _records(store: KVReader, shown: Shown, users: Sequence[bytes]) -> list[EmbeddingRecord | None]:
+def records_of(store: KVReader, shown: Shown, users: Sequence[bytes]) -> list[EmbeddingRecord | None]:
+    """What the store holds of users, in their order; None where it has no record, or a damaged one."""
     prefix = shown.prefix
     out: list[EmbeddingRecord | None] = []
     for entry in store.get([(user, prefix + user) for user in users]):
@@ -164,14 +169,6 @@ def _side(shown: Shown, records: Sequence[EmbeddingRecord | None]) -> Side:
 
 
 def _nearest(space: ItemSpace, vectors: Float32) -> list[set[bytes]]:
-    """Ids of the items with the greatest inner products with each of `vectors` [n, d], some rows at a time."""
-    scores = np.full((len(vectors), 0), 0, dtype=np.float32)
-    rows = np.full((len(vectors), 0), 0, dtype=np.int64)
-    for start in range(0, len(space), _ROWS):
-        block = space.vectors[start : start + _ROWS]
-        scores = np.concatenate([scores, vectors @ block.T], axis=1)
-        numbers = np.broadcast_to(np.arange(start, start + len(block)), (len(vectors), len(block)))
-        rows = np.concatenate([rows, numbers], axis=1)
-        best = np.argsort(-scores, axis=1, kind="stable")[:, :NEIGHBOURS]
-        scores, rows = np.take_along_axis(scores, best, axis=1), np.take_along_axis(rows, best, axis=1)
+    """Ids of the items nearest to each of `vectors` [n, d]."""
+    rows, _ = space.nearest(vectors, NEIGHBOURS)
     return [{space.ids[row] for row in of_one} for of_one in rows.tolist()]

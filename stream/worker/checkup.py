@@ -8,7 +8,7 @@ from confluent_kafka.admin import AdminClient
 from stream.config import Settings
 from stream.findings import Finding, ok, skipped
 from stream.kafka.log_reader import Span, log_ends, open_consumer, read
-from stream.pipeline.table import CLAIM_KEY
+from stream.keys import CLAIM_KEY
 from stream.worker.claims import Claim, check_claim
 
 #: So much of the log is read for a claim: of each partition the end, where that of a worker's last start is, then from

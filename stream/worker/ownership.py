@@ -10,14 +10,14 @@ from uuid import uuid4
 from aiokafka.structs import TopicPartition
 
 from stream.config import Settings
-from stream.core.history import History
+from stream.core.history import joined
 from stream.core.history_codec import HistoryCodec, stored_order
 from stream.core.records import kv_prefix
 from stream.errors import DeliveryError, Fenced
 from stream.kafka.clients import Clients
-from stream.keys import epoch_key
+from stream.keys import CLAIM_KEY, epoch_key
 from stream.kv.protocol import KVWriter
-from stream.pipeline.table import CLAIM_KEY, HistoryStore, PartitionDB
+from stream.pipeline.table import HistoryStore, PartitionDB
 from stream.worker.claims import Claim, check_claim, claimed_in_store, later_claim, next_epoch
 
 log = logging.getLogger(__name__)
@@ -115,14 +115,6 @@ def _newer(key: bytes, held: bytes | None, value: bytes | None, codec: HistoryCo
     if held is None or value is None:
         return value
     return later_claim(held, value) if key == CLAIM_KEY else joined(held, value, codec, limit)
-
-
-def joined(held: bytes | None, value: bytes, codec: HistoryCodec, limit: int) -> bytes:
-    """State of a user after one more changelog record: the newer one, joined with an older that came later."""
-    if held is None or stored_order(value) >= stored_order(held):
-        return value
-    merged = History.decode(held, codec, limit).merge(History.decode(value, codec, limit))
-    return merged.encode(stored_order(held)[0])
 
 
 async def restore_and_claim(

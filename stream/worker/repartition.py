@@ -35,6 +35,7 @@ from confluent_kafka import (
 from confluent_kafka.admin import NewPartitions
 
 from stream.config import Settings
+from stream.core.history import joined
 from stream.core.history_codec import HistoryCodec, stored_order
 from stream.errors import ConfigError, DeliveryError, NotAllowed
 from stream.kafka.brokers import admin_client, list_topics, producer, write_all
@@ -43,13 +44,11 @@ from stream.kafka.grants import REFUSED
 from stream.kafka.log_reader import TIMEOUT_S, open_consumer, read, whole
 from stream.kafka.producer import fence
 from stream.kafka.topics import topic_partitions
-from stream.keys import epoch_key, partition_of
+from stream.keys import CLAIM_KEY, epoch_key, partition_of
 from stream.kv.protocol import KVWriter, user_of
 from stream.kv.rocksdb.scratch import Scratch
 from stream.kv.stores import open_writer
-from stream.pipeline.table import CLAIM_KEY
 from stream.worker.claims import Claim, check_claim, claimed_in_store, next_epoch
-from stream.worker.ownership import joined
 
 Note = Callable[[str], None]
 _CHUNK: Final = 1_000

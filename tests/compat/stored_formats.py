@@ -35,6 +35,7 @@ from stream.kafka.dead_letters import Letter, dead_letter
 from stream.kafka.delivery import RecordBatch
 from stream.kafka.topic_owners import decode_topics, topics_record
 from stream.keys import (
+    CLAIM_KEY,
     META_KEY,
     encoder_key,
     epoch_key,
@@ -51,7 +52,7 @@ from stream.kv.redis.losses import Known, Server
 from stream.kv.redis.writer import shown_keys
 from stream.kv.rocksdb.layout import SEQ_HEADER
 from stream.kv.stores import open_reader, open_writer
-from stream.pipeline.table import CLAIM_KEY, OFFSET_KEY, PartitionDB
+from stream.pipeline.table import OFFSET_KEY, PartitionDB
 from stream.rollout.records import ControlRecord, EncoderRecord, Status
 from stream.worker.claims import Claim
 

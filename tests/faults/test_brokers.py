@@ -101,6 +101,7 @@ def test_a_broker_that_is_away_for_longer_than_the_worker_waits(
     assert pipeline.stop() == 0
 
 
+@pytest.mark.slow
 def test_a_broker_that_pauses_across_a_commit_and_a_worker_that_then_loses_its_disk(
     films: Dataset, kafka: KafkaBroker, make_pipeline: Callable[..., Pipeline]
 ) -> None:

@@ -78,6 +78,7 @@ def test_a_producer_a_day_behind(rows: list[EventRow], make_pipeline: Callable[.
     assert pipeline.stop() == 0
 
 
+@pytest.mark.slow
 def test_a_worker_a_day_ahead_is_told_so(rows: list[EventRow], make_pipeline: Callable[..., Pipeline]) -> None:
     """Kafka refuses records from the future."""
     pipeline = make_pipeline()

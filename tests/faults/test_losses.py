@@ -22,7 +22,7 @@ _DROPPING_WORKER = Path(__file__).parent / "dropping_worker.py"
 
 
 @pytest.mark.parametrize(
-    "place", ["fetch", "buffer", *(pytest.param(place, marks=pytest.mark.slow) for place in ("fetcher", "delivery"))]
+    "place", ["fetch", *(pytest.param(place, marks=pytest.mark.slow) for place in ("buffer", "fetcher", "delivery"))]
 )
 def test_a_batch_that_is_lost_on_its_way_is_read_again(
     place: str, films: Dataset, make_pipeline: Callable[..., Pipeline]

@@ -135,6 +135,7 @@ def test_a_rollout_under_load(
     assert one.stop() == 0
 
 
+@pytest.mark.slow
 def test_from_one_table_and_the_mixture_to_two_tables_and_a_learned_encoder(
     films: Dataset, item_folder: Path, make_pipeline: Callable[..., Pipeline], tmp_path: Path
 ) -> None:

@@ -84,6 +84,7 @@ def test_a_signal_in_the_middle_of_a_backlog(make_busy: Busy) -> None:
     assert "duplicate" not in busy.log.read_text()[said:], "what was published was not committed, and done twice"
 
 
+@pytest.mark.slow
 def test_two_signals_under_load_end_it_at_once(make_busy: Busy) -> None:
     """It is frozen in the middle of its drain, which may take less time than two signals must be apart."""
     busy, events = make_busy()
@@ -134,6 +135,7 @@ def test_a_stop_takes_no_longer_than_it_was_told(make_busy: Busy, kafka: KafkaBr
     go_on(busy, events)
 
 
+@pytest.mark.slow
 def test_a_commit_while_the_broker_is_away_is_not_waited_for_long(
     films: Dataset, kafka: KafkaBroker, make_pipeline: Callable[..., Pipeline]
 ) -> None:

@@ -13,7 +13,7 @@ from redis_server import RedisServer
 
 from stream.feed.dataset import Dataset
 from stream.feed.sender import Feeder
-from stream.pipeline.table import CLAIM_KEY
+from stream.keys import CLAIM_KEY
 
 
 def freeze(pipeline: Pipeline) -> None:

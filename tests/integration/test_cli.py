@@ -1,15 +1,19 @@
 """The command line as its users meet it: help, errors of one line, files in, vectors out, and Ctrl-C."""
 
+import contextlib
 import csv
 import fcntl
 import json
 import logging
 import os
 import random
+import re
 import shlex
 import signal
 import subprocess
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -590,6 +594,36 @@ def test_demo_with_ctrl_c_early_once_and_twice_and_again(folder: Path, tmp_path:
     again = Demo(tmp_path / "twice", "--events", folder / "small.csv", "--json")
     check_demo(again.end(), 300, 20)
     assert not again.worker_runs()
+
+
+@pytest.mark.slow
+def test_demo_that_stays_has_a_page(folder: Path, tmp_path: Path) -> None:
+    """On the embedded broker, where the page says of every user what it says on a real one."""
+    demo = Demo(tmp_path, "--events", folder / "small.csv", "--stay")
+    try:
+        log = tmp_path / "demo" / "inspector.log"
+        demo.until(lambda: log.exists() and "inspector: http" in log.read_text())
+        (url,) = re.findall(r"inspector: (http://\S+/)", log.read_text())
+        question = json.dumps({"user": str(some_events(300, 20)[0][0])}).encode()
+        request = urllib.request.Request(f"{url}api/user", question, {"Content-Type": "application/json"})
+        answers: list[dict[str, Any]] = []
+
+        def is_answered() -> bool:
+            with contextlib.suppress(urllib.error.HTTPError), urllib.request.urlopen(request, timeout=60) as answer:
+                answers.append(json.loads(answer.read()))  # else it is still being read
+            return bool(answers)
+
+        demo.until(is_answered)
+        assert (answers[0]["status"], answers[0].get("agrees")) == ("ok", True), answers
+        demo.interrupt()
+        ran = demo.end()
+        assert (ran.code, "Traceback" in ran.err) == (0, False), ran
+        assert f"look at it:          {url}" in ran.err
+        assert not demo.worker_runs()
+        with pytest.raises(urllib.error.URLError):
+            urllib.request.urlopen(url, timeout=60)
+    finally:
+        demo.end(0)
 
 
 @pytest.fixture(scope="module")

@@ -162,6 +162,7 @@ def load_and_name(folder: Path) -> VersionedEncoder:
     return VersionedEncoder(load_encoder(folder), 100)
 
 
+@pytest.mark.slow
 def test_new_items_and_an_encoder_that_was_learned_from_them_are_served_as_one(
     films: Dataset, learned: Path, tmp_path: Path, make_pipeline: Callable[..., Pipeline]
 ) -> None:

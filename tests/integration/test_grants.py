@@ -299,6 +299,7 @@ def test_the_bench_needs_no_more_than_is_listed(
     assert code == 0, said
 
 
+@pytest.mark.slow
 def test_partitions_are_raised_with_what_is_listed_and_no_less(
     acls: Acls,
     run: Callable[..., tuple[int, str]],

@@ -82,6 +82,7 @@ def test_a_setting_that_is_wrong(make_pipeline: Callable[..., Pipeline]) -> None
     assert "UEMB_PARTITIONS" in only["message"]
 
 
+@pytest.mark.slow
 def test_fausts_own_command(films: Dataset, make_pipeline: Callable[..., Pipeline]) -> None:
     pipeline = make_pipeline(log_format="json")
     pipeline.start(FAUST)

@@ -189,7 +189,8 @@ def test_records_that_say_nothing_are_passed_over(films: Dataset, make_pipeline:
     assert pipeline.log.read_text().count("it is passed over") == 2 * len(nonsense) - 2  # a null withdraws
 
 
-@pytest.mark.parametrize("what", ["encoder", pytest.param("folder", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["encoder", "folder"])
 def test_another_encoder_or_folder_covers_the_users_who_are_silent_before_it_is_served(
     what: str, films: Dataset, second_folder: Path, make_pipeline: Callable[..., Pipeline]
 ) -> None:

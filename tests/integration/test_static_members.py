@@ -121,6 +121,7 @@ def test_of_two_with_one_id_the_newer_stays_and_the_older_says_why_it_ends(
     assert said(newer) == []
 
 
+@pytest.mark.slow
 def test_one_that_does_not_come_back_in_time_loses_its_partitions_to_the_others(
     films: Dataset, make_workers: Callable[..., list[Pipeline]]
 ) -> None:

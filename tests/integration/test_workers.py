@@ -27,9 +27,8 @@ from stream.core.records import decode
 from stream.feed.dataset import Dataset
 from stream.feed.sender import Feeder
 from stream.items.space import ItemSpace
-from stream.keys import partition_of
+from stream.keys import CLAIM_KEY, partition_of
 from stream.kv.rocksdb.layout import partition_path
-from stream.pipeline.table import CLAIM_KEY
 
 USER_VERSION = load_settings().versioned_encoder.version
 SLOW_TO_TAKE = Path(__file__).parents[1] / "faults" / "slow_to_take.py"
@@ -145,6 +144,7 @@ def test_killed_in_the_middle_with_the_disk_wiped(
     assert (REBUILDS in pipeline.log.read_text()) == (store != "kept")
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_of_a_rebuild(
     films: Dataset, space: ItemSpace, make_pipeline: Callable[..., Pipeline]
 ) -> None:

@@ -1,9 +1,6 @@
 """The document of all topics, held against the code and read by AsyncAPI's own parser."""
 
-import fcntl
-import hashlib
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -17,6 +14,7 @@ import pytest
 import yaml
 from documents import ROOT
 from jsonschema import Draft202012Validator
+from npm_packages import npm_home, why_no_node
 
 from stream.config import load_settings
 from stream.core.events import DeletionDecoder, EventDecoder, EventRules, Reason, Reject, UserDeletion, UserEvent
@@ -31,8 +29,6 @@ from stream.rollout.records import STAGES, STATES, BadRecord, ControlRecord, Enc
 SCHEMAS: Final = ROOT / "schemas"
 DOCUMENT: Final = SCHEMAS / "asyncapi.v1.yaml"
 _PARSER: Final = ROOT / "tests" / "asyncapi_parser"
-_MIN_NODE: Final = 18
-_INSTALL_TIMEOUT_S: Final = 300.0
 HASH: Final = "ab" * 32
 SETTINGS: Final = load_settings()
 
@@ -53,39 +49,12 @@ def document() -> dict[str, Any]:
 # -- AsyncAPI's parser ------------------------------------------------------------------------------------------------
 
 
-def why_no_node() -> str | None:
-    """The reason why AsyncAPI's parser can't run on this machine, or None."""
-    found = re.match(r"v(\d+)", _said("node", "--version"))
-    if found is None or int(found[1]) < _MIN_NODE or not _said("npm", "--version"):
-        return f"no AsyncAPI parser: install Node.js {_MIN_NODE} or newer, and npm"
-    return None
-
-
-def _said(program: str, argument: str) -> str:
-    found = shutil.which(program)
-    return (found and subprocess.run([found, argument], capture_output=True, text=True, timeout=60).stdout) or ""
-
-
 @pytest.fixture(scope="module")
 def parser() -> Path:
     """The program beside its packages, which npm fetches on first use, those of the lock file and no others."""
     if reason := why_no_node():
         pytest.skip(reason)
-    root = Path(os.environ.get("UEMB_TEST_CACHE") or "~/.cache/user-embedding-stream").expanduser()
-    lock = (_PARSER / "package-lock.json").read_bytes()
-    home = root / f"asyncapi-{hashlib.sha256(lock).hexdigest()[:12]}"
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / "asyncapi.lock").open("w") as alone:
-        fcntl.flock(alone, fcntl.LOCK_EX)
-        if not (home / "complete").exists():
-            shutil.rmtree(home, ignore_errors=True)
-            shutil.copytree(_PARSER, home, ignore=shutil.ignore_patterns("node_modules"))
-            installed = subprocess.run(
-                ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"],
-                cwd=home, capture_output=True, text=True, timeout=_INSTALL_TIMEOUT_S,
-            )  # fmt: skip
-            assert installed.returncode == 0, installed.stderr
-            (home / "complete").touch()
+    home = npm_home(_PARSER)
     shutil.copyfile(_PARSER / "check.mjs", home / "check.mjs")
     return home / "check.mjs"
 

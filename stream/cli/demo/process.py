@@ -1,6 +1,7 @@
 """The demo's processes: the worker as a child of its own, and what Ctrl-C means."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,13 +17,15 @@ from stream.config import ENV_PREFIX
 from stream.core.watermark import decode_watermark
 from stream.errors import ExitCode, UembError
 from stream.feed.sender import TOPIC_PREFIX
-from stream.keys import partition_of
+from stream.keys import one_user_per_partition
 from stream.kv.protocol import KVReader
 from stream.kv.stores import open_reader
 
 PARTITIONS: Final = 4  # the embedded broker knows no other number
 START_TIMEOUT_S: Final = 60.0
 STOP_TIMEOUT_S: Final = 15.0
+_ANY_PORT: Final = "127.0.0.1:0"
+_UEMB: Final = (sys.executable, "-c", "from stream.cli import main; main()")
 
 
 class Pipeline:
@@ -32,7 +35,7 @@ class Pipeline:
         self.kv_url = f"rocksdb://{folder / 'kv'}"
         self._log = (folder / "worker.log").open("wb")
         self._topics = {f"{TOPIC_PREFIX}{kind}" for kind in kinds}
-        environment = {
+        self._environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith(ENV_PREFIX)},
             f"{ENV_PREFIX}BOOTSTRAP_SERVERS": bootstrap,
             f"{ENV_PREFIX}EVENT_TOPICS": ",".join(sorted(self._topics)),
@@ -40,18 +43,19 @@ class Pipeline:
             f"{ENV_PREFIX}ITEMS": str(items),
             f"{ENV_PREFIX}KV_URL": self.kv_url,
             f"{ENV_PREFIX}STATE_DIR": str(folder / "state"),
-            f"{ENV_PREFIX}HTTP": "",
+            f"{ENV_PREFIX}HTTP": _ANY_PORT,
         }
         # A session of its own: Ctrl-C reaches this process only, which stops the worker in order.
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", "from stream.cli import main; main()", "worker"],
-            env=environment,
+        self._process = subprocess.Popen(  # noqa: S603 - our own command
+            [*_UEMB, "worker"],
+            env=self._environment,
             stdout=self._log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        self._inspector: subprocess.Popen[bytes] | None = None
         self._store: KVReader | None = None
-        self._probes = _one_user_per_partition()
+        self._probes = one_user_per_partition(PARTITIONS)
 
     def check(self) -> None:
         """Raise `UembError` with the worker's last words if it has ended."""
@@ -86,24 +90,60 @@ class Pipeline:
                 total += sum(offset for topic, offset in found.offsets.items() if topic in self._topics)
         return total
 
+    def inspect(self, titles: Path, stop: "Stop") -> str:
+        """Start an inspector beside the worker; return where its page is.
+
+        Raises:
+            UembError: it ended.
+        """
+        worker = _found(Path(self._log.name), r"metrics and health: http://(\S+)/metrics")
+        arguments = ["--address", _ANY_PORT, "--titles", str(titles), *(("--worker", worker) if worker else ())]
+        log = Path(self._log.name).with_name("inspector.log")
+        with log.open("wb") as out:
+            command = [*_UEMB, "inspect", *arguments]
+            started = subprocess.Popen(  # noqa: S603 - our own command
+                command, env=self._environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        self._inspector = started
+        while (url := _found(log, r"inspector: (http://\S+/)")) is None:
+            stop.check()
+            if started.poll() is not None:
+                msg = f"the inspector ended with code {started.returncode}; see {log}"
+                raise UembError(msg)
+            time.sleep(0.05)
+        return url
+
     def stop(self) -> None:
         """Stop the worker in order, at once if that takes long."""
         if self._store is not None:
             self._store.close()
             self._store = None
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
+        for process in self._processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+        for process in self._processes:
             try:
-                self._process.wait(STOP_TIMEOUT_S)
+                process.wait(STOP_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 self.kill()
         self._log.close()
 
     def kill(self) -> None:
         """End the worker now."""
-        if self._process.poll() is None:
-            self._process.kill()
-            self._process.wait()
+        for process in self._processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+    @property
+    def _processes(self) -> "list[subprocess.Popen[bytes]]":
+        return [self._process, *([] if self._inspector is None else [self._inspector])]
+
+
+def _found(log: Path, pattern: str) -> str | None:
+    """What a log says."""
+    found = re.search(pattern, log.read_text(errors="replace"))
+    return None if found is None else found[1]
 
 
 class Stop:
@@ -146,13 +186,3 @@ def interruptible() -> Iterator[Stop]:
         if not stop.event.is_set():  # else a second Ctrl-C that comes now still ends with the exit code of one
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def _one_user_per_partition() -> list[bytes]:
-    found: dict[int, bytes] = {}
-    number = 0
-    while len(found) < PARTITIONS:
-        user = str(number).encode()
-        found.setdefault(partition_of(user, PARTITIONS), user)
-        number += 1
-    return [found[p] for p in range(PARTITIONS)]

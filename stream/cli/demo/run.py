@@ -1,5 +1,6 @@
 """`uemb demo`: embedded broker, worker, key-value store and reader on one machine, fed with real interactions."""
 
+import csv
 import logging
 import shutil
 import sys
@@ -21,13 +22,13 @@ from stream.cli.demo.process import PARTITIONS, Pipeline, Stop, interruptible
 from stream.cli.terminal import MB, PERCENT, PlainConsole, err, print_json, progress_bar
 from stream.config import ENV_PREFIX, Settings
 from stream.core.events import EventRow
-from stream.core.formulas import Float32
 from stream.errors import ConfigError, ItemSpaceError, UembError
 from stream.feed.dataset import Dataset
 from stream.feed.sender import Feeder
 from stream.feed.shape import FileShape
 from stream.feed.sources import load
 from stream.foreign_text import escaped
+from stream.inspector.titles import COLUMNS
 from stream.items.space import ItemSpace
 from stream.kafka.embedded_broker import DevBroker
 from stream.learning.build import build_space
@@ -102,6 +103,7 @@ def run_demo(
                     _show(summary)
                     _show_how_to_go_on(summary, broker, stay=stay)
                 if stay:
+                    err.print(f"look at it:          {pipeline.inspect(_write_titles(data, folder), stop)}")
                     stop.wait()
             finally:
                 pipeline.stop()
@@ -255,8 +257,8 @@ def _build_items(data: Dataset, folder: Path) -> ItemSpace:
 
 
 def _taste(found: UserEmbedding, space: ItemSpace, titles: Sequence[str]) -> Taste:
-    scores: Float32 = space.vectors @ found.vector
-    return Taste(found.status, [titles[i] for i in np.argsort(-scores)[:SHOWN_ITEMS]])
+    rows, _ = space.nearest(found.vector[None], SHOWN_ITEMS)
+    return Taste(found.status, [titles[row] for row in rows[0].tolist()])
 
 
 def _shown(user: str, data: Dataset, live: Sequence[EventRow], before: Taste, after: Taste) -> dict[str, Any]:
@@ -296,6 +298,14 @@ def _show(summary: Summary) -> None:
     )
 
 
+def _write_titles(data: Dataset, folder: Path) -> Path:
+    """A table of what items are called, as the inspector reads it."""
+    path = folder / "titles.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([COLUMNS, *sorted(data.titles.items())])
+    return path
+
+
 def _show_how_to_go_on(summary: Summary, broker: DevBroker, *, stay: bool) -> None:
     user = summary.shown[0]["user"] if summary.shown else "42"
     out.print()
@@ -304,7 +314,7 @@ def _show_how_to_go_on(summary: Summary, broker: DevBroker, *, stay: bool) -> No
         out.print(f"follow the topic:    {ENV_PREFIX}BOOTSTRAP_SERVERS={broker.bootstrap} uemb tail")
         out.print("Ctrl-C stops broker and worker")
     else:
-        out.print("follow the topic:    uemb demo --stay   (then `uemb tail`, as it says)")
+        out.print("look at it:          uemb demo --stay   (a page; and `uemb tail` follows the topic, as it says)")
 
 
 def _dead_letters(broker: DevBroker) -> int:

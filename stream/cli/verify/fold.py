@@ -9,17 +9,15 @@ from confluent_kafka import Message
 from stream.cli.verify.rules import Evidence, Logged, Published, order_of, output_document
 from stream.config import Settings
 from stream.core.events import DeletionDecoder, EventDecoder, Reason, Reject
-from stream.core.history import History
+from stream.core.history import History, joined
 from stream.core.history_codec import TS_BYTES, HistoryCodec, stored_order
 from stream.core.records import kv_prefix
 from stream.kafka.dead_letters import Letter
 from stream.kafka.log_reader import unreadable
 from stream.kafka.schema_registry import SchemaRegistry
-from stream.keys import partition_of, user_cache_key
+from stream.keys import CLAIM_KEY, partition_of, user_cache_key
 from stream.kv.rocksdb.scratch import Scratch
-from stream.pipeline.table import CLAIM_KEY
 from stream.worker.claims import later_claim
-from stream.worker.ownership import joined
 
 # First byte of a key: what the input adds up to, what the changelog does, the output's last record, rejects, letters,
 # records that by their letters no worker has read.

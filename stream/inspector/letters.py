@@ -1,0 +1,187 @@
+"""Dead letters as they come: counted by reason, topic and minute; the newest of each kind, without payload."""
+
+import time
+from collections import defaultdict, deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+from confluent_kafka import TopicPartition
+
+from stream.config import Settings
+from stream.errors import ConfigError
+from stream.foreign_text import one_line, shortened
+from stream.kafka.dead_letters import Header, Letter
+from stream.kafka.log_reader import TIMEOUT_S, LogConsumer, Span, open_consumer, read, whole
+
+#: So far back is looked, in each partition at no more than so many letters.
+LOOK_BACK_S: Final = 24 * 3600
+_MOST: Final = 20_000
+_MINUTE_MS: Final = 60_000
+#: Kinds that are told apart; anybody may write to the topic.
+_KINDS: Final = 200
+_SAMPLES: Final = 20
+_DETAIL_CHARS: Final = 300
+#: Bytes of a key or a value that are shown.
+SHOWN_BYTES: Final = 4_096
+
+Kind = tuple[str, str]  # reason, topic
+
+
+class Fact(NamedTuple):
+    """What may be said of a letter without its payload.
+
+    Attributes:
+        place: ``partition:offset``.
+        ts_ms: when it was written.
+        source: ``topic:partition:offset`` of the rejected record.
+        size: bytes of its value.
+        detail: what was wrong.
+    """
+
+    place: str
+    ts_ms: int
+    source: str
+    size: int
+    detail: str
+
+
+@dataclass(frozen=True)
+class LettersView:
+    """The letters of the last day, or the newest of them.
+
+    Attributes:
+        counts: by kind.
+        minutes: the same by minute (epoch minutes).
+        newest: of each kind, the newest last.
+        since_ms: letters written before are not among them.
+        written: letters that came since the inspector was started.
+    """
+
+    counts: Mapping[Kind, int]
+    minutes: Mapping[int, Mapping[Kind, int]]
+    newest: Mapping[Kind, list[Fact]]
+    since_ms: int
+    written: int
+
+
+class LettersWatch:
+    """Follows the topic.
+
+    Args:
+        settings: where it is.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._consumer: LogConsumer | None = None
+        self._next: dict[int, int] = {}
+        self._counts: dict[Kind, int] = defaultdict(int)
+        self._minutes: dict[int, dict[Kind, int]] = {}
+        self._newest: dict[Kind, deque[Fact]] = {}
+        self._written = 0
+        self._since_ms = 0
+
+    def look(self) -> LettersView:
+        """Take in what is new.
+
+        Raises:
+            ConfigError: there is no such topic.
+            DeliveryError: it can't be read.
+            NotAllowed: it may not be read.
+        """
+        if self._consumer is None:
+            self._consumer = open_consumer(self._settings, "inspect-letters")
+        spans, partition = [], 0
+        while (span := whole(self._consumer, self._settings.dlq_topic, partition)) is not None:
+            spans.append(span)
+            partition += 1
+        if not spans:
+            msg = f"there is no topic {self._settings.dlq_topic}; start a worker first, it makes its topics"
+            raise ConfigError(msg)
+        is_first = not self._next
+        if is_first:
+            self._next = self._begin(spans)
+        new = [span._replace(start=max(span.start, self._next.get(span.partition, 0))) for span in spans]
+        for message in read(self._consumer, new):
+            self._add(Letter.of(message))
+            self._written += not is_first
+        self._next = {span.partition: span.end for span in spans}
+        self._forget()
+        return LettersView(
+            dict(self._counts),
+            {minute: dict(counts) for minute, counts in self._minutes.items()},
+            {kind: list(facts) for kind, facts in self._newest.items()},
+            self._since_ms,
+            self._written,
+        )
+
+    def close(self) -> None:
+        """Disconnect."""
+        if self._consumer is not None:
+            self._consumer.close()
+
+    def _begin(self, spans: list[Span]) -> dict[int, int]:
+        """Where to begin in each partition."""
+        self._since_ms = _now_ms() - LOOK_BACK_S * 1000
+        places = [TopicPartition(span.topic, span.partition, self._since_ms) for span in spans]
+        found = self._consumer.offsets_for_times(places, timeout=TIMEOUT_S)  # type: ignore[union-attr]
+        starts = {at.partition: at.offset for at in found if at.offset >= 0}
+        begin = {}
+        for span in spans:
+            start = max(span.start, starts.get(span.partition, span.end), span.end - _MOST)
+            if start > starts.get(span.partition, span.end):
+                self._since_ms = -1  # the first that is read tells
+            begin[span.partition] = start
+        return begin
+
+    def _add(self, letter: Letter) -> None:
+        if self._since_ms < 0:
+            self._since_ms = letter.timestamp_ms
+        kind = (shortened(letter.reason) or "not a letter", shortened(letter.text(Header.TOPIC)))
+        if kind not in self._counts and len(self._counts) >= _KINDS:
+            kind = ("other", "")
+        self._counts[kind] += 1
+        minute = self._minutes.setdefault(letter.timestamp_ms // _MINUTE_MS, {})
+        minute[kind] = minute.get(kind, 0) + 1
+        source = ":".join(map(letter.text, (Header.TOPIC, Header.PARTITION, Header.OFFSET)))
+        fact = Fact(
+            f"{letter.partition}:{letter.offset}",
+            letter.timestamp_ms,
+            one_line(source, _DETAIL_CHARS),
+            letter.value_size,
+            one_line(letter.text(Header.DETAIL), _DETAIL_CHARS),
+        )
+        self._newest.setdefault(kind, deque(maxlen=_SAMPLES)).append(fact)
+
+    def _forget(self) -> None:
+        """Minutes of more than a day ago."""
+        first = (_now_ms() - LOOK_BACK_S * 1000) // _MINUTE_MS
+        for minute in [minute for minute in self._minutes if minute < first]:
+            for kind, count in self._minutes.pop(minute).items():
+                self._counts[kind] -= count
+                if not self._counts[kind]:
+                    del self._counts[kind], self._newest[kind]
+        self._since_ms = max(self._since_ms, first * _MINUTE_MS)
+
+
+def read_letter(settings: Settings, partition: int, offset: int) -> Letter | None:
+    """One letter, payload included; None where there is none.
+
+    Raises:
+        UembError: the topic can't be read.
+    """
+    consumer = open_consumer(settings, "inspect-letter")
+    try:
+        span = whole(consumer, settings.dlq_topic, partition)
+        if span is None or not span.start <= offset < span.end:
+            return None
+        for message in read(consumer, [span._replace(start=offset, end=offset + 1)]):
+            return Letter.of(message)
+        return None
+    finally:
+        consumer.close()
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
