@@ -162,8 +162,14 @@ def prepare_topics(settings: Settings, dim: int) -> Prepared:
         return Prepared(partitions, found[settings.dlq_topic], administered=False, largest_dim=_EMBEDDED_DIM)
     _check_grants(admin, settings)
     survey = survey_topics(settings, admin, cluster, dim)
-    partitions, missing = survey.partitions, survey.missing
     _refuse(survey.troubles(settings))  # a start that is refused creates nothing
+    if inputs := [topic for topic in survey.missing if topic.name in settings.event_topics]:
+        # One that somebody has just made may not be known yet. What it is like decides what the others must be like.
+        create_topics(admin, inputs, settings, survey.partitions)
+        topic_configs(settings, admin, [topic.name for topic in inputs])  # waits until all are known
+        survey = survey_topics(settings, admin, list_topics(admin, settings), dim)
+        _refuse(survey.troubles(settings))
+    partitions, missing = survey.partitions, survey.missing
     create_topics(admin, missing, settings, partitions)
     configs = {**survey.configs, **topic_configs(settings, admin, [w.name for w in missing])}
     _refuse(_config_troubles(settings, missing, configs))

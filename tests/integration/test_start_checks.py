@@ -31,6 +31,7 @@ from stream.core.events import EventRow
 from stream.errors import UembError
 from stream.feed.sender import Feeder
 from stream.items.space import ItemSpace
+from stream.kafka import topics
 from stream.kafka.topics import prepare_topics
 from stream.kv.rocksdb.writer import RocksKV
 from stream.retrieval.reader import EmbeddingReader
@@ -462,3 +463,29 @@ def test_refused_and_told_by_the_doctor(
     found = diagnose(environment)
     assert found.code == (2 if name in OF_SETTINGS else 1), found.lines
     assert any(all(what in line for what in says) for line in found.of("failed")), found.wrong
+
+
+def test_a_topic_that_brokers_do_not_know_yet_decides_the_size_of_letters(
+    kafka: KafkaBroker, unique: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody has just made it: a broker's first answer about all topics may be older than that."""
+    admin = AdminClient({"bootstrap.servers": kafka.bootstrap})
+    topic, letters = f"{unique}.view", f"{unique}.dlq"
+    create(admin, {topic: Case((), config={"max.message.bytes": "3000000"})})
+    real, asked = topics.list_topics, []
+
+    def at_first_without(*args: object, **options: object) -> object:
+        cluster = real(*args, **options)
+        if not asked:
+            cluster.topics.pop(topic)
+        asked.append(args)
+        return cluster
+
+    monkeypatch.setattr(topics, "list_topics", at_first_without)
+    names = {"app_id": unique, "event_topics": topic, "deletion_topic": f"{unique}.gone", "dlq_topic": letters}
+    names |= {"output_topic": f"{unique}.out", "item_versions_topic": f"{unique}.versions"}
+    try:
+        prepare_topics(load_settings(bootstrap_servers=kafka.bootstrap, **names), dim=8)
+        assert int(topic_configs(admin, [letters])[letters]["max.message.bytes"]) == 3_000_000 + (64 << 10)
+    finally:
+        delete_topics(kafka.bootstrap, unique)
