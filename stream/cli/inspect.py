@@ -2,13 +2,16 @@
 
 import asyncio
 import logging
+import os
 import signal
+import sys
 from pathlib import Path
 
 import click
 
 from stream.cli.terminal import err
 from stream.config import Address, Settings, load_settings
+from stream.errors import ExitCode
 from stream.logs import setup_logging
 
 
@@ -41,6 +44,9 @@ def inspect(address: str | None, workers: tuple[str, ...], titles: Path | None, 
             names,
         )
     )
+    # Threads that wait for brokers who do not answer would hold the end up.
+    sys.stderr.flush()
+    os._exit(ExitCode.OK)
 
 
 async def _serve(

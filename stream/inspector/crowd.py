@@ -32,7 +32,7 @@ def crowd(
         UembError: topic or store can't be read.
     """
     shown = Shown(user_version, space)
-    users = recent_users(settings, shown, USERS)
+    users = recent_users(settings, shown, USERS, store.meta().partitions or 1)
     records = [record for record in records_of(store, shown, users) if record is not None]
     own = [record for record in records if record.status == "ok"]
     document: dict[str, Any] = {

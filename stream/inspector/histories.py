@@ -15,13 +15,16 @@ from confluent_kafka import Message
 from stream.config import Settings
 from stream.core.history import History, joined
 from stream.core.history_codec import HistoryCodec, stored_order
-from stream.errors import ConfigError
+from stream.errors import ConfigError, UembError
 from stream.kafka.log_reader import LogConsumer, open_consumer, read, whole
 from stream.keys import CLAIM_KEY, partition_of
 from stream.kv.rocksdb.scratch import Scratch
 from stream.worker.claims import Claim, check_claim, later_claim
 
+#: A read that does not end within this is left behind.
+CLOSE_S: Final = 3.0
 _CHUNK: Final = 2_000
+_ENDS: Final = "the inspector ends"
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Histories:
         self._next: dict[int, int] = {}
         self._claims: dict[int, bytes] = {}
         self._reading = threading.Lock()
+        self._closed = threading.Event()
 
     def of(self, user: str, partitions: int) -> Kept | None:
         """What is kept of a user now; None of one who is not known.
@@ -72,6 +76,8 @@ class Histories:
         key = user.encode()
         partition = partition_of(key, partitions)
         with self._reading:
+            if self._closed.is_set():
+                raise UembError(_ENDS)
             try:
                 scratch = self._read_on(partition)
             finally:
@@ -85,12 +91,19 @@ class Histories:
         return Kept(history, stored_order(state)[0], partition)
 
     def close(self) -> None:
-        """Disconnect, and let go of what was read."""
-        with self._reading:
+        """Disconnect, and let go of what was read; a read that is under way ends with that."""
+        self._closed.set()
+        if not self._reading.acquire(timeout=CLOSE_S):  # it waits for brokers that do not answer
+            if self._scratch is not None:
+                self._scratch.remove()
+            return
+        try:
             if self._consumer is not None:
                 self._consumer.close()
             if self._scratch is not None:
                 self._scratch.__exit__(None, None, None)
+        finally:
+            self._reading.release()
 
     def _read_on(self, partition: int) -> Scratch:
         if self._consumer is None:
@@ -108,6 +121,8 @@ class Histories:
         return scratch
 
     def _tell(self, done: int, total: int | None) -> None:
+        if self._closed.is_set():
+            raise UembError(_ENDS)
         self.progress = done, total
 
     def _add(self, partition: int, messages: Iterable[Message], scratch: Scratch) -> None:

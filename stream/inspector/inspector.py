@@ -65,8 +65,11 @@ class Inspector:
         """Look no more, and let go of everything."""
         for source in self._sources:
             source.stop()
-        for held in (self._workers, self._store, self._versions, self._dead, self._histories):
-            held.close()
+        let_go = (self._workers.close, self._store.close, self._versions.close, self._dead.close)
+        for source, close in zip(self._sources, let_go, strict=True):
+            if source.has_ended():
+                close()
+        self._histories.close()
 
     @property
     def _sources(self) -> tuple[Source[Any], ...]:

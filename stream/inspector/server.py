@@ -6,6 +6,8 @@ import json
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.resources import files
 from typing import Any, Final
 
@@ -28,6 +30,9 @@ TICK_S: Final = 1.0
 HISTORY: Final = 600
 #: Pages that get news; a page of the same browser shares one stream.
 MAX_STREAMS: Final = 64
+#: Questions that are answered at a time, and that may wait.
+_QUESTIONS: Final = 8
+_MAX_QUESTIONS: Final = 64
 #: What a client has not taken is held up to this; then it is hung up on.
 _BEHIND_BYTES: Final = 1 << 20
 _MAX_BODY_BYTES: Final = 1 << 20
@@ -104,6 +109,8 @@ class Server:
         self._news: bytes = b""
         self._told = asyncio.Condition()
         self._streams = 0
+        self._asking = 0
+        self._threads = ThreadPoolExecutor(_QUESTIONS, thread_name_prefix="uemb-inspect-asked")
         self._files = {name: files("stream.inspector").joinpath("static", name).read_bytes() for name in _STATIC}
         self._runner: web.AppRunner | None = None
         self._ticking: asyncio.Task[None] | None = None
@@ -147,6 +154,7 @@ class Server:
             self._ticking.cancel()
         if self._runner is not None:
             await self._runner.cleanup()
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _tick(self) -> None:
         last = 0
@@ -205,6 +213,21 @@ class Server:
 
     # -- what is asked ---------------------------------------------------------------------------------------------
 
+    async def _asked(self, question: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Have a question answered beside the event loop; so many at a time, and no more than so many wait.
+
+        Raises:
+            UembError: too many wait.
+        """
+        if self._asking >= _MAX_QUESTIONS:
+            msg = "too many questions at a time; ask again in a moment"
+            raise UembError(msg)
+        self._asking += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, question)
+        finally:
+            self._asking -= 1
+
     async def _page(self, _: web.Request) -> web.Response:
         return self._static("index.html")
 
@@ -227,23 +250,23 @@ class Server:
             question = msgspec.json.decode(await request.read(), type=Question)
         except (msgspec.MsgspecError, ValueError, RecursionError) as exc:
             raise ConfigError(one_line(str(exc))) from exc
-        return _answer(await asyncio.to_thread(self._inspector.user, question))
+        return _answer(await self._asked(partial(self._inspector.user, question)))
 
     async def _checklist(self, request: web.Request) -> web.Response:
-        return _answer(await asyncio.to_thread(self._inspector.checklist, _versions(request.query)))
+        return _answer(await self._asked(partial(self._inspector.checklist, _versions(request.query))))
 
     async def _letters(self, _: web.Request) -> web.Response:
-        return _answer(self._inspector.letters())
+        return _answer(await self._asked(self._inspector.letters))
 
     async def _letter(self, request: web.Request) -> web.Response:
         partition, _, offset = request.query.get("place", "").partition(":")
         if not (partition.isdecimal() and offset.isdecimal() and len(partition) < 7 and len(offset) < 19):
             msg = "name a letter as partition:offset"
             raise ConfigError(msg)
-        return _answer(await asyncio.to_thread(self._inspector.letter, int(partition), int(offset)))
+        return _answer(await self._asked(partial(self._inspector.letter, int(partition), int(offset))))
 
     async def _map(self, request: web.Request) -> web.Response:
-        return _answer(await asyncio.to_thread(self._inspector.crowd, _versions(request.query)))
+        return _answer(await self._asked(partial(self._inspector.crowd, _versions(request.query))))
 
     async def _stream(self, request: web.Request) -> web.StreamResponse:
         """News for one page; a slow one misses some, and gets the last."""

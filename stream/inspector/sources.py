@@ -55,9 +55,14 @@ class Source(Generic[Seen]):
         self._thread.start()
 
     def stop(self) -> None:
-        """Look no more; a look that hangs is left behind."""
+        """Look no more after this look; see `has_ended`."""
         self._stopped.set()
-        self._thread.join(_STOP_S)
+
+    def has_ended(self) -> bool:
+        """Whether it looks no more, for which a moment is waited; what a look that hangs uses must be left alone."""
+        if self._thread.ident is not None:
+            self._thread.join(_STOP_S)
+        return not self._thread.is_alive()
 
     @property
     def reading(self) -> Reading[Seen]:

@@ -17,7 +17,9 @@ from stream.keys import user_cache_key
 from stream.kv.protocol import KVReader
 
 NEIGHBOURS: Final = 10
-_NEWEST: Final = 2_000  # records of each partition that the sample is drawn from
+#: Records of each partition that a sample is drawn from, at most and at least.
+_NEWEST: Final = 2_000
+_FEWEST: Final = 50
 _SEED: Final = 7
 _QUANTILES: Final = (0.1, 0.5, 0.9)
 
@@ -90,7 +92,7 @@ def compare(settings: Settings, store: KVReader, served: Shown, other: Shown, sa
         ConfigError: there are no users yet.
         StoreError: the store can't be read.
     """
-    users = recent_users(settings, served, sample)
+    users = recent_users(settings, served, sample, store.meta().partitions or 1)
     if not users:
         msg = (
             f"{settings.output_topic} holds no vectors of item version {served.space.version}, user version "
@@ -110,20 +112,22 @@ def compare(settings: Settings, store: KVReader, served: Shown, other: Shown, sa
     return VersionReport(_side(served, records[0]), _side(other, records[1]), len(both), cosine, overlap)
 
 
-def recent_users(settings: Settings, shown: Shown, sample: int) -> list[bytes]:
+def recent_users(settings: Settings, shown: Shown, sample: int, partitions: int) -> list[bytes]:
     """Users of the newest records of every partition, at most `sample` of them, drawn at random.
+
+    Of many partitions less is read of each: some twenty records for each user that is wanted.
 
     Raises:
         DeliveryError: the topic can't be read.
         NotAllowed: it may not be read.
     """
-    prefix = shown.prefix
+    prefix, newest_records = shown.prefix, min(_NEWEST, max(_FEWEST, 20 * sample // partitions))
     found: dict[bytes, None] = {}
     consumer = open_consumer(settings, "report")
     try:
         partition = 0
         while (span := whole(consumer, settings.output_topic, partition)) is not None:
-            newest = span._replace(start=max(span.start, span.end - _NEWEST))
+            newest = span._replace(start=max(span.start, span.end - newest_records))
             for message in read(consumer, [newest]):
                 key = message.key() or b""
                 if key.startswith(prefix) and message.value() is not None:

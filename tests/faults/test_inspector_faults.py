@@ -65,7 +65,10 @@ def test_the_truth_is_on_the_screen(
         pipeline.until_ready()
         tab.until(FINE, "all is well again")
 
+        other = Inspector(pipeline, [address])
+        other.ask("/api/about")
         kafka.pause()
+        other.close()  # in order, though brokers are waited for
         tab.until(troubles_say("control topics can't be read: the brokers do not answer for"), "the brokers are silent")
         tab.until(troubles_say("partitions are stale"), "a worker that hears nothing vouches for nothing")
         kafka.resume()

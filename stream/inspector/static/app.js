@@ -20,8 +20,10 @@ const views = {};
 let current = null;
 
 function route() {
-  const [name, ...rest] = decodeURIComponent(location.hash.slice(1)).split("/");
-  return { name: VIEWS[name] ? name : "now", rest: rest.join("/") };
+  const [name, ...rest] = location.hash.slice(1).split("/");
+  let text = rest.join("/");
+  try { text = decodeURIComponent(text); } catch { /* somebody wrote it by hand */ }
+  return { name: Object.hasOwn(VIEWS, name) ? name : "now", rest: text };
 }
 
 function show(focus = true) {

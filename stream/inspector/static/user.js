@@ -51,9 +51,9 @@ export class UserView {
     const names = news.rollout.map((row) => [row.user_version, row.item_version].join(" · "));
     const key = JSON.stringify([served, names]);
     if (this.pairKey !== key) {
-      const chosen = this.pair.value;
+      const chosen = this.pair.value;  // empty: whichever is served
       this.pairKey = key;
-      fill(this.pair, names.map((name, n) => h("option", { value: n === 0 ? "" : name }, shown(name) + (name === served ? " (served)" : ""))));
+      fill(this.pair, names.map((name) => h("option", { value: name === served ? "" : name }, shown(name) + (name === served ? " (served)" : ""))));
       if (names.includes(chosen)) this.pair.value = chosen;
     }
     const busy = this.result.contains(document.activeElement);  // what somebody writes in would be put away

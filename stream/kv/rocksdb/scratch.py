@@ -30,6 +30,10 @@ class Scratch:
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._db.close()
+        self.remove()
+
+    def remove(self) -> None:
+        """Take the files away, whoever still has them open: for a process that ends."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def get(self, keys: Sequence[bytes]) -> list[bytes | None]:

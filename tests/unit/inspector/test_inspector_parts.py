@@ -54,6 +54,7 @@ def test_a_source_keeps_what_it_saw_and_says_how_old_it_is() -> None:
     said[0] = "b"
     eventually(lambda: source.reading.error is None and source.reading.seen == "b")
     source.stop()
+    assert source.has_ended()
 
 
 def test_a_look_that_hangs_holds_up_no_other() -> None:
@@ -63,9 +64,11 @@ def test_a_look_that_hangs_holds_up_no_other() -> None:
     goes.start()
     eventually(lambda: goes.reading.seen == 1)
     assert hangs.reading.seen is None
+    for source in (hangs, goes):
+        source.stop()
+    assert goes.has_ended()
     gate.set()
-    hangs.stop()
-    goes.stop()
+    assert hangs.has_ended()
 
 
 # -- now ----------------------------------------------------------------------------------------------------------

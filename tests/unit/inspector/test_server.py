@@ -82,7 +82,8 @@ def inspector() -> Iterator[Inspector]:
 
 
 @pytest.fixture
-def run(inspector: Inspector) -> Iterator[Callable[..., Running]]:
+def run(inspector: Inspector, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Running]]:
+    monkeypatch.setattr(served, "TICK_S", 0.05)
     with contextlib.ExitStack() as undo:
 
         def start(**options: Any) -> Running:
@@ -208,7 +209,7 @@ def read_news(client: socket.socket) -> Iterator[dict[str, Any]]:
 
 def open_news(running: Running) -> socket.socket:
     client = socket.create_connection(running.address, timeout=60)
-    client.sendall(b"GET /api/news HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    client.sendall(b"GET /api/news HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
     return client
 
 
@@ -259,7 +260,7 @@ def test_a_page_that_takes_nothing_is_hung_up_on(run: Callable[..., Running], mo
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     client.connect(tuple(running.address))
-    client.sendall(b"GET /api/news HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    client.sendall(b"GET /api/news HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
     with client:
         eventually(lambda: running.server._streams == 1)
         eventually(lambda: running.server._streams == 0)
