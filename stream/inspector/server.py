@@ -45,6 +45,7 @@ _STATIC: Final = {
     **dict.fromkeys(
         (
             "app.js",
+            "charts.js",
             "dom.js",
             "feed.js",
             "letters.js",

@@ -115,7 +115,7 @@ def tab(stage: Stage, browser: Browser) -> Iterator[Tab]:
 
 def test_now_agrees_with_the_metrics(stage: Stage, tab: Tab) -> None:
     page = tab.open()
-    tab.until("document.querySelectorAll('.uplot canvas').length === 3", "charts")
+    tab.until("document.querySelectorAll('.uplot canvas').length === 4", "charts")
     tab.until_shown("127.0.0.1")
     tab.until("document.querySelector('#link').textContent === 'live'", "live")
     tab.until("document.querySelector('#troubles').hidden", "no troubles")

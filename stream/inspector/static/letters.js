@@ -1,10 +1,8 @@
 // Dead letters: how many of each kind over time, the newest of each, payload only when it is asked for.
 
+import { follows, lettersChart } from "./charts.js";
 import { command, fill, foreign, h, moment, number, shown, table } from "./dom.js";
 import { ask } from "./feed.js";
-import { optionsOf } from "./now.js";
-
-const COLORS = ["accent", "against", "short", "long", "look", "soft"];
 
 export class LettersView {
   constructor(state) {
@@ -15,7 +13,7 @@ export class LettersView {
     this.element = h("div", {},
       h("section", { "aria-label": "Over time" }, h("h2", {}, "Dead letters per minute"), this.box, this.note),
       this.kinds);
-    new ResizeObserver(() => this.plot?.setSize({ width: this.box.clientWidth, height: 140 })).observe(this.element);
+    new ResizeObserver(() => follows(this.box, this.plot)).observe(this.element);
   }
 
   shown() { this.load(); }
@@ -37,22 +35,10 @@ export class LettersView {
   }
 
   draw() {
-    const { kinds, minutes, since_ms, topic } = this.letters;
+    const { kinds, since_ms, topic } = this.letters;
     fill(this.note, "Since ", moment(since_ms), " on ", foreign(topic), kinds.length ? "." : ": none.");
-    const reasons = [...new Set(kinds.map((kind) => kind.reason))].slice(0, COLORS.length);
     this.plot?.destroy();
-    this.plot = null;
-    if (window.uPlot && minutes.length) {
-      const first = minutes[0].minute, last = Math.max(Math.floor(Date.now() / 60000), minutes.at(-1).minute);
-      const times = Array.from({ length: last - first + 1 }, (_, n) => (first + n) * 60);
-      const series = reasons.map((reason) => {
-        const values = new Array(times.length).fill(0);
-        for (const { minute, counts } of minutes) for (const [of, , n] of counts) if (of === reason) values[minute - first] += n;
-        return values;
-      });
-      const options = optionsOf({ box: this.box, title: "Dead letters per minute", series: reasons.map((reason, n) => [shown(reason), "", COLORS[n]]) });
-      this.plot = new uPlot(options, [times, ...series], this.box);
-    }
+    this.plot = lettersChart(this.box, this.letters);
     const open = new Set([...this.kinds.querySelectorAll("details[open]")].map((one) => one.dataset.kind));
     fill(this.kinds, kinds.map((kind) => this.kind(kind, open)));
   }

@@ -1,6 +1,8 @@
 // What happens at this moment: rates, latency, lag by partition and owner, workers, rollouts.
 
-import { color, fill, foreign, h, milliseconds, number, rate, seconds, share, table } from "./dom.js";
+import { chart, follows, lettersChart } from "./charts.js";
+import { fill, foreign, h, milliseconds, number, rate, seconds, share, table } from "./dom.js";
+import { ask } from "./feed.js";
 
 const CHARTS = [
   { title: "Events per second", series: [["events/s", "events_per_s", "accent"], ["dead letters/s", "dead_per_s", "against"]] },
@@ -13,21 +15,24 @@ export class NowView {
     this.state = state;
     this.tiles = h("dl", { class: "tiles" });
     this.charts = CHARTS.map((chart) => ({ ...chart, box: h("div", { class: "chart" }), plot: null }));
+    this.dead = { box: h("div", { class: "chart" }), note: h("p", { class: "soft" }), plot: null, key: null };
     this.workers = h("section", { "aria-label": "Workers" });
     this.partitions = h("section", { "aria-label": "Partitions" });
     this.rollout = h("section", { "aria-label": "Versions and rollouts" });
     this.element = h("div", {},
       this.tiles,
-      h("div", { class: "three gap" }, this.charts.map(({ title, box }) => h("section", { "aria-label": title }, h("h2", {}, title), box))),
+      h("div", { class: "two gap" }, this.charts.map(({ title, box }) => h("section", { "aria-label": title }, h("h2", {}, title), box)),
+        h("section", { "aria-label": "Dead letters per minute" }, h("h2", {}, "Dead letters per minute, last day"), this.dead.box, this.dead.note)),
       this.workers, this.partitions, this.rollout);
-    new ResizeObserver(() => this.charts.forEach(({ box, plot }) => plot?.setSize({ width: box.clientWidth, height: 140 }))).observe(this.element);
+    new ResizeObserver(() => [...this.charts, this.dead].forEach(({ box, plot }) => follows(box, plot))).observe(this.element);
   }
 
-  shown() { this.draw(); }
+  shown() { this.draw(); this.drawLetters(); }
 
   themed() {
     this.charts.forEach((chart) => { chart.plot?.destroy(); chart.plot = null; });
     this.draw();
+    this.drawLetters();
   }
 
   news(news) {
@@ -72,31 +77,36 @@ export class NowView {
       ["unknown items", (row) => share(row.unknown_item_share), "n"],
     ], news.rollout));
     this.draw();
+    this.askForLetters(news);
   }
 
   draw() {
     if (!window.uPlot || !this.element.isConnected) return;
     const points = this.state.history;
     const times = points.map((point) => point.at_ms / 1000);
-    for (const chart of this.charts) {
-      const data = [times, ...chart.series.map(([, name]) => points.map((point) => point[name] ?? null))];
-      if (chart.plot) chart.plot.setData(data);
-      else chart.plot = new uPlot(optionsOf(chart), data, chart.box);
+    for (const one of this.charts) {
+      const series = one.series.map(([label, name, tint]) => [label, points.map((point) => point[name] ?? null), tint]);
+      if (one.plot) one.plot.setData([times, ...series.map(([, values]) => values)]);
+      else one.plot = chart(one.box, one.title, times, series);
     }
   }
-}
 
-export function optionsOf({ box, series, title }) {
-  const axis = { stroke: color("soft"), grid: { stroke: color("line"), width: 1 }, ticks: { stroke: color("line"), width: 1 } };
-  return {
-    width: box.clientWidth || 300,
-    height: 140,
-    title: undefined,
-    cursor: { y: false },
-    legend: { live: false },
-    scales: { y: { range: (_, low, high) => [0, Math.max(high ?? 1, 1e-3) * 1.1] } },
-    axes: [{ ...axis, space: 70, values: (_, times, __, ___, step) => times.map((s) => new Date(s * 1000).toISOString().slice(11, step < 60 ? 19 : 16)) }, { ...axis, size: 52, values: (_, values) => values.map((v) => number(v, v && v < 1 ? 2 : 0)) }],
-    series: [{ label: "time" }, ...series.map(([label, , name]) => ({ label, stroke: color(name), width: 2, spanGaps: false, value: (_, v) => v === null ? "–" : number(v, 1) }))],
-    hooks: { ready: [(plot) => plot.root.setAttribute("aria-label", title)] },
-  };
+  async askForLetters({ letters }) {
+    const key = `${letters.written}/${letters.count}`;
+    if (this.dead.key === key || letters.count === null) return;
+    this.dead.key = key;
+    try {
+      this.letters = await ask("/api/letters");
+      this.drawLetters();
+    } catch {
+      this.dead.key = null;  // the next news try again; what is wrong is told at the top
+    }
+  }
+
+  drawLetters() {
+    if (!this.letters || !this.element.isConnected) return;
+    this.dead.plot?.destroy();
+    this.dead.plot = lettersChart(this.dead.box, this.letters);
+    this.dead.note.textContent = this.dead.plot ? "" : "none";
+  }
 }
