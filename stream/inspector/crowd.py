@@ -15,6 +15,8 @@ from stream.rollout.comparison import Shown, recent_users, records_of
 
 #: Users that a map shows at most.
 USERS: Final = 2_000
+#: Records of each partition that they are looked for in: somebody who is busy has many.
+_NEWEST: Final = 20_000
 #: Classes of the cosine to the centroid, from -1 to 1.
 CLASSES: Final = 40
 #: More than this share of users near the centroid is called a collapse.
@@ -32,7 +34,7 @@ def crowd(
         UembError: topic or store can't be read.
     """
     shown = Shown(user_version, space)
-    users = recent_users(settings, shown, USERS, store.meta().partitions or 1)
+    users = recent_users(settings, shown, USERS, store.meta().partitions or 1, _NEWEST)
     records = [record for record in records_of(store, shown, users) if record is not None]
     own = [record for record in records if record.status == "ok"]
     document: dict[str, Any] = {

@@ -17,9 +17,9 @@ from stream.keys import user_cache_key
 from stream.kv.protocol import KVReader
 
 NEIGHBOURS: Final = 10
-#: Records of each partition that a sample is drawn from, at most and at least.
+#: Records that a sample is drawn from: of each partition, and of all.
 _NEWEST: Final = 2_000
-_FEWEST: Final = 50
+_ALL_NEWEST: Final = 200_000
 _SEED: Final = 7
 _QUANTILES: Final = (0.1, 0.5, 0.9)
 
@@ -112,23 +112,23 @@ def compare(settings: Settings, store: KVReader, served: Shown, other: Shown, sa
     return VersionReport(_side(served, records[0]), _side(other, records[1]), len(both), cosine, overlap)
 
 
-def recent_users(settings: Settings, shown: Shown, sample: int, partitions: int) -> list[bytes]:
-    """Users of the newest records of every partition, at most `sample` of them, drawn at random.
+def recent_users(settings: Settings, shown: Shown, sample: int, partitions: int, newest: int = _NEWEST) -> list[bytes]:
+    """Users of the `newest` records of every partition, at most `sample` of them, drawn at random.
 
-    Of many partitions less is read of each: some twenty records for each user that is wanted.
+    Of many partitions less is read of each.
 
     Raises:
         DeliveryError: the topic can't be read.
         NotAllowed: it may not be read.
     """
-    prefix, newest_records = shown.prefix, min(_NEWEST, max(_FEWEST, 20 * sample // partitions))
+    prefix, newest = shown.prefix, min(newest, max(1, _ALL_NEWEST // partitions))
     found: dict[bytes, None] = {}
     consumer = open_consumer(settings, "report")
     try:
         partition = 0
         while (span := whole(consumer, settings.output_topic, partition)) is not None:
-            newest = span._replace(start=max(span.start, span.end - newest_records))
-            for message in read(consumer, [newest]):
+            tail = span._replace(start=max(span.start, span.end - newest))
+            for message in read(consumer, [tail]):
                 key = message.key() or b""
                 if key.startswith(prefix) and message.value() is not None:
                     found[key.removeprefix(prefix)] = None
