@@ -24,9 +24,20 @@ class Check(NamedTuple):
     text: str
 
 
-def checks_of(pair: PairView, view: VersionsView, report: VersionReport | None) -> dict[str, Any]:
-    """The checklist of a pair, and the comparison that it rests on, as plain values."""
+def checks_of(
+    pair: PairView, view: VersionsView, report: VersionReport | None, problem: str | None = None
+) -> dict[str, Any]:
+    """The checklist of a pair, and the comparison that it rests on, as plain values.
+
+    Args:
+        pair: what may be activated.
+        view: what is published.
+        report: the comparison with the served pair.
+        problem: why there is none.
+    """
     checks = [_refusal(pair), _coverage(pair), *_companions(pair, view)]
+    if problem is not None:
+        checks.append(Check("look", f"it can't be compared here: {problem}"))
     if report is not None:
         checks += _compared(report)
     return {
@@ -58,6 +69,8 @@ def _companions(pair: PairView, view: VersionsView) -> list[Check]:
     """An encoder that was made for one item version can't be served with another."""
     if view.served is None or pair.user_version == view.served[0]:
         return []
+    if _is_bound(pair, view):
+        return [Check("look", f"its encoder {pair.user_version} was made for it; to activate that serves both")]
     return [Check("look", f"its encoder {pair.user_version} is not served yet, and has to be activated, too")]
 
 
@@ -90,11 +103,16 @@ def _shares(what: str, before: float, after: float) -> Check:
 
 
 def _commands(pair: PairView, view: VersionsView) -> list[str]:
-    """What activates the pair."""
+    """What activates the pair; an encoder that is bound to an item version brings it along."""
     commands = []
     served = view.served or ("", "")
-    if pair.item_version != served[1]:
-        commands.append(f"uemb items activate {pair.item_version}")
     if pair.user_version != served[0]:
         commands.append(f"uemb encoder activate {pair.user_version}")
+    if pair.item_version != served[1] and not (commands and _is_bound(pair, view)):
+        commands.append(f"uemb items activate {pair.item_version}")
     return commands
+
+
+def _is_bound(pair: PairView, view: VersionsView) -> bool:
+    """Whether the encoder is of use in this item version alone."""
+    return bool(view.encoders[pair.user_version].item_version)

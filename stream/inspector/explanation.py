@@ -76,7 +76,7 @@ def explain(encoder: VersionedEncoder, space: Space, history: Sequence[Interacti
         np.array([one.ts_ms for one in history], dtype=np.int64)[known],
     )
     shares = np.zeros((len(kind.decays), len(history)))
-    turns = np.zeros(len(history))
+    turns = np.zeros(len(history)) if status == VectorStatus.OK else np.where(known, np.nan, 0.0)
     pulls = None
     if known.any():
         weights = of.weights(of.ages())

@@ -1,6 +1,7 @@
 """All that the page shows, from the sources behind it; any thread may ask."""
 
 import base64
+import re
 import shlex
 import threading
 import time
@@ -10,6 +11,7 @@ from typing import Any, Final
 from stream.config import Settings
 from stream.core.events import Reason
 from stream.errors import ConfigError, StoreError, UembError
+from stream.foreign_text import one_line
 from stream.inspector.checklist import checks_of
 from stream.inspector.crowd import crowd
 from stream.inspector.histories import Histories
@@ -28,6 +30,9 @@ _SAMPLE: Final = 300
 #: A map and a checklist take a second of work; who asks again within this gets the same.
 _KEPT_S: Final = 5.0
 _HEADERS: Final = 50
+#: What looks or reads for longer when all is to end is left behind.
+_STOP_S: Final = 3.0
+_TOPIC: Final = re.compile(r"[A-Za-z0-9._-]{1,249}")
 
 
 class Inspector:
@@ -55,6 +60,7 @@ class Inspector:
         self._of_letters = Source("letters", self._dead.look)
         self._kept: dict[tuple[str, Versions], tuple[float, dict[str, Any]]] = {}
         self._making = threading.Lock()
+        self._locks: dict[str, threading.Lock] = {}
 
     def start(self) -> None:
         """Begin to look."""
@@ -65,11 +71,12 @@ class Inspector:
         """Look no more, and let go of everything."""
         for source in self._sources:
             source.stop()
+        until_s = time.monotonic() + _STOP_S
         let_go = (self._workers.close, self._store.close, self._versions.close, self._dead.close)
         for source, close in zip(self._sources, let_go, strict=True):
-            if source.has_ended():
+            if source.has_ended(until_s):
                 close()
-        self._histories.close()
+        self._histories.close(until_s)
 
     @property
     def _sources(self) -> tuple[Source[Any], ...]:
@@ -101,7 +108,7 @@ class Inspector:
     def user(self, question: Question) -> dict[str, Any]:
         """All about a user; see `stream.inspector.users.UserView.answer`."""
         view = self._view()
-        pair = self._loaded.pair(view, question.versions)
+        pair = self._loaded.pair(view, question.versions or self._read())
         return self._users.answer(question, pair, self._reader(), view.partitions)
 
     def letters(self) -> dict[str, Any]:
@@ -145,10 +152,10 @@ class Inspector:
 
     def crowd(self, versions: Versions | None) -> dict[str, Any]:
         """The map; see `stream.inspector.crowd.crowd`."""
-        pair = self._loaded.pair(self._view(), versions)
+        pair = self._loaded.pair(self._view(), versions or self._read())
         user_version, space = pair.encoder.version, pair.space
         key = "crowd", (user_version, space.version)
-        return self._once(key, lambda: crowd(self._settings, self._open_reader(), user_version, space, self._titles))
+        return self._once(key, lambda: crowd(self._settings, self._store.reader, user_version, space, self._titles))
 
     def checklist(self, versions: Versions | None) -> dict[str, Any]:
         """Whether a pair may be activated: what speaks for it and what against, beside the served one."""
@@ -159,23 +166,32 @@ class Inspector:
         return self._once(("checklist", versions), lambda: self._checked(view, versions))
 
     def _checked(self, view: VersionsView, versions: Versions) -> dict[str, Any]:
-        served, other = self._loaded.pair(view, None), self._loaded.pair(view, versions)
-        report = None
-        if versions != view.served:
-            shown = [Shown(pair.encoder.version, pair.space) for pair in (served, other)]
-            report = compare(self._settings, self._open_reader(), shown[0], shown[1], _SAMPLE)
-        (pair,) = [one for one in view.pairs if one.versions == versions]
-        return {"pair": list(versions), **checks_of(pair, view, report)}
+        found = [one for one in view.pairs if one.versions == versions]
+        if not found:
+            msg = "no vectors are published of these versions"
+            raise ConfigError(msg)
+        report = problem = None
+        try:
+            served, other = self._loaded.pair(view, None), self._loaded.pair(view, versions)
+            if versions != view.served:
+                shown = [Shown(pair.encoder.version, pair.space) for pair in (served, other)]
+                report = compare(self._settings, self._store.reader, shown[0], shown[1], _SAMPLE)
+        except UembError as exc:
+            problem = one_line(str(exc))
+        return {"pair": list(versions), **checks_of(found[0], view, report, problem)}
 
     def _once(self, key: tuple[str, Versions], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Make something unless it was made a moment ago; one at a time, whoever asks."""
+        """Make something unless it was made a moment ago; each thing once at a time, whoever asks."""
         with self._making:
+            lock = self._locks.setdefault(key[0], threading.Lock())
+        with lock:
             made_s, document = self._kept.get(key, (-_KEPT_S, {}))
             if time.monotonic() - made_s < _KEPT_S:
                 return document
             document = make()
-            self._kept = {k: v for k, v in self._kept.items() if time.monotonic() - v[0] < _KEPT_S}
-            self._kept[key] = time.monotonic(), document
+            with self._making:
+                self._kept = {k: v for k, v in self._kept.items() if time.monotonic() - v[0] < _KEPT_S}
+                self._kept[key] = time.monotonic(), document
             return document
 
     def _view(self) -> VersionsView:
@@ -185,19 +201,22 @@ class Inspector:
         self._loaded.forget(reading.seen)
         return reading.seen
 
+    def _read(self) -> Versions | None:
+        """The pair that readers follow, as the store says; None where that is not known."""
+        seen = self._of_store.reading.seen
+        current = None if seen is None else seen.meta.current
+        return None if current is None else (current.user_version, current.item_version)
+
     def _reader(self) -> KVReader | None:
         try:
             return self._store.reader
         except StoreError:
             return None
 
-    def _open_reader(self) -> KVReader:
-        return self._store.reader
-
 
 def _replay(reason: str, topic: str) -> str | None:
     """The command that sends a kind's letters again; None for what is no letter of ours."""
-    if reason not in {str(known) for known in Reason} or not topic:
+    if reason not in {str(known) for known in Reason} or not _TOPIC.fullmatch(topic):  # anybody may write a letter
         return None
     return shlex.join(["uemb", "dlq", "replay", "--reason", reason, "--topic", topic])
 

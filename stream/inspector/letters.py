@@ -1,18 +1,24 @@
 """Dead letters as they come: counted by reason, topic and minute; the newest of each kind, without payload."""
 
+import logging
 import time
 from collections import defaultdict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from confluent_kafka import TopicPartition
+from confluent_kafka import KafkaException, TopicPartition
 
 from stream.config import Settings
 from stream.errors import ConfigError
-from stream.foreign_text import one_line, shortened
+from stream.foreign_text import one_line
 from stream.kafka.dead_letters import Header, Letter
-from stream.kafka.log_reader import TIMEOUT_S, LogConsumer, Span, open_consumer, read, whole
+from stream.kafka.log_reader import TIMEOUT_S, LogConsumer, Span, open_consumer, read, unreadable, whole
+from stream.kafka.topics import topic_partitions
+from stream.logs import OncePerMinute
+
+log = logging.getLogger(__name__)
+log.addFilter(OncePerMinute())
 
 #: So far back is looked, in each partition at no more than so many letters.
 LOOK_BACK_S: Final = 24 * 3600
@@ -22,6 +28,10 @@ _MINUTE_MS: Final = 60_000
 _KINDS: Final = 200
 _SAMPLES: Final = 20
 _DETAIL_CHARS: Final = 300
+#: Longest name of a topic.
+_NAME_CHARS: Final = 249
+#: A topic may grow; how many partitions there are is asked again after so long.
+_COUNT_S: Final = 30.0
 #: Bytes of a key or a value that are shown.
 SHOWN_BYTES: Final = 4_096
 
@@ -75,12 +85,15 @@ class LettersWatch:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._consumer: LogConsumer | None = None
-        self._next: dict[int, int] = {}
+        self._next: dict[int, int] | None = None  # None: not begun
+        self._partitions: list[int] = []
+        self._counted_s = -float("inf")
         self._counts: dict[Kind, int] = defaultdict(int)
         self._minutes: dict[int, dict[Kind, int]] = {}
         self._newest: dict[Kind, deque[Fact]] = {}
         self._written = 0
         self._since_ms = 0
+        self._cut: set[int] = set()  # partitions of which not all of the day is read, and nothing yet
 
     def look(self) -> LettersView:
         """Take in what is new.
@@ -92,21 +105,17 @@ class LettersWatch:
         """
         if self._consumer is None:
             self._consumer = open_consumer(self._settings, "inspect-letters")
-        spans, partition = [], 0
-        while (span := whole(self._consumer, self._settings.dlq_topic, partition)) is not None:
-            spans.append(span)
-            partition += 1
-        if not spans:
-            msg = f"there is no topic {self._settings.dlq_topic}; start a worker first, it makes its topics"
-            raise ConfigError(msg)
-        is_first = not self._next
-        if is_first:
-            self._next = self._begin(spans)
-        new = [span._replace(start=max(span.start, self._next.get(span.partition, 0))) for span in spans]
-        for message in read(self._consumer, new):
+        spans = self._spans(self._consumer)
+        is_first = self._next is None
+        if self._next is None or any(span.end < self._next.get(span.partition, 0) for span in spans):
+            self._begin(self._consumer, spans)  # also where the topic was made anew
+        begun = self._next or {}
+        new = [span._replace(start=max(span.start, begun.get(span.partition, 0))) for span in spans]
+        for message in read(self._consumer, new, on_unreadable=self._pass_over):
             self._add(Letter.of(message))
             self._written += not is_first
-        self._next = {span.partition: span.end for span in spans}
+            begun[message.partition()] = message.offset() + 1  # what breaks off here goes on there
+        begun.update({span.partition: span.end for span in spans})
         self._forget()
         return LettersView(
             dict(self._counts),
@@ -121,28 +130,53 @@ class LettersWatch:
         if self._consumer is not None:
             self._consumer.close()
 
-    def _begin(self, spans: list[Span]) -> dict[int, int]:
-        """Where to begin in each partition."""
-        self._since_ms = _now_ms() - LOOK_BACK_S * 1000
-        places = [TopicPartition(span.topic, span.partition, self._since_ms) for span in spans]
-        found = self._consumer.offsets_for_times(places, timeout=TIMEOUT_S)  # type: ignore[union-attr]
+    def _spans(self, consumer: LogConsumer) -> list[Span]:
+        """What the topic's partitions hold now."""
+        topic = self._settings.dlq_topic
+        if time.monotonic() - self._counted_s > _COUNT_S:
+            count = topic_partitions(self._settings, topic, to="Read") or 0
+            self._partitions, self._counted_s = list(range(count)), time.monotonic()
+        if not self._partitions:
+            self._counted_s = -float("inf")
+            msg = f"there is no topic {topic}; start a worker first, it makes its topics"
+            raise ConfigError(msg)
+        return [span for partition in self._partitions if (span := whole(consumer, topic, partition)) is not None]
+
+    def _begin(self, consumer: LogConsumer, spans: list[Span]) -> None:
+        """Find where to begin in each partition."""
+        day_ago_ms = _now_ms() - LOOK_BACK_S * 1000
+        places = [TopicPartition(span.topic, span.partition, day_ago_ms) for span in spans]
+        try:
+            found = consumer.offsets_for_times(places, timeout=TIMEOUT_S)
+        except KafkaException as exc:
+            raise unreadable(self._settings.dlq_topic, exc.args[0]) from exc
         starts = {at.partition: at.offset for at in found if at.offset >= 0}
-        begin = {}
+        self._since_ms, self._cut = day_ago_ms, set()
+        self._counts.clear()
+        self._minutes.clear()
+        self._newest.clear()
+        self._next = {}
         for span in spans:
-            start = max(span.start, starts.get(span.partition, span.end), span.end - _MOST)
-            if start > starts.get(span.partition, span.end):
-                self._since_ms = -1  # the first that is read tells
-            begin[span.partition] = start
-        return begin
+            wanted = max(span.start, starts.get(span.partition, span.end))
+            self._next[span.partition] = max(wanted, span.end - _MOST)
+            if self._next[span.partition] > wanted:
+                self._cut.add(span.partition)
+
+    def _pass_over(self, topic: str, partition: int, offset: int) -> None:
+        log.warning(
+            "a batch of %s, partition %d, offset %d can't be expanded and is passed over", topic, partition, offset
+        )
 
     def _add(self, letter: Letter) -> None:
-        if self._since_ms < 0:
-            self._since_ms = letter.timestamp_ms
-        kind = (shortened(letter.reason) or "not a letter", shortened(letter.text(Header.TOPIC)))
+        written_ms = min(letter.timestamp_ms, _now_ms())  # whatever a producer's clock says
+        if letter.partition in self._cut:  # of this partition the first is read now
+            self._cut.remove(letter.partition)
+            self._since_ms = max(self._since_ms, written_ms)
+        kind = (letter.reason[:_NAME_CHARS] or "not a letter", letter.text(Header.TOPIC)[:_NAME_CHARS])
         if kind not in self._counts and len(self._counts) >= _KINDS:
             kind = ("other", "")
         self._counts[kind] += 1
-        minute = self._minutes.setdefault(letter.timestamp_ms // _MINUTE_MS, {})
+        minute = self._minutes.setdefault(written_ms // _MINUTE_MS, {})
         minute[kind] = minute.get(kind, 0) + 1
         source = ":".join(map(letter.text, (Header.TOPIC, Header.PARTITION, Header.OFFSET)))
         fact = Fact(

@@ -4,12 +4,12 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from stream.core.watermark import Watermark
 from stream.inspector.letters import LettersView
 from stream.inspector.sources import Reading
-from stream.inspector.store import StoreView
-from stream.inspector.versions import VersionsView
+from stream.inspector.store import Sign, StoreView
+from stream.inspector.versions import PairView, VersionsView
 from stream.inspector.workers import Page, WorkerView, by_label, quantile, total
+from stream.retrieval.staleness import HEARTBEAT_S
 
 #: What was seen longer ago than this is shown as stale, and said so.
 SILENT_S: Final = 2.0
@@ -41,6 +41,7 @@ def snapshot(
     answering = [view for view in views if view.last is not None]
     partitions = _partitions(now_ms, views, store, versions.seen)
     stale = [row["partition"] for row in partitions if row["stale"]]
+    serving = _serving(store.seen, versions.seen)
     return {
         "at_ms": now_ms,
         "sources": {
@@ -58,9 +59,13 @@ def snapshot(
         "partitions": sorted(partitions, key=_urgency)[:LISTED],
         "partition_count": len(partitions),
         "stale_partitions": len(stale),
+        "worst_lag_s": max((row["lag_s"] for row in partitions if row["lag_s"] is not None), default=None),
+        "least_silence_s": min(
+            (s for row in partitions if row["stale"] and (s := row["heartbeat_s"]) is not None), default=None
+        ),
         "store": _store(store, answering),
-        "serving": _serving(store.seen, versions.seen),
-        "rollout": [_pair(pair) for pair in versions.seen.pairs] if versions.seen else [],
+        "serving": serving,
+        "rollout": [_pair(pair, serving) for pair in versions.seen.pairs] if versions.seen else [],
         "letters": _letters(letters.seen),
     }
 
@@ -117,13 +122,13 @@ def _partitions(
 ) -> list[dict[str, Any]]:
     """A row for each partition: who owns it, how far behind it is, and how old the last sign of life in the store."""
     seen = store.seen
-    count = len(seen.watermarks) if seen is not None else 0
+    count = len(seen.signs) if seen is not None else 0
     count = max(count, versions.partitions if versions is not None else 0)
     rows: dict[int, dict[str, Any]] = {n: _row(n) for n in range(count)}
     if seen is not None:
-        for n, told in enumerate(seen.watermarks):
+        for n, told in enumerate(seen.signs):
             if told is not None:
-                _add_watermark(rows[n], now_ms, *told)
+                _add_watermark(rows[n], now_ms, told, store.age_s)
     silent: set[int] = set()
     for view in views:
         if view.last is not None:
@@ -142,10 +147,13 @@ def _row(partition: int) -> dict[str, Any]:
     return {"partition": partition, **dict.fromkeys(names)}
 
 
-def _add_watermark(row: dict[str, Any], now_ms: int, epoch: int, watermark: Watermark) -> None:
-    row["epoch"] = epoch
-    row["heartbeat_s"] = round(max(0, now_ms - watermark.heartbeat_ms) / _MS, 2)
-    row["lag_s"] = watermark.lag_ms / _MS
+def _add_watermark(row: dict[str, Any], now_ms: int, sign: Sign, age_s: float) -> None:
+    """What the store vouched for `age_s` ago; while it hears nothing, what is behind grows, as readers see it."""
+    by_clock_s = max(0, now_ms - sign.watermark.heartbeat_ms) / _MS
+    silent_s = by_clock_s if sign.changed_s is None else sign.changed_s + age_s
+    row["epoch"] = sign.epoch
+    row["heartbeat_s"] = round(silent_s, 2)
+    row["lag_s"] = round(sign.watermark.lag_ms / _MS + max(0.0, silent_s - HEARTBEAT_S), 3)
 
 
 def _add_worker(rows: dict[int, dict[str, Any]], address: str, page: Page) -> None:
@@ -202,11 +210,13 @@ def _serving(store: StoreView | None, versions: VersionsView | None) -> dict[str
     }
 
 
-def _pair(pair: Any) -> dict[str, Any]:
+def _pair(pair: PairView, serving: Mapping[str, Any]) -> dict[str, Any]:
+    is_read = pair.versions == (serving["user_version"], serving["item_version"])
+    state = pair.state if pair.state != "served" else "wanted"  # until readers follow it
     return {
         "user_version": pair.user_version,
         "item_version": pair.item_version,
-        "state": pair.state,
+        "state": "served" if is_read else state,
         "refused": pair.refused,
         **pair.progress,
     }

@@ -31,7 +31,8 @@ HISTORY: Final = 600
 #: Pages that get news; a page of the same browser shares one stream.
 MAX_STREAMS: Final = 64
 #: Questions that are answered at a time, and that may wait.
-_QUESTIONS: Final = 8
+_QUESTIONS: Final = 6
+_OF_USERS: Final = 2
 _MAX_QUESTIONS: Final = 64
 #: What a client has not taken is held up to this; then it is hung up on.
 _BEHIND_BYTES: Final = 1 << 20
@@ -104,14 +105,19 @@ class Server:
         self._inspector = inspector
         self._address = address
         self._token = token
+        if token is not None and not (token.isascii() and token.isprintable() and " " not in token):
+            msg = "UEMB_INSPECT_TOKEN must be ASCII without blanks: it stands in a header"
+            raise ConfigError(msg)
         own = {address.host} if address.host not in ("0.0.0.0", "::") else set()  # noqa: S104 - names, not a bind
-        self._names = {*own, *_LOOPBACK, *names}
+        self._names = {*own, *_LOOPBACK, *(name.lower() for name in names)}
         self._history: deque[dict[str, Any]] = deque(maxlen=HISTORY)
         self._news: bytes = b""
         self._told = asyncio.Condition()
         self._streams = 0
         self._asking = 0
         self._threads = ThreadPoolExecutor(_QUESTIONS, thread_name_prefix="uemb-inspect-asked")
+        # Questions about users wait for one another, for brokers, and for what is reckoned: others shall not.
+        self._of_users = ThreadPoolExecutor(_OF_USERS, thread_name_prefix="uemb-inspect-user")
         self._files = {name: files("stream.inspector").joinpath("static", name).read_bytes() for name in _STATIC}
         self._runner: web.AppRunner | None = None
         self._ticking: asyncio.Task[None] | None = None
@@ -128,7 +134,7 @@ class Server:
                 web.get("/", self._page),
                 web.get("/static/{name}", self._file),
                 web.get("/api/about", self._about),
-                web.get("/api/news", self._stream),
+                web.get("/api/news", self._stream, allow_head=False),
                 web.post("/api/user", self._user),
                 web.get("/api/checklist", self._checklist),
                 web.get("/api/letters", self._letters),
@@ -136,6 +142,7 @@ class Server:
                 web.get("/api/map", self._map),
             ]
         )
+        logging.getLogger("aiohttp.server").disabled = True  # it writes what strangers send, tokens and ids in it
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0, keepalive_timeout=15.0)
         await self._runner.setup()
         site = web.TCPSite(self._runner, self._address.host, self._address.port)
@@ -155,20 +162,21 @@ class Server:
             self._ticking.cancel()
         if self._runner is not None:
             await self._runner.cleanup()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self._of_users):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     async def _tick(self) -> None:
         last = 0
         while True:
             try:
                 now = self._inspector.now()
+                news = _json(now)
             except Exception:  # a page that hangs would be worse than one that skips a beat
                 log.exception("the news could not be made")
             else:
-                point = {"at_ms": now["at_ms"], **now["rates"], "lag_s": _worst_lag(now)}
-                self._history.append(point)
+                self._history.append({"at_ms": now["at_ms"], **now["rates"], "lag_s": now["worst_lag_s"]})
                 last += 1
-                self._news = b"id: %d\ndata: %s\n\n" % (last, _json(now))
+                self._news = b"id: %d\ndata: %s\n\n" % (last, news)
                 async with self._told:
                     self._told.notify_all()
             await asyncio.sleep(TICK_S)
@@ -177,21 +185,21 @@ class Server:
 
     @web.middleware
     async def _guarded(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        refusal = self._refusal(request)
-        if refusal is not None:
-            answer: web.StreamResponse = _problem(*refusal)
-        else:
-            try:
-                answer = await handler(request)
-            except web.HTTPException as exc:
-                answer = _problem(exc.status, exc.reason)
-            except UembError as exc:
-                answer = _problem(422 if isinstance(exc, ConfigError) else 503, one_line(str(exc)))
-            except (asyncio.CancelledError, ConnectionError):
-                raise
-            except Exception:
-                log.exception("a request failed")
-                answer = _problem(500, "it could not be made; see the inspector's log")
+        answer: web.StreamResponse
+        try:
+            refusal = self._refusal(request)
+            answer = await handler(request) if refusal is None else _problem(*refusal)
+        except web.HTTPException as exc:
+            answer = _problem(exc.status, exc.reason)
+        except web.RequestPayloadError:
+            answer = _problem(400, "the body can't be read")
+        except UembError as exc:
+            answer = _problem(422 if isinstance(exc, ConfigError) else 503, one_line(str(exc)))
+        except (asyncio.CancelledError, ConnectionError):
+            raise
+        except Exception:
+            log.exception("a request failed")
+            answer = _problem(500, "it could not be made; see the inspector's log")
         if not answer.prepared:
             answer.headers.update(_HEADERS)
         return answer
@@ -208,13 +216,17 @@ class Server:
             return 403, "pages of other sites may not ask"
         if self._token is not None and request.path.startswith("/api/"):
             scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self._token.encode()):
+            if scheme.lower() != "bearer" or not hmac.compare_digest(
+                given.strip().encode(errors="surrogateescape"), self._token.encode()
+            ):
                 return 401, "a token is needed"
         return None
 
     # -- what is asked ---------------------------------------------------------------------------------------------
 
-    async def _asked(self, question: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    async def _asked(
+        self, question: Callable[[], dict[str, Any]], threads: ThreadPoolExecutor | None = None
+    ) -> dict[str, Any]:
         """Have a question answered beside the event loop; so many at a time, and no more than so many wait.
 
         Raises:
@@ -225,7 +237,7 @@ class Server:
             raise UembError(msg)
         self._asking += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, question)
+            return await asyncio.get_running_loop().run_in_executor(threads or self._threads, question)
         finally:
             self._asking -= 1
 
@@ -251,7 +263,7 @@ class Server:
             question = msgspec.json.decode(await request.read(), type=Question)
         except (msgspec.MsgspecError, ValueError, RecursionError) as exc:
             raise ConfigError(one_line(str(exc))) from exc
-        return _answer(await self._asked(partial(self._inspector.user, question)))
+        return _answer(await self._asked(partial(self._inspector.user, question), self._of_users))
 
     async def _checklist(self, request: web.Request) -> web.Response:
         return _answer(await self._asked(partial(self._inspector.checklist, _versions(request.query))))
@@ -294,10 +306,6 @@ class Server:
             return answer
         finally:
             self._streams -= 1
-
-
-def _worst_lag(now: Mapping[str, Any]) -> float | None:
-    return max((row["lag_s"] for row in now["partitions"] if row["lag_s"] is not None), default=None)
 
 
 def _host_name(host: str) -> str:

@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import Final, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from stream.errors import UembError
 from stream.foreign_text import one_line
@@ -13,7 +13,6 @@ from stream.logs import OncePerMinute
 log = logging.getLogger(__name__)
 log.addFilter(OncePerMinute())
 
-_STOP_S: Final = 2.0
 Seen = TypeVar("Seen")
 
 
@@ -58,10 +57,10 @@ class Source(Generic[Seen]):
         """Look no more after this look; see `has_ended`."""
         self._stopped.set()
 
-    def has_ended(self) -> bool:
-        """Whether it looks no more, for which a moment is waited; what a look that hangs uses must be left alone."""
+    def has_ended(self, until_s: float = 0.0) -> bool:
+        """Whether it looks no more; waits until then (monotonic s). What a look that hangs uses is to be left alone."""
         if self._thread.ident is not None:
-            self._thread.join(_STOP_S)
+            self._thread.join(max(0.0, until_s - time.monotonic()))
         return not self._thread.is_alive()
 
     @property

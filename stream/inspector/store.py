@@ -1,7 +1,8 @@
 """The key-value store as retrieval sees it: whether it answers, which pair is served, how far each partition is."""
 
+import time
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from stream.core.records import CorruptRecord, kv_entry
 from stream.core.watermark import Watermark, decode_watermark
@@ -14,18 +15,32 @@ from stream.kv.stores import open_reader
 _NOBODY: Final = user_cache_key("", "-", "-").encode()
 
 
+class Sign(NamedTuple):
+    """A sign of life of a partition's owner.
+
+    Attributes:
+        epoch: the owner's claim.
+        watermark: what it wrote.
+        changed_s: how long ago its heartbeat was seen to change, by no clock but ours; None where it was never seen to.
+    """
+
+    epoch: int
+    watermark: Watermark
+    changed_s: float | None
+
+
 @dataclass(frozen=True)
 class StoreView:
     """What the store says.
 
     Attributes:
         meta: the application's shared record.
-        watermarks: of each partition, and the epoch of the owner who wrote it; None where there is none.
+        signs: what the owner of each partition wrote last; None where there is nothing.
         error: why it does not answer; None where it does.
     """
 
     meta: Meta
-    watermarks: list[tuple[int, Watermark] | None]
+    signs: list[Sign | None]
     error: str | None
 
 
@@ -40,6 +55,9 @@ class StoreWatch:
         self._kv_url = kv_url
         self._reader: KVReader | None = None
         self._users: list[bytes] = []
+        self._beats: dict[
+            int, tuple[int, float | None]
+        ] = {}  # heartbeat of a partition, and when it came (monotonic s)
 
     @property
     def reader(self) -> KVReader:
@@ -71,7 +89,18 @@ class StoreWatch:
             reader.get([(user, _NOBODY + user) for user in self._users])
         except StoreError as exc:
             error = str(exc)
-        return StoreView(meta, [_told(reader.watermark(user)) for user in self._users], error)
+        return StoreView(meta, [self._sign(n, reader.watermark(user)) for n, user in enumerate(self._users)], error)
+
+    def _sign(self, partition: int, entry: bytes | None) -> Sign | None:
+        told = _told(entry)
+        if told is None:
+            return None
+        now_s, beat = time.monotonic(), told[1].heartbeat_ms
+        before, changed_at_s = self._beats.get(partition, (beat, None))
+        if beat != before:
+            changed_at_s = now_s
+        self._beats[partition] = beat, changed_at_s
+        return Sign(*told, None if changed_at_s is None else now_s - changed_at_s)
 
     def close(self) -> None:
         """Let go of it."""

@@ -13,7 +13,8 @@ from stream.core.formulas import Float32
 from stream.core.history import History
 from stream.core.history_codec import MAX_TS_MS, HistoryCodec, sort_key
 from stream.core.records import PREFIX_BYTES, CorruptRecord, EmbeddingRecord, decode
-from stream.errors import ConfigError
+from stream.errors import ConfigError, DeliveryError
+from stream.foreign_text import one_line
 from stream.inspector.explanation import Explanation, explain
 from stream.inspector.histories import Histories, Kept
 from stream.inspector.versions import LoadedPair
@@ -26,20 +27,22 @@ NEIGHBOURS: Final = 10
 MAX_ADDED: Final = 100
 #: Two float32 vectors of one formula differ by no more (law 2).
 SAME: Final = 1e-6
+#: A history that was read longer ago than this is told to be old.
+_OLD_S: Final = 3.0
 _KEY: Final = re.compile(r"[0-9a-f]{2,1200}")
 
-#: What a status and its reason mean, and what to do about it.
+#: What a status and its reason mean, and what to do about it: whole sentences.
 WORDS: Final[Mapping[str, str]] = {
-    "ok": "has a vector of their own",
-    "no_known_items": "the item version knows none of the items in the history; readers get the fallback vector",
-    "too_short_history": "only one of the items is known, and one is not enough; readers get the fallback vector",
-    "degenerate": "the items cancel out, and no direction is left; readers get the fallback vector",
-    "encoder_error": "the model made nothing of the history; readers get the fallback vector",
-    "missing": "no event of this user was ever kept; readers get the fallback vector",
-    "erased": "was erased, and silent since; readers get the fallback vector",
-    "version_missing": "the store holds no vector of this pair of versions for the user; see how far its rollout is",
-    "corrupt": "what the store holds for the user is damaged; `uemb kv rebuild` writes it anew from the histories",
-    "store_down": "the store can't be read; what follows is made from the history",
+    "ok": "This user has a vector of their own.",
+    "no_known_items": "The item version knows none of the items in the history; readers get the fallback vector.",
+    "too_short_history": "Only one of the items is known, and one is not enough; readers get the fallback vector.",
+    "degenerate": "The items cancel out, and no direction is left; readers get the fallback vector.",
+    "encoder_error": "The model made nothing of the history; readers get the fallback vector.",
+    "missing": "No event of this user was ever kept; readers get the fallback vector.",
+    "erased": "This user was erased, and silent since; readers get the fallback vector.",
+    "version_missing": "The store holds no vector of this user in these versions; see how far their rollout is.",
+    "corrupt": "What the store holds of this user is damaged; `uemb kv rebuild` writes it anew from the histories.",
+    "store_down": "The store can't be read; what follows is made from the history.",
 }
 
 
@@ -60,6 +63,7 @@ class Question(msgspec.Struct, frozen=True):
         item_version: see there.
         without: keys of interactions to take away, as an answer has them.
         add: interactions to add.
+        known: the ``state`` of an answer that is at hand: where it is still the same, that is all that is said.
     """
 
     user: str
@@ -67,6 +71,7 @@ class Question(msgspec.Struct, frozen=True):
     item_version: str = ""
     without: Annotated[list[str], msgspec.Meta(max_length=10_000)] = []
     add: Annotated[list[Added], msgspec.Meta(max_length=MAX_ADDED)] = []
+    known: Annotated[str, msgspec.Meta(max_length=200)] = ""
 
     @property
     def versions(self) -> tuple[str, str] | None:
@@ -99,38 +104,55 @@ class UserView:
             user = canonical_id(question.user)
         except ValueError as exc:
             raise ConfigError(str(exc)) from exc
-        kept = self._histories.of(user, partitions)
         stored, reason = _stored(store, user, pair)
+        kept, problem = self._kept(user, partitions, can_do_without=stored is not None)
         if stored is None and not reason:
-            reason = "missing" if kept is None else "erased" if not kept.history.keys else "version_missing"
+            reason = "missing" if kept is None else "version_missing"
         status = "ok" if stored is not None and stored.status == "ok" else "fallback"
         reason = stored.reason if stored is not None else reason
+        state = _state(pair, status, reason, kept, stored)
+        if question.known == state:
+            return {"same": True}
         answer: dict[str, Any] = {
             "user": user,
+            "state": state,
             "user_version": pair.encoder.version,
             "item_version": pair.space.version,
             "status": status,
             "reason": reason,
             "words": WORDS.get(reason or status, reason),
+            "problem": problem,
             "stored": None if stored is None else _facts(stored),
             "kept": None if kept is None else _kept(kept),
             "explained": None,
             "before": None,
             "supposed": None,
         }
-        if kept is None or not kept.history.keys:
-            if question.add and kept is None:
-                new = History(HistoryCodec(self._settings.event_types), self._settings.history_limit)
-                answer["supposed"] = self._supposed(new, question, pair, None)
-            return answer
-        found = explain(pair.encoder, pair.space, kept.history.interactions())
-        answer["explained"] = self._explained(kept.history, found, pair.space)
-        answer["before"] = self._before(kept.history, found, pair)
-        if stored is not None:
-            answer["agrees"] = bool(np.abs(stored.vector - found.vector).max(initial=0) <= SAME)
+        history = History(HistoryCodec(self._settings.event_types), self._settings.history_limit)
+        found = None
+        if kept is not None:
+            history = kept.history
+        if history.keys:
+            found = explain(pair.encoder, pair.space, history.interactions())
+            answer["explained"] = self._explained(history, found, pair.space)
+            answer["before"] = self._before(history, found, pair)
+            if stored is not None:
+                answer["agrees"] = bool(np.abs(stored.vector - found.vector).max(initial=0) <= SAME)
         if question.without or question.add:
-            answer["supposed"] = self._supposed(kept.history, question, pair, found)
+            answer["supposed"] = self._supposed(history, question, pair, found)
         return answer
+
+    def _kept(self, user: str, partitions: int, *, can_do_without: bool) -> tuple[Kept | None, str | None]:
+        """What the changelog keeps of a user, and what is wrong with it: old, or away where the store has a vector."""
+        try:
+            kept = self._histories.of(user, partitions)
+        except DeliveryError as exc:
+            if not can_do_without:
+                raise
+            return None, f"the history can't be read: {one_line(str(exc))}"
+        if kept is not None and kept.age_s > _OLD_S:
+            return kept, f"the history is that of {kept.age_s:.0f} s ago: the changelog can't be read now"
+        return kept, None
 
     def nearest(self, space: ItemSpace, vector: Float32) -> list[dict[str, Any]]:
         """The items nearest to a vector [d]."""
@@ -218,6 +240,13 @@ class UserView:
         }
 
 
+def _state(pair: LoadedPair, status: str, reason: str, kept: Kept | None, stored: EmbeddingRecord | None) -> str:
+    """What an answer rests on: the same again has the same answer."""
+    log = None if kept is None else (kept.epoch, kept.history.revision)
+    record = None if stored is None else (stored.epoch, stored.revision)
+    return f"{pair.encoder.version}:{pair.space.version}:{status}:{reason}:{log}:{record}"
+
+
 def _stored(store: KVReader | None, user: str, pair: LoadedPair) -> tuple[EmbeddingRecord | None, str]:
     """The user's record in the store, or why there is none; empty where the store just has none."""
     if store is None:
@@ -227,8 +256,10 @@ def _stored(store: KVReader | None, user: str, pair: LoadedPair) -> tuple[Embedd
         (entry,) = store.get([(user.encode(), key)])
     except Exception:  # noqa: BLE001 - whatever a store does, the rest of the answer is there
         return None, "store_down"
-    if entry is None or len(entry) == PREFIX_BYTES:
+    if entry is None:
         return None, ""
+    if len(entry) == PREFIX_BYTES:
+        return None, "erased"
     try:
         return decode(entry[PREFIX_BYTES:]), ""
     except CorruptRecord:

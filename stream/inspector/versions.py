@@ -1,14 +1,15 @@
 """The versions that are published: which pair is served, how far each is; their spaces and encoders, loaded once."""
 
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from stream.config import Settings
 from stream.core.encoders import VersionedEncoder
-from stream.errors import ConfigError
+from stream.errors import ConfigError, ItemSpaceError
 from stream.items.space import ItemSpace
 from stream.kafka.topics import topic_partitions
 from stream.rollout.client import RolloutClient
@@ -16,6 +17,10 @@ from stream.rollout.live_encoders import encoder_of
 from stream.rollout.progress import progress_of
 from stream.rollout.records import ControlRecord, EncoderRecord
 
+#: A topic may grow; how many partitions there are is asked again after so long.
+_COUNT_S: Final = 30.0
+#: A folder that can't be loaded is looked at again after so long.
+_REFUSED_S: Final = 60.0
 Versions = tuple[str, str]  # user version, item version
 
 
@@ -72,21 +77,34 @@ class VersionsWatch:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._client: RolloutClient | None = None
-        self._partitions: int | None = None
+        self._partitions = 0
+        self._counted_s = self._refused_s = -float("inf")
+        self._refusal: ItemSpaceError | None = None
 
     def look(self) -> VersionsView:
         """Take in what is new.
 
         Raises:
             UembError: the topics can't be read.
+            ItemSpaceError: the folder in the settings can't be.
         """
-        if self._partitions is None:
-            self._partitions = topic_partitions(self._settings)
+        if time.monotonic() - self._counted_s > _COUNT_S:
+            self._partitions, self._counted_s = topic_partitions(self._settings) or 0, time.monotonic()
+        if not self._partitions:
+            self._counted_s = -float("inf")
+            msg = f"there is no topic {self._settings.event_topics[0]}; set UEMB_EVENT_TOPICS, or start a worker first"
+            raise ConfigError(msg)
         if self._client is None:
             self._client = RolloutClient(self._settings)
         else:
             self._client.look()
-        return view_of(self._client, self._partitions or 0)
+        if self._refusal is not None and time.monotonic() - self._refused_s < _REFUSED_S:
+            raise self._refusal
+        try:
+            return view_of(self._client, self._partitions)
+        except ItemSpaceError as exc:  # to find out has all of it read
+            self._refusal, self._refused_s = exc, time.monotonic()
+            raise
 
     def close(self) -> None:
         """Disconnect."""
@@ -137,7 +155,7 @@ class Loaded:
         """A pair that is published; None: the served one.
 
         Raises:
-            ConfigError: it is not.
+            ConfigError: it is not, or what is here is not what was published.
             ItemSpaceError: the item space can't be loaded here.
             EncoderError: the encoder can't be loaded here.
         """
@@ -148,12 +166,13 @@ class Loaded:
         item, encoder = view.items[versions[1]], view.encoders[versions[0]]
         with self._loading:
             if (space := self._spaces.get(item.sha256)) is None:
-                space = self._spaces[item.sha256] = ItemSpace.load(Path(item.path))
+                space = ItemSpace.load(Path(item.path))
+                if space.sha256 != item.sha256:
+                    msg = f"{item.path} is not here what was published as {item.version}"
+                    raise ConfigError(msg)
+                self._spaces[item.sha256] = space
             if (made := self._encoders.get(encoder.hash)) is None:
                 made = self._encoders[encoder.hash] = encoder_of(encoder, self._history_limit)
-        if space.sha256 != item.sha256:
-            msg = f"{item.path} is not what was published as {item.version} here"
-            raise ConfigError(msg)
         made.check(space)
         return LoadedPair(made, space)
 

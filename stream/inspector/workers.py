@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import math
 import socket
 import time
 from collections import defaultdict
@@ -20,7 +21,7 @@ ANSWER_S: Final = 0.8
 #: Rates and latencies are those of so many looks, once a second.
 WINDOW: Final = 10
 _MAX_BYTES: Final = 8 << 20
-_AT_ONCE: Final = 16
+_AT_ONCE: Final = 64
 _REASONS: Final = 5
 
 Labels = tuple[tuple[str, str], ...]
@@ -190,6 +191,8 @@ def _look_at(place: Address, view: WorkerView) -> WorkerView:
         _, verdict = _get(place, "/readyz")
         said = json.loads(verdict)
         page = Page(now_s, samples, bool(said["ok"]), tuple(str(one) for one in said["reasons"][:_REASONS]))
+        states = by_label(samples, "uemb_partition_owned", "partition")
+        owned = frozenset(int(name) for name, is_one in states.items() if is_one)
     except OSError as exc:
         return WorkerView(view.address, error=exc.strerror or str(exc), owned=view.owned)
     except (http.client.HTTPException, ValueError, KeyError, TypeError, RecursionError):
@@ -197,10 +200,7 @@ def _look_at(place: Address, view: WorkerView) -> WorkerView:
     pages = view.pages
     if pages and _began(samples) != _began(pages[-1].samples):
         pages = ()
-    owned = by_label(samples, "uemb_partition_owned", "partition")
-    return WorkerView(
-        view.address, (*pages, page)[-WINDOW - 1 :], owned=frozenset(int(name) for name, one in owned.items() if one)
-    )
+    return WorkerView(view.address, (*pages, page)[-WINDOW - 1 :], owned=owned)
 
 
 def _began(samples: Samples) -> float:
@@ -222,5 +222,7 @@ def _samples(body: bytes) -> dict[str, dict[Labels, float]]:
     found: dict[str, dict[Labels, float]] = defaultdict(dict)
     for family in text_string_to_metric_families(body.decode()):
         for sample in family.samples:
+            if not math.isfinite(sample.value):  # nobody counts so, and it would go on as a number
+                raise ValueError(sample.name)
             found[sample.name][tuple(sorted(sample.labels.items()))] = sample.value
     return found

@@ -125,14 +125,14 @@ def recent_users(settings: Settings, shown: Shown, sample: int, partitions: int,
     found: dict[bytes, None] = {}
     consumer = open_consumer(settings, "report")
     try:
-        partition = 0
+        spans, partition = [], 0
         while (span := whole(consumer, settings.output_topic, partition)) is not None:
-            tail = span._replace(start=max(span.start, span.end - newest))
-            for message in read(consumer, [tail]):
-                key = message.key() or b""
-                if key.startswith(prefix) and message.value() is not None:
-                    found[key.removeprefix(prefix)] = None
+            spans.append(span._replace(start=max(span.start, span.end - newest)))
             partition += 1
+        for message in read(consumer, spans):
+            key = message.key() or b""
+            if key.startswith(prefix) and message.value() is not None:
+                found[key.removeprefix(prefix)] = None
     finally:
         consumer.close()
     users = list(found)

@@ -69,7 +69,7 @@ def test_the_truth_is_on_the_screen(
         other.ask("/api/about")
         kafka.pause()
         other.close()  # in order, though brokers are waited for
-        tab.until(troubles_say("control topics can't be read: the brokers do not answer for"), "the brokers are silent")
+        tab.until(troubles_say("control topics can't be read: the brokers do not answer"), "the brokers are silent")
         tab.until(troubles_say("partitions are stale"), "a worker that hears nothing vouches for nothing")
         kafka.resume()
         tab.until(FINE, "all is well again")
@@ -77,7 +77,7 @@ def test_the_truth_is_on_the_screen(
         redis.kill()
         tab.until(troubles_say("the store does not answer"), "the store is gone")
         page.goto(f"{inspector.url}#user/{films.events[1].user_id}")
-        tab.until_shown("the store can't be read; what follows is made from the history")
+        tab.until_shown("The store can't be read; what follows is made from the history")
         redis.start()  # empty: its owner fills it again
         tab.until(FINE, "all is well again")
         page.goto(f"{inspector.url}#now")

@@ -194,7 +194,7 @@ def test_what_if_is_what_the_formula_makes_of_it(stage: Stage, tab: Tab) -> None
 
 def test_users_who_are_not_there_are_told_in_words(stage: Stage, tab: Tab) -> None:
     page = tab.open("user/nobody-of-that-name")
-    tab.until_shown("no event of this user was ever kept")
+    tab.until_shown("No event of this user was ever kept")
     page.get_by_label("user id").fill("x" * 257)
     page.get_by_role("button", name="Look up").click()
     tab.until_shown("256")  # the bound, in the error
@@ -307,6 +307,40 @@ def test_nobody_is_shut_out(stage: Stage, browser: Browser, view: str, theme: st
     page.screenshot(path=folder / f"{view}-{theme}-phone.png")
     assert tab.barriers() == []
     tab.close()
+
+
+def test_what_is_drawn_again_keeps_its_place(stage: Stage, tab: Tab) -> None:
+    page = tab.open()
+    tab.until("document.querySelector('section[aria-label=Partitions] tbody tr')", "numbers")
+    page.set_viewport_size({"width": 360, "height": 740})
+    scroll = "document.querySelector('section[aria-label=Partitions] .scroll')"
+    page.evaluate(f"window.table = {scroll}; table.scrollLeft = 60; table.focus()")
+    page.evaluate("window.beats = 0; new MutationObserver(() => beats++).observe(document.querySelector('main'), "
+                  "{subtree: true, childList: true, characterData: true})")  # fmt: skip
+    with Feeder(stage.pipeline.bootstrap, stage.pipeline.topics) as feeder:
+        feeder.send(stage.events[-200:])  # once more, for there to be news
+    tab.until("beats > 2", "it is drawn again")
+    assert page.evaluate(f"{scroll} === table && table.scrollLeft === 60 && document.activeElement === table")
+    # the way past the links does not lead to another view
+    page.goto(f"{stage.inspector.url}#user/{stage.user}")
+    tab.until("document.querySelector('section[aria-label=History] tbody tr')", "a history")
+    page.locator(".skip").focus()
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.id === 'main' && !!document.querySelector('#user-id')")
+    # who takes interactions away one by one stays where they are
+    box = page.locator("section[aria-label=History] tbody input").nth(3)
+    box.focus()
+    page.keyboard.press("Space")
+    tab.until("document.querySelector('tr.out')", "the event that is taken away")
+    assert page.evaluate("document.activeElement.matches('tr.out input')")
+    # and what was supposed of one user is not supposed of another
+    page.get_by_role("link", name="Versions").click()
+    page.locator("#both-user").fill(HOSTILE[0])
+    page.locator("#both-user").press("Enter")
+    page.get_by_role("link", name="User", exact=True).click()
+    tab.until("document.querySelectorAll('section[aria-label=History] tbody tr').length === 4", "the other user")
+    assert page.locator("#user-id").input_value() == HOSTILE[0]
+    assert page.locator("tr.out").count() == 0
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ const VIEWS = { now: NowView, user: UserView, versions: VersionsView, letters: L
 const TITLES = { now: "Now", user: "User", versions: "Versions", letters: "Dead letters", map: "Map" };
 
 /** What all views share. */
-const state = { about: null, news: null, at: 0, trouble: null, history: [], user: "" };
+const state = { about: null, news: null, at: -Infinity, trouble: null, history: [], user: "" };
 const views = {};
 let current = null;
 
@@ -27,6 +27,10 @@ function route() {
 }
 
 function show(focus = true) {
+  if (location.hash === "#main" && current) {  // the way past the links
+    document.getElementById("main").focus();
+    return;
+  }
   const { name, rest } = route();
   document.querySelectorAll("nav a").forEach((a) => a.dataset.view === name ? a.setAttribute("aria-current", "page") : a.removeAttribute("aria-current"));
   document.title = `${TITLES[name]}: user embeddings`;
@@ -39,46 +43,45 @@ function show(focus = true) {
   if (focus) main.focus({ preventScroll: false });
 }
 
-/** What is wrong, in words, as far as the news tell. */
+/** What is wrong, in words, as far as the news tell: [what, for how long]. */
 function troubles(news) {
   const found = [];
   const { sources } = news;
-  if (sources.workers.stale) found.push(`workers are not looked at: ${sources.workers.error ?? "no answer"}`);
+  const since = (age_s) => ` for ${seconds(age_s)}`;
+  if (sources.workers.stale) found.push([`workers are not looked at: ${sources.workers.error ?? "no answer"}`, ""]);
   for (const one of news.workers) {
-    if (!one.answers) found.push(`worker ${one.address} does not answer (${one.reasons[0]})`);
-    else if (!one.ready) found.push(`worker ${one.address} is not ready: ${one.reasons.join("; ")}`);
+    if (!one.answers) found.push([`worker ${one.address} does not answer (${one.reasons[0]})`, ""]);
+    else if (!one.ready) found.push([`worker ${one.address} is not ready: ${one.reasons.join("; ")}`, ""]);
   }
-  if (!news.store.answers) found.push(`the store does not answer${news.store.error ? `: ${news.store.error}` : ` for ${seconds(sources.store.age_s)}`}`);
+  if (!news.store.answers) found.push(news.store.error ? [`the store does not answer: ${news.store.error}`, ""] : ["the store does not answer", since(sources.store.age_s)]);
   for (const [name, what] of [["versions", "control topics"], ["letters", "dead letters"]]) {
-    if (sources[name].stale && (sources[name].error || sources[name].age_s !== null)) {
-      found.push(`the ${what} can't be read: ${sources[name].error ?? `the brokers do not answer for ${seconds(sources[name].age_s)}`}`);
-    }
+    const { stale, error, age_s } = sources[name];
+    if (stale && error) found.push([`the ${what} can't be read: ${error}`, ""]);
+    else if (stale && age_s !== null) found.push([`the ${what} can't be read: the brokers do not answer`, since(age_s)]);
   }
   if (news.stale_partitions) {
-    const ages = news.partitions.filter((row) => row.stale && row.heartbeat_s !== null).map((row) => row.heartbeat_s);
-    const least = ages.length ? `, silent for ${seconds(Math.min(...ages))} or longer` : ", never heard of";
-    found.push(`${number(news.stale_partitions)} of ${number(news.partition_count)} partitions are stale${least}`);
+    const least = news.least_silence_s === null ? ", never heard of" : `, silent for ${seconds(news.least_silence_s)} or longer`;
+    found.push([`${number(news.stale_partitions)} of ${number(news.partition_count)} partitions are stale`, least]);
   }
   return found;
 }
 
 function tellTroubles() {
-  const silent = performance.now() - state.at > SILENT_MS;
+  const age_s = (performance.now() - state.at) / 1000, silent = 1000 * age_s > SILENT_MS;
   const link = document.getElementById("link");
   link.className = silent ? "link down" : "link";
-  const text = silent ? (state.trouble ?? `no news for ${seconds((performance.now() - state.at) / 1000)}`) : "live";
+  const text = !silent ? "live" : state.trouble ?? (state.news ? "no news" : "connecting…");
   if (link.textContent !== text) link.textContent = text;
   const found = state.news ? troubles(state.news) : [];
-  if (silent && state.news) found.unshift(`what is shown is old: ${text}`);
-  const box = document.getElementById("troubles");
-  const key = found.join("\n").replace(/[\d.,]+ (ms|s|min)\b/g, "");  // ages go on growing, which is not worth telling
+  if (silent && state.news) found.unshift([`what is shown is old: ${text}`, `, ${seconds(age_s)}`]);
+  const box = document.getElementById("troubles"), key = found.map(([what]) => what).join("\n");
   box.hidden = !found.length;
-  if (box.dataset.key === key && found.length) {
-    box.querySelectorAll("li").forEach((li, n) => { li.textContent = shown(found[n]); });
-    return;
+  if (box.dataset.key !== key) {
+    box.dataset.key = key;
+    fill(box, h("ul", {}, found.map(([what]) => h("li", {}, shown(what), h("span", { "aria-hidden": "true" })))));
   }
-  box.dataset.key = key;
-  fill(box, h("ul", {}, found.map((one) => h("li", {}, shown(one)))));
+  // how long it has lasted grows each second, which is seen, and not said again and again
+  box.querySelectorAll("li > span").forEach((span, n) => { if (span.textContent !== found[n][1]) span.textContent = found[n][1]; });
 }
 
 /** Keep the news, and draw them as soon as the tab is drawn. */
@@ -86,7 +89,8 @@ function take(news) {
   state.news = news;
   state.at = performance.now();
   state.trouble = null;
-  const point = { at_ms: news.at_ms, ...news.rates, lag_s: news.partitions.reduce((most, row) => row.lag_s === null ? most : Math.max(most ?? 0, row.lag_s), null) };
+  askWhatItIs();
+  const point = { at_ms: news.at_ms, ...news.rates, lag_s: news.worst_lag_s };
   state.history.push(point);
   if (state.history.length > HISTORY) state.history.shift();
   drawing ??= requestAnimationFrame(draw);  // of a tab that nobody sees the browser asks for none
@@ -125,11 +129,17 @@ function begin() {
   setInterval(tellTroubles, 500);
   show(false);
   follow(take, (trouble) => { state.trouble = trouble; tellTroubles(); });
+}
+
+/** What does not change, asked for until it is told. */
+function askWhatItIs() {
+  if (state.about || state.askedAbout) return;
+  state.askedAbout = true;
   ask("/api/about").then((about) => {
     state.about = about;
     state.history = [...about.history, ...state.history.filter((point) => !about.history.length || point.at_ms > about.history.at(-1).at_ms)];
-    current?.shown?.(route().rest);
-  }, (error) => { state.trouble = error.message; });
+    Object.values(views).forEach((view) => view.told?.());
+  }, (error) => { state.trouble = error.message; }).finally(() => { state.askedAbout = false; });
 }
 
 begin();

@@ -4,6 +4,7 @@ import { color, number, shown } from "./dom.js";
 
 const COLORS = ["accent", "against", "short", "long", "look", "soft"];
 const HEIGHT = 140;
+const DAY_MINUTES = 1440;
 
 /** Put a chart into a box; `series` are [label, values, colour]. */
 export function chart(box, title, times, series) {
@@ -20,11 +21,12 @@ export function follows(box, plot) {
 export function lettersChart(box, { kinds, minutes }) {
   if (!window.uPlot || !minutes.length) return null;
   const reasons = [...new Set(kinds.map((kind) => kind.reason))].slice(0, COLORS.length);
-  const first = minutes[0].minute, last = Math.max(Math.floor(Date.now() / 60000), minutes.at(-1).minute);
+  const last = Math.max(Math.floor(Date.now() / 60000), minutes.at(-1).minute);
+  const first = Math.max(minutes[0].minute, last - DAY_MINUTES);
   const times = Array.from({ length: last - first + 1 }, (_, n) => (first + n) * 60);
   const series = reasons.map((reason, n) => {
     const values = new Array(times.length).fill(0);
-    for (const { minute, counts } of minutes) for (const [of, , count] of counts) if (of === reason) values[minute - first] += count;
+    for (const { minute, counts } of minutes) for (const [of, , count] of counts) if (of === reason && minute >= first) values[minute - first] += count;
     return [shown(reason), values, COLORS[n]];
   });
   return chart(box, "Dead letters per minute", times, series);

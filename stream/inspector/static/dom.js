@@ -28,6 +28,43 @@ export function fill(element, ...children) {
   element.replaceChildren(...children.flat(Infinity).filter((child) => child !== null && child !== false && child !== undefined));
 }
 
+/**
+ * Make what an element holds like `children`, and keep those of its elements that stay what they were: with the focus,
+ * the selection and how far they are scrolled. For what listens to nothing.
+ */
+export function refill(element, ...children) {
+  likenedChildren(element, h("div", {}, ...children));
+}
+
+function likened(old, wanted) {
+  for (const { name } of [...old.attributes]) if (!wanted.hasAttribute(name)) old.removeAttribute(name);
+  for (const { name, value } of wanted.attributes) if (old.getAttribute(name) !== value) old.setAttribute(name, value);
+  likenedChildren(old, wanted);
+}
+
+function likenedChildren(old, wanted) {
+  const before = [...old.childNodes], after = [...wanted.childNodes];
+  after.forEach((node, n) => {
+    const there = before[n];
+    if (!there) old.append(node);
+    else if (there.nodeType !== node.nodeType || there.nodeName !== node.nodeName) there.replaceWith(node);
+    else if (node.nodeType === Node.TEXT_NODE) { if (there.data !== node.data) there.data = node.data; }
+    else likened(there, node);
+  });
+  before.slice(after.length).forEach((node) => node.remove());
+}
+
+/** Draw anew, and give the focus to what has the same name as what had it: its id, or its `data-focus`. */
+export function keepingFocus(root, draw) {
+  const active = root.contains(document.activeElement) ? document.activeElement : null;
+  const name = active && (active.id ? `#${CSS.escape(active.id)}` : active.dataset.focus ? `[data-focus="${CSS.escape(active.dataset.focus)}"]` : null);
+  const scrolled = [...root.querySelectorAll(".scroll")].map((one) => [one.getAttribute("aria-label"), one.scrollLeft]);
+  draw();
+  for (const [label, left] of scrolled) if (left) for (const one of root.querySelectorAll(".scroll")) if (one.getAttribute("aria-label") === label) one.scrollLeft = left;
+  if (!active || document.activeElement === active) return;
+  (active.isConnected ? active : (name && root.querySelector(name)) ?? root.querySelector("button, input, summary"))?.focus({ preventScroll: true });
+}
+
 const ACTIVE = /[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Cs}]/gu;
 
 /** Other people's text on one line: what would act on the order of its neighbours is written as an escape. */

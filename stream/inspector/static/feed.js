@@ -13,7 +13,9 @@ function askForToken() {
   asking ??= new Promise((resolve) => {
     const dialog = document.getElementById("token");
     dialog.addEventListener("close", () => {
-      sessionStorage.setItem(TOKEN, document.getElementById("token-text").value);
+      const given = document.getElementById("token-text").value.trim();
+      if (/^[\x21-\x7e]+$/.test(given)) sessionStorage.setItem(TOKEN, given);  // what no header holds is no token
+      else sessionStorage.removeItem(TOKEN);
       asking = null;
       resolve();
     }, { once: true });
@@ -45,30 +47,46 @@ export async function ask(path, body) {
 }
 
 /** Follow the news for ever: `onNews` gets each, `onTrouble` why there are none. */
-export function follow(onNews, onTrouble) {
+export async function follow(onNews, onTrouble) {
   if (!navigator.locks || !window.BroadcastChannel) {  // pages from other machines without TLS
     stream(onNews, onTrouble);
     return;
   }
+  // Whoever waits for a token must not hold the lock: another page may have it.
   const channel = new BroadcastChannel("uemb-news");
   channel.onmessage = ({ data }) => data.trouble ? onTrouble(data.trouble) : onNews(data.news);
   const tell = (news) => { onNews(news); channel.postMessage({ news }); };
   const complain = (trouble) => { onTrouble(trouble); channel.postMessage({ trouble }); };
-  navigator.locks.request("uemb-news", () => stream(tell, complain));
-}
-
-async function stream(onNews, onTrouble) {
   for (;;) {
     try {
-      const answer = await answered("/api/news", {});
+      await answered("/api/about", {});
+    } catch {
+      onTrouble("the inspector does not answer");
+      await pause();
+      continue;
+    }
+    await navigator.locks.request("uemb-news", () => stream(tell, complain, true));
+  }
+}
+
+/** News for ever; where there is a lock to give up, until a token is needed. */
+async function stream(onNews, onTrouble, givesUp = false) {
+  for (;;) {
+    try {
+      const answer = givesUp ? await fetch("/api/news", { headers: headers(), cache: "no-store" }) : await answered("/api/news", {});
+      if (answer.status === 401) return;
       if (!answer.ok) throw new Error((await answer.json()).error);
       await readEvents(answer.body, onNews);
       onTrouble("the inspector has ended");
     } catch (error) {
       onTrouble(error instanceof TypeError ? "the inspector does not answer" : error.message);
     }
-    await new Promise((resolve) => setTimeout(resolve, 1000));
+    await pause();
   }
+}
+
+function pause() {
+  return new Promise((resolve) => setTimeout(resolve, 1000));
 }
 
 async function readEvents(body, onNews) {

@@ -1,7 +1,7 @@
 // Dead letters: how many of each kind over time, the newest of each, payload only when it is asked for.
 
 import { follows, lettersChart } from "./charts.js";
-import { command, fill, foreign, h, moment, number, shown, table } from "./dom.js";
+import { command, fill, foreign, h, keepingFocus, moment, number, shown, table } from "./dom.js";
 import { ask } from "./feed.js";
 
 export class LettersView {
@@ -10,6 +10,7 @@ export class LettersView {
     this.note = h("p", { class: "soft", role: "status" });
     this.box = h("div", { class: "chart" });
     this.kinds = h("div", {});
+    this.opened = new Map();  // payloads that somebody has asked for, by place
     this.element = h("div", {},
       h("section", { "aria-label": "Over time" }, h("h2", {}, "Dead letters per minute"), this.box, this.note),
       this.kinds);
@@ -39,6 +40,10 @@ export class LettersView {
     fill(this.note, "Since ", moment(since_ms), " on ", foreign(topic), kinds.length ? "." : ": none.");
     this.plot?.destroy();
     this.plot = lettersChart(this.box, this.letters);
+    keepingFocus(this.kinds, () => this.drawKinds(kinds));
+  }
+
+  drawKinds(kinds) {
     const open = new Set([...this.kinds.querySelectorAll("details[open]")].map((one) => one.dataset.kind));
     fill(this.kinds, kinds.map((kind) => this.kind(kind, open)));
   }
@@ -60,9 +65,11 @@ export class LettersView {
   }
 
   payload(row) {
-    const box = h("div", {}, h("button", { type: "button", "aria-label": `show the payload of letter ${row.place}`, onclick: async () => {
+    if (this.opened.has(row.place)) return this.opened.get(row.place);
+    const box = h("div", {}, h("button", { type: "button", "data-focus": row.place, "aria-label": `show the payload of letter ${row.place}`, onclick: async () => {
       try {
         const letter = await ask(`/api/letter?place=${encodeURIComponent(row.place)}`);
+        this.opened.set(row.place, box);
         fill(box, h("h3", {}, "key"), data(letter.key), h("h3", {}, "value"), data(letter.value),
           h("h3", {}, "headers"), letter.headers.map(([name, value]) => h("div", {}, foreign(name), data(value))), command(letter.replay));
       } catch (error) {

@@ -1,7 +1,7 @@
 // What happens at this moment: rates, latency, lag by partition and owner, workers, rollouts.
 
 import { chart, follows, lettersChart } from "./charts.js";
-import { fill, foreign, h, milliseconds, number, rate, seconds, share, table } from "./dom.js";
+import { foreign, h, milliseconds, number, rate, refill, seconds, share, table } from "./dom.js";
 import { ask } from "./feed.js";
 
 const CHARTS = [
@@ -39,15 +39,15 @@ export class NowView {
     const { rates, sources } = news;
     const silent = sources.workers.stale || news.silent_workers === news.workers.length;
     const tile = (name, value, stale = silent) => h("div", { class: stale ? "tile stale" : "tile" }, h("dt", {}, name), h("dd", {}, value));
-    fill(this.tiles,
+    refill(this.tiles,
       tile("Events per second", silent ? "–" : rate(rates.events_per_s)),
       tile("Event to readable, p50", silent ? "–" : milliseconds(rates.p50_ms)),
       tile("Event to readable, p99", silent ? "–" : milliseconds(rates.p99_ms)),
-      tile("Worst lag", seconds(news.partitions.reduce((most, row) => row.lag_s === null ? most : Math.max(most ?? 0, row.lag_s), null)), silent),
+      tile("Worst lag", seconds(news.worst_lag_s), silent),
       tile("Stale partitions", `${number(news.stale_partitions)} of ${number(news.partition_count)}`, news.stale_partitions > 0),
       tile("Dead letters, last day", number(news.letters.count), sources.letters.stale),
       tile("Store", news.store.answers ? "answers" : "silent", !news.store.answers));
-    fill(this.workers, h("h2", {}, "Workers"), table("What each says of itself", [
+    refill(this.workers, h("h2", {}, "Workers"), table("What each says of itself", [
       ["worker", (row) => foreign(row.address)],
       ["state", (row) => row.answers ? (row.ready ? h("span", { class: "ok" }, "ready") : h("span", { class: "bad" }, row.reasons.join("; "))) : h("span", { class: "bad" }, `does not answer (${row.reasons[0]})`)],
       ["events/s", (row) => rate(row.events_per_s), "n"],
@@ -57,7 +57,7 @@ export class NowView {
       ["version", (row) => row.build ?? "–"],
     ], news.workers, (row) => row.answers ? null : "stale"));
     const more = news.partition_count > news.partitions.length ? ` (the ${news.partitions.length} worst of ${number(news.partition_count)})` : "";
-    fill(this.partitions, h("h2", {}, "Partitions"), table(`Owner, lag, and the last sign of life in the store${more}`, [
+    refill(this.partitions, h("h2", {}, "Partitions"), table(`Owner, lag, and the last sign of life in the store${more}`, [
       ["partition", (row) => number(row.partition), "n"],
       ["owner", (row) => row.owner ? foreign(row.owner) : "not known"],
       ["epoch", (row) => row.epoch ?? "–", "n"],
@@ -66,10 +66,10 @@ export class NowView {
       ["last sign", (row) => row.heartbeat_s === null ? "never" : `${seconds(row.heartbeat_s)} ago`, "n"],
       ["state", (row) => row.restoring !== null ? `restoring, ${number(row.restoring)} records left` : row.stale ? "stale" : "fresh"],
     ], news.partitions, (row) => row.stale ? "stale" : null));
-    fill(this.rollout, h("h2", {}, "Versions"), table("How far each pair of versions is", [
+    refill(this.rollout, h("h2", {}, "Versions"), table("How far each pair of versions is", [
       ["item version", (row) => foreign(row.item_version)],
       ["user version", (row) => foreign(row.user_version)],
-      ["state", (row) => row.refused ? h("span", { class: "bad" }, "refused: ", foreign(row.refused)) : { served: "served", prepare: "prepared", active: "kept" }[row.state]],
+      ["state", (row) => row.refused ? h("span", { class: "bad" }, "refused: ", foreign(row.refused)) : { served: "served", wanted: "to be served", prepare: "prepared", active: "kept" }[row.state]],
       ["partitions", (row) => `${number(row.covered)} of ${number(row.partitions)}`, "n"],
       ["users", (row) => `${number(row.done)} of ${number(row.users)}`, "n"],
       ["time left", (row) => row.seconds_left === null ? "–" : seconds(row.seconds_left), "n"],

@@ -1,10 +1,11 @@
 // One user, explained: the vector, the history behind it, what each interaction does, and what if.
 
-import { color, fill, foreign, h, moment, number, share, shown, svg, table } from "./dom.js";
+import { color, fill, foreign, h, keepingFocus, moment, number, share, shown, svg, table } from "./dom.js";
 import { ask } from "./feed.js";
 
 /** A user who is looked at is looked up again with each of so many news. */
 const REFRESH = 3;
+const OUTCOMES = { applied: "taken in", duplicate: "there already", too_old: "too old for a full history", erased: "from before the erasure" };
 const NAMES = { long: "share of the long part", short: "share of the short part", mean: "share of the mean" };
 
 export class UserView {
@@ -13,9 +14,14 @@ export class UserView {
     this.without = new Set();
     this.added = [];
     this.answer = null;
+    this.user = "";
     this.beats = 0;
     this.input = h("input", { id: "user-id", name: "user", autocomplete: "off", spellcheck: "false", required: true, size: 28 });
     this.pair = h("select", { id: "user-pair", onchange: () => this.load() });
+    // kept from one drawing to the next, with what was written into them
+    this.item = h("input", { id: "if-item", autocomplete: "off", spellcheck: "false", required: true, size: 14 });
+    this.type = h("select", { id: "if-type" });
+    this.told();
     this.note = h("p", { class: "soft", role: "status" });
     this.result = h("div", {});
     this.element = h("div", {},
@@ -31,30 +37,40 @@ export class UserView {
   go() {
     const user = this.input.value;
     const hash = `#user/${encodeURIComponent(user)}`;
-    if (location.hash === hash) { this.reset(); this.load(); }
+    if (location.hash === hash) { this.reset(user); this.load(); }
     else location.hash = hash;
   }
 
   shown(user) {
-    if (user && user !== this.state.user) { this.state.user = user; this.reset(); }
-    if (!this.input.value && this.state.user) this.input.value = this.state.user;
-    if (user) this.input.value = user;
-    if (this.state.user) this.load();
+    if (user) this.state.user = user;
+    if (!this.state.user) return;
+    if (this.user !== this.state.user) this.reset(this.state.user);  // what was supposed was supposed of another
+    this.input.value = this.user;
+    this.load();
   }
 
-  reset() { this.without.clear(); this.added = []; this.answer = null; }
+  reset(user) {
+    this.user = this.state.user = user;
+    this.without.clear();
+    this.added = [];
+    this.answer = null;
+  }
 
-  themed() { if (this.answer) this.draw(); }
+  themed() { if (this.answer) keepingFocus(this.result, () => this.draw()); }
+
+  /** What types there are is known now. */
+  told() { fill(this.type, (this.state.about?.types ?? []).map((name) => h("option", { value: name }, shown(name)))); }
 
   news(news) {
     const served = [news.serving.user_version, news.serving.item_version].join(" · ");
-    const names = news.rollout.map((row) => [row.user_version, row.item_version].join(" · "));
+    const names = news.rollout.map((row) => [row.user_version, row.item_version].join(" · ")).sort((a, b) => (b === served) - (a === served));
     const key = JSON.stringify([served, names]);
     if (this.pairKey !== key) {
-      const chosen = this.pair.value;  // empty: whichever is served
+      const wasServed = !this.pair.value || this.pair.value === this.served, chosen = this.pair.value;
+      this.served = served;
       this.pairKey = key;
-      fill(this.pair, names.map((name) => h("option", { value: name === served ? "" : name }, shown(name) + (name === served ? " (served)" : ""))));
-      if (names.includes(chosen)) this.pair.value = chosen;
+      fill(this.pair, names.map((name) => h("option", { value: name }, shown(name) + (name === served ? " (served)" : ""))));
+      if (!wasServed && names.includes(chosen)) this.pair.value = chosen;  // who looked at the served one goes on with it
     }
     const busy = this.result.contains(document.activeElement);  // what somebody writes in would be put away
     if (this.answer && !busy && !this.loading && !this.without.size && !this.added.length && ++this.beats % REFRESH === 0) this.load(true);
@@ -66,24 +82,28 @@ export class UserView {
 
   /** Ask, and draw what is new; `quietly` where nobody has asked, and the same again is no news. */
   async load(quietly = false) {
-    const user = this.state.user || this.input.value;
-    if (!user) return;
+    const { user } = this;
+    if (!user) return false;
+    const known = quietly ? this.answer.state : "";
     const [user_version = "", item_version = ""] = this.pair.value.split(" · ");
-    const number_ = this.loading = (this.loading ?? 0) + 1;
+    const turn = this.loading = this.turns = (this.turns ?? 0) + 1;
     if (!quietly) this.note.textContent = "looking…";
     try {
-      const answer = await ask("/api/user", { user, user_version, item_version, without: [...this.without], add: this.added });
-      if (number_ !== this.loading) return;
-      const isNew = !quietly || JSON.stringify(answer) !== JSON.stringify(this.answer);
-      this.answer = answer;
-      this.note.textContent = "";
-      if (isNew) this.draw();
+      const answer = await ask("/api/user", { user, user_version, item_version, without: [...this.without], add: this.added, known });
+      if (turn !== this.loading) return true;
+      this.note.textContent = shown(answer.problem ?? "");
+      if (!answer.same) {
+        this.answer = answer;
+        keepingFocus(this.result, () => this.draw());
+      }
+      return true;
     } catch (error) {
-      if (number_ !== this.loading) return;
+      if (turn !== this.loading) return true;
       this.note.textContent = shown(error.message);
       if (!this.answer || this.answer.user !== user) fill(this.result);
+      return false;
     } finally {
-      if (number_ === this.loading) this.loading = 0;
+      if (turn === this.loading) this.loading = 0;
     }
   }
 
@@ -93,10 +113,10 @@ export class UserView {
     fill(this.result,
       this.facts(answer),
       explained && this.timeline(explained),
-      explained && h("section", { "aria-label": "Nearest items" }, h("h2", {}, "Nearest items"), h("div", { class: "three" },
+      (explained || supposed) && h("section", { "aria-label": "Nearest items" }, h("h2", {}, "Nearest items"), h("div", { class: "three" },
         answer.before && nearest("before the last event", answer.before.nearest, explained.nearest, `cosine to the vector now ${number(answer.before.cosine, 3)}`),
-        nearest("now", explained.nearest, answer.before?.nearest ?? explained.nearest),
-        supposed && nearest("supposed", supposed.nearest, explained.nearest, supposed.cosine === undefined ? null : `cosine to the vector now ${number(supposed.cosine, 3)}`))),
+        explained && nearest("now", explained.nearest, answer.before?.nearest ?? explained.nearest),
+        supposed && nearest("supposed", supposed.nearest, explained?.nearest ?? supposed.nearest, supposed.cosine === undefined ? null : `cosine to the vector now ${number(supposed.cosine, 3)}`))),
       this.whatIf(answer),
       (supposed ?? explained) && this.history(answer));
   }
@@ -113,7 +133,7 @@ export class UserView {
       ["stored vector", answer.agrees === undefined ? "–" : answer.agrees ? "is what the history makes" : h("span", { class: "bad" }, "is not what the history makes: it may be on its way; look again")],
       kept?.erased_at ? ["erased up to", moment(kept.erased_at)] : null,
     ].filter(Boolean);
-    return h("section", {}, h("h2", {}, "User ", foreign(answer.user)), h("p", { class: "words" }, "This user ", answer.words, "."),
+    return h("section", {}, h("h2", {}, "User ", foreign(answer.user)), h("p", { class: "words" }, answer.words),
       h("dl", { class: "facts" }, rows.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))));
   }
 
@@ -134,9 +154,7 @@ export class UserView {
   }
 
   whatIf(answer) {
-    const types = this.state.about?.types ?? [];
-    const item = h("input", { id: "if-item", autocomplete: "off", spellcheck: "false", required: true, size: 14 });
-    const type = h("select", { id: "if-type" }, types.map((name) => h("option", { value: name }, shown(name))));
+    const { item, type } = this;
     const newest = answer.explained?.history.at(-1)?.ts_ms;
     const changed = this.without.size + this.added.length;
     return h("section", { "aria-label": "What if" }, h("h2", {}, "What if"),
@@ -144,15 +162,18 @@ export class UserView {
       h("form", { class: "row", onsubmit: (event) => {
         event.preventDefault();
         const at = Math.max(newest ?? Date.now(), ...this.added.map((one) => one.ts_ms)) + 1;
-        this.added.push({ item: item.value, type: type.value, ts_ms: at });
-        this.load().then(() => { if (this.note.textContent) { this.added.pop(); } document.getElementById("if-item")?.focus(); });
+        if (!type.value) return;
+        const one = { item: item.value, type: type.value, ts_ms: at };
+        this.added.push(one);
+        this.load().then((fine) => { if (!fine) this.added = this.added.filter((other) => other !== one); });
       } },
         h("label", { for: "if-item" }, "item id", item), h("label", { for: "if-type" }, "type", type),
         h("button", { type: "submit" }, "Add"),
         h("button", { type: "button", id: "if-reset", disabled: !changed, onclick: () => { this.without.clear(); this.added = []; this.load(); } }, "As it is")),
       changed ? h("p", { role: "status" }, `${number(this.without.size)} taken away, ${number(this.added.length)} added`,
         answer.supposed?.cosine !== undefined ? `: cosine to the vector now ${number(answer.supposed.cosine, 4)}` : "",
-        answer.supposed ? `; ${answer.supposed.words}` : "") : null);
+        answer.supposed?.outcomes.some((one) => one !== "applied") ? `; of those added: ${answer.supposed.outcomes.map((one) => OUTCOMES[one]).join(", ")}` : "",
+        answer.supposed && answer.supposed.status !== "ok" ? `. ${answer.supposed.words}` : ".") : null);
   }
 
   history(answer) {
@@ -171,7 +192,7 @@ export class UserView {
       ...parts.map((name, k) => [NAMES[name] ?? `share of ${name}`, (row) => bar(row.shares[k], widest[k], k === 0 ? "long" : "short")]),
       ["pull", (row) => row.pull === null ? "–" : bar(row.pull, mostPull, row.pull < 0 ? "against" : "pull")],
       ["turns the vector by", (row) => row.turn === null ? "–" : `${number(row.turn, 2)}°`, "n"],
-      ["keep", (row) => now.has(row.key) ? h("input", { type: "checkbox", checked: !this.without.has(row.key), "aria-label": `keep ${shown(row.title ?? row.item)} of ${moment(row.ts_ms)}`, onchange: (event) => {
+      ["keep", (row) => now.has(row.key) ? h("input", { type: "checkbox", "data-focus": row.key, checked: !this.without.has(row.key), "aria-label": `keep ${shown(row.title ?? row.item)} of ${moment(row.ts_ms)}`, onchange: (event) => {
         if (event.target.checked) this.without.delete(row.key); else this.without.add(row.key);
         this.load();
       } }) : "supposed"],

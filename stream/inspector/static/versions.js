@@ -51,6 +51,8 @@ export class VersionsView {
     const user = this.input.value;
     const turn = this.turn = (this.turn ?? 0) + 1;
     this.note.textContent = "comparing…";
+    fill(this.checks);  // nobody shall take what was said of another for this one's
+    fill(this.both);
     try {
       const query = new URLSearchParams({ user_version, item_version });
       const checklist = await ask(`/api/checklist?${query}`);
@@ -79,7 +81,7 @@ export class VersionsView {
     const a = served.explained?.nearest ?? [], b = other.explained?.nearest ?? [];
     const shared = a.filter((one) => b.some((two) => two.item === one.item)).length;
     fill(this.both, h("section", { "aria-label": "One user in both" }, h("h2", {}, "User ", foreign(served.user), " in both"),
-      h("p", { "data-overlap": a.length ? shared / a.length : null }, a.length ? `${number(shared)} of the ${number(a.length)} nearest items are the same (${share(shared / a.length, 0)}). ` : `This user ${served.words}. `,
+      h("p", { "data-overlap": a.length ? shared / a.length : null }, a.length ? `${number(shared)} of the ${number(a.length)} nearest items are the same (${share(shared / a.length, 0)}). ` : `${served.words} `,
         served.status === other.status ? "" : `Here ${served.status}, there ${other.status}${other.reason ? ` (${other.reason})` : ""}. `,
         served.stored && other.stored && served.stored.unknown_items !== other.stored.unknown_items ? `${number(other.stored.unknown_items)} items of the history are unknown there, ${number(served.stored.unknown_items)} here.` : ""),
       h("div", { class: "two" },

@@ -24,7 +24,8 @@ WEIGHTS = {"like": 3.0}
 
 def learned() -> LearnedEncoder:
     rng = np.random.default_rng(3)
-    model = OnnxModel(linear(rng.normal(size=(32, 8)).astype(np.float32)), "model.onnx")
+    data = linear(rng.normal(size=(32, 8)))
+    model = OnnxModel(lambda: data, "model.onnx")
     made_for = MadeFor(SPACE.version, SPACE.sha256, 8)
     return LearnedEncoder(model, "0" * 64, made_for, ("mean", "mean:3", "decay:0.3", "last"), WEIGHTS)
 
@@ -72,6 +73,7 @@ def test_an_explanation_is_what_the_formulas_say(name: str, space, history: list
         np.testing.assert_allclose(found.shares.sum(axis=1), 1, atol=1e-12)
     if status != VectorStatus.OK:
         assert found.pulls is None
+        assert np.isnan(found.turns[known]).all()
         return
     for n in np.flatnonzero(known):
         without, left = embedded(encoder, space, history[:n] + history[n + 1 :])
@@ -117,7 +119,9 @@ def test_one_that_draws_elsewhere_has_a_pull_below_0() -> None:
 def test_many_are_taken_out_piece_by_piece() -> None:
     history = [Interaction(n, ITEMS[n * n % len(ITEMS)], "view") for n in range(700)]
     encoder = VersionedEncoder(learned(), 1_000)
-    turns = explain(encoder, SPACE, history).turns
+    found = explain(encoder, SPACE, history)
+    turns = found.turns
+    assert (found.status, found.pulls) == (VectorStatus.OK, None)
     vector = embedded(encoder, SPACE, history)[0]
     for n in (0, 255, 256, 512, 699):
         without = embedded(encoder, SPACE, history[:n] + history[n + 1 :])[0]

@@ -2,6 +2,7 @@
 
 import gzip
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +18,14 @@ from stream.inspector.crowd import principal_axes
 from stream.inspector.letters import LettersView
 from stream.inspector.now import snapshot
 from stream.inspector.sources import Reading, Source
-from stream.inspector.store import StoreView
+from stream.inspector.store import Sign, StoreView
 from stream.inspector.titles import read_titles
 from stream.inspector.versions import PairView, VersionsView
 from stream.inspector.workers import Page, WorkerView
 from stream.kv.protocol import Meta, Serving
 from stream.rollout.comparison import Side, VersionReport
 from stream.rollout.progress import progress_of
-from stream.rollout.records import Coverage, Status
+from stream.rollout.records import Coverage, EncoderRecord, Status
 
 NOW_MS = 1_800_000_000_000
 
@@ -54,7 +55,7 @@ def test_a_source_keeps_what_it_saw_and_says_how_old_it_is() -> None:
     said[0] = "b"
     eventually(lambda: source.reading.error is None and source.reading.seen == "b")
     source.stop()
-    assert source.has_ended()
+    assert source.has_ended(time.monotonic() + 60)
 
 
 def test_a_look_that_hangs_holds_up_no_other() -> None:
@@ -66,9 +67,10 @@ def test_a_look_that_hangs_holds_up_no_other() -> None:
     assert hangs.reading.seen is None
     for source in (hangs, goes):
         source.stop()
-    assert goes.has_ended()
+    assert goes.has_ended(time.monotonic() + 60)
+    assert not hangs.has_ended()
     gate.set()
-    assert hangs.has_ended()
+    assert hangs.has_ended(time.monotonic() + 60)
 
 
 # -- now ----------------------------------------------------------------------------------------------------------
@@ -85,7 +87,7 @@ def page(at_s: float = 1.0, **samples: dict[tuple[str, ...], float]) -> Page:
 
 def taken(workers: list[WorkerView], beats_s: list[float | None], *, age_s: float = 0.1, epoch: int = 4) -> dict:
     told = [
-        None if beat is None else (epoch, Watermark(lag_ms=500, heartbeat_ms=NOW_MS - int(1000 * beat)))
+        None if beat is None else Sign(epoch, Watermark(lag_ms=500, heartbeat_ms=NOW_MS - int(1000 * beat)), None)
         for beat in beats_s
     ]
     store = StoreView(Meta("app", len(beats_s), Serving("mix-1", "v1", -1)), told, None)
@@ -128,6 +130,35 @@ def test_of_two_that_claim_a_partition_the_later_claim_counts() -> None:
     ]
     (row,) = taken(views, [0.1])["partitions"]
     assert (row["owner"], row["epoch"]) == ("new", 6)
+
+
+def test_what_nobody_works_on_is_ever_further_behind() -> None:
+    """As readers see it, and of all partitions, also of those that are not listed."""
+    found = taken([], [600.0] * 300)
+    assert len(found["partitions"]) == 200
+    assert found["worst_lag_s"] == 0.5 + 600 - 1.5
+    assert found["least_silence_s"] == 600
+    ahead = taken([], [0.0, 600.0, 599.0])
+    assert (ahead["worst_lag_s"], ahead["least_silence_s"]) == (599.0, 599.0)
+
+
+def test_a_sign_of_life_is_as_old_as_it_was_seen_to_change() -> None:
+    """Clocks of two hosts may differ by more than a worker may be silent."""
+    told = Watermark(lag_ms=0, heartbeat_ms=NOW_MS + 60_000)
+    store = StoreView(Meta("app", 1, None), [Sign(4, told, 9.0)], None)
+    nothing = Reading(None, float("inf"), None)
+    (row,) = snapshot(NOW_MS, nothing, Reading(store, 0.1, None), nothing, nothing)["partitions"]
+    assert (row["heartbeat_s"], row["stale"]) == (9.1, True)
+
+
+def test_a_pair_is_served_when_readers_follow_it() -> None:
+    pairs = [PairView("mix-1", name, state, {}, None) for name, state in (("v2", "served"), ("v1", "active"))]
+    store = StoreView(Meta("app", 1, Serving("mix-1", "v1", 3)), [None], None)
+    versions = VersionsView(1, ("mix-1", "v2"), pairs, {}, {})
+    nothing = Reading(None, float("inf"), None)
+    found = snapshot(NOW_MS, nothing, Reading(store, 0.1, None), Reading(versions, 0.1, None), nothing)
+    assert {row["item_version"]: row["state"] for row in found["rollout"]} == {"v2": "wanted", "v1": "served"}
+    assert found["serving"]["wanted"] == ["mix-1", "v2"]
 
 
 def test_silence_shows() -> None:
@@ -189,7 +220,7 @@ def verdicts(stages: list[str], refused: str | None = None, overlap: float | Non
     for partition, stage in enumerate(stages):
         coverage.add(Status("mix-1", "v2", partition, 1, stage, users=10, done=10 if stage == "covered" else 4))
     pair = PairView("mix-1", "v2", "prepare", progress_of(coverage, len(stages), "mix-1", "v2"), refused)
-    view = VersionsView(len(stages), ("mix-1", "v1"), [pair], {}, {})
+    view = VersionsView(len(stages), ("mix-1", "v1"), [pair], {}, {"mix-1": EncoderRecord("mix-1", "active")})
     found = checks_of(pair, view, VersionReport(side("v1"), side("v2", **other), 40, None, overlap))
     assert found["activate"] == ["uemb items activate v2"]
     return [check["verdict"] for check in found["checks"]]
@@ -212,6 +243,25 @@ def test_each_line_of_the_checklist_can_fail(stages: list[str], options: dict, a
     found = verdicts(stages, **options)
     assert found[at] == verdict
     assert [one for n, one in enumerate(found) if n != at] == ["ok"] * (len(found) - 1)
+
+
+def test_an_encoder_that_was_made_for_a_version_brings_it_along() -> None:
+    bound = EncoderRecord("learned-1", "prepare", item_version="v2")
+    view = VersionsView(1, ("mix-1", "v1"), [], {}, {"learned-1": bound, "mix-2": EncoderRecord("mix-2", "prepare")})
+    progress = progress_of(Coverage(), 1, "learned-1", "v2")
+    assert checks_of(PairView("learned-1", "v2", "prepare", progress, None), view, None)["activate"] == [
+        "uemb encoder activate learned-1"
+    ]
+    assert checks_of(PairView("mix-2", "v2", "prepare", progress, None), view, None)["activate"] == [
+        "uemb encoder activate mix-2", "uemb items activate v2"
+    ]  # fmt: skip
+
+
+def test_what_can_not_be_compared_is_a_line_of_the_checklist() -> None:
+    view = VersionsView(1, ("mix-1", "v1"), [], {}, {"mix-1": EncoderRecord("mix-1", "active")})
+    pair = PairView("mix-1", "v2", "prepare", progress_of(Coverage(), 1, "mix-1", "v2"), "the folder is gone")
+    found = checks_of(pair, view, None, "the folder is gone here, too")["checks"]
+    assert [check["verdict"] for check in found] == ["no", "no", "look"]
 
 
 # -- titles -------------------------------------------------------------------------------------------------------

@@ -116,7 +116,7 @@ def test_a_name_that_is_not_ours_is_refused(run: Callable[..., Running], host: s
 
 
 def test_names_of_ours_are_taken(run: Callable[..., Running]) -> None:
-    running = run(names=("inspect.shop.example",))
+    running = run(names=("Inspect.shop.example",))
     for host in ("127.0.0.1:9470", "localhost", "[::1]:9470", "Inspect.Shop.example:443"):
         assert running.ask("/api/about", Host=host)[0] == 200, host
 
@@ -144,6 +144,36 @@ def test_a_token_opens_and_nothing_else(run: Callable[..., Running]) -> None:
     assert running.error("/api/news")[0] == 401
     assert running.ask("/api/about", Authorization="Bearer s3cret")[0] == 200
     assert running.ask("/static/app.js")[0] == 200  # which asks for the token
+
+
+def test_what_strangers_send_is_not_logged(run: Callable[..., Running], caplog: pytest.LogCaptureFixture) -> None:
+    running = run(token="s3cret")
+    odd = [
+        b"GET /api/about HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer MARK\x01\r\nConnection: close\r\n\r\n",
+        b"GET /api/about HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer MARK\xc3\xb6\xff\r\n"
+        b"Connection: close\r\n\r\n",
+        b"GET /api/about?user=MARK HTTP/9.x\r\n\r\n",
+        b"POST /api/user HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer s3cret\r\nContent-Encoding: gzip\r\n"
+        b"Content-Type: application/json\r\nContent-Length: 4\r\nConnection: close\r\n\r\nMARK",
+        b"POST /api/user HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer s3cret\r\nTransfer-Encoding: chunked\r\n"
+        b"Content-Type: application/json\r\nConnection: close\r\n\r\nMARK\r\n",
+        b"HEAD /api/news HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer s3cret\r\nConnection: close\r\n\r\n",
+    ]
+    for request in odd:
+        with socket.create_connection(running.address, timeout=60) as client:
+            client.sendall(request)
+            said = b""
+            while more := client.recv(1 << 16):
+                said += more
+        assert re.match(rb"HTTP/1\.\d 4\d\d ", said), (request, said)
+    assert "MARK" not in caplog.text
+    assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize("token", ["ö", "a b", "a\n"])
+def test_a_token_that_no_header_holds_is_refused(inspector: Inspector, token: str) -> None:
+    with pytest.raises(ConfigError, match="ASCII"):
+        Server(inspector, Address("127.0.0.1", 0), token)
 
 
 def test_others_reach_it_with_a_token_only(inspector: Inspector) -> None:
@@ -274,7 +304,7 @@ class Talkative:
 
     def now(self) -> dict[str, Any]:
         self._count += 1
-        return {"at_ms": self._count, "rates": {}, "partitions": [], "text": "x" * 200_000}
+        return {"at_ms": self._count, "rates": {}, "worst_lag_s": None, "text": "x" * 200_000}
 
 
 def test_the_page_asks_nobody_else_and_makes_nothing_of_text() -> None:

@@ -108,6 +108,25 @@ def test_what_is_no_worker_is_told() -> None:
         other.stop()
 
 
+@pytest.mark.parametrize(
+    "line", ["uemb_records_total NaN", 'uemb_partition_owned{partition="x"} 1', "uemb_records_total +Inf", "\xff"]
+)
+def test_what_no_worker_says_silences_no_other(worker: Told, line: str) -> None:
+    odd = HttpServer(
+        Address("127.0.0.1", 0),
+        {
+            "/metrics": lambda _: Answer(200, f"{line}\n".encode("latin-1")),
+            "/readyz": lambda _: Answer(200, b'{"ok": true, "reasons": []}'),
+        },
+    )
+    try:
+        workers = Workers([str(odd.address), str(worker.server.address)])
+        assert [view.error for view in workers.look()] == ["what answers there is no worker", None]
+        workers.close()
+    finally:
+        odd.stop()
+
+
 def test_ports_of_a_host_are_a_range() -> None:
     assert [str(one) for one in Workers(["h:9464-9466", "[::1]:7", "a-b:8"])._asked] == [
         "h:9464", "h:9465", "h:9466", "[::1]:7", "a-b:8"
