@@ -6,7 +6,7 @@ import shlex
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeVar, cast
 
 from stream.config import Settings
 from stream.core.events import Reason
@@ -23,15 +23,16 @@ from stream.inspector.users import MAX_ADDED, WORDS, Question, UserView
 from stream.inspector.versions import Loaded, Versions, VersionsView, VersionsWatch
 from stream.inspector.workers import Workers
 from stream.kv.protocol import KVReader
-from stream.rollout.comparison import Shown, compare
+from stream.rollout.comparison import Shown, VersionReport, compare
 
 #: Users that a checklist compares.
 _SAMPLE: Final = 300
-#: A map and a checklist take a second of work; who asks again within this gets the same.
+#: A map and a comparison take a second of work; who asks again within this gets the same.
 _KEPT_S: Final = 5.0
 _HEADERS: Final = 50
 #: What looks or reads for longer when all is to end is left behind.
 _STOP_S: Final = 3.0
+_Made = TypeVar("_Made")
 _TOPIC: Final = re.compile(r"[A-Za-z0-9._-]{1,249}")
 
 
@@ -58,7 +59,7 @@ class Inspector:
         self._of_store = Source("store", self._store.look)
         self._of_versions = Source("versions", self._versions.look)
         self._of_letters = Source("letters", self._dead.look)
-        self._kept: dict[tuple[str, Versions], tuple[float, dict[str, Any]]] = {}
+        self._kept: dict[tuple[str, Versions], tuple[float, object]] = {}
         self._making = threading.Lock()
         self._locks: dict[str, threading.Lock] = {}
 
@@ -163,31 +164,32 @@ class Inspector:
         versions = versions or next((pair.versions for pair in view.pairs if pair.versions != view.served), None)
         if versions is None or view.served is None:
             return {"pair": None, "checks": [], "report": None}
-        return self._once(("checklist", versions), lambda: self._checked(view, versions))
-
-    def _checked(self, view: VersionsView, versions: Versions) -> dict[str, Any]:
         found = [one for one in view.pairs if one.versions == versions]
         if not found:
             msg = "no vectors are published of these versions"
             raise ConfigError(msg)
-        report = problem = None
-        try:
-            served, other = self._loaded.pair(view, None), self._loaded.pair(view, versions)
-            if versions != view.served:
-                shown = [Shown(pair.encoder.version, pair.space) for pair in (served, other)]
-                report = compare(self._settings, self._store.reader, shown[0], shown[1], _SAMPLE)
-        except UembError as exc:
-            problem = one_line(str(exc))
+        report, problem = self._once(("comparison", versions), lambda: self._compared(view, versions))
         return {"pair": list(versions), **checks_of(found[0], view, report, problem)}
 
-    def _once(self, key: tuple[str, Versions], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def _compared(self, view: VersionsView, versions: Versions) -> tuple[VersionReport | None, str | None]:
+        """A pair beside the served one, or why it can't be compared; neither of the served one itself."""
+        try:
+            served, other = self._loaded.pair(view, None), self._loaded.pair(view, versions)
+            if versions == view.served:
+                return None, None
+            shown = [Shown(pair.encoder.version, pair.space) for pair in (served, other)]
+            return compare(self._settings, self._store.reader, shown[0], shown[1], _SAMPLE), None
+        except UembError as exc:
+            return None, one_line(str(exc))
+
+    def _once(self, key: tuple[str, Versions], make: Callable[[], _Made]) -> _Made:
         """Make something unless it was made a moment ago; each thing once at a time, whoever asks."""
         with self._making:
             lock = self._locks.setdefault(key[0], threading.Lock())
         with lock:
-            made_s, document = self._kept.get(key, (-_KEPT_S, {}))
-            if time.monotonic() - made_s < _KEPT_S:
-                return document
+            kept = self._kept.get(key)
+            if kept is not None and time.monotonic() - kept[0] < _KEPT_S:
+                return cast(_Made, kept[1])
             document = make()
             with self._making:
                 self._kept = {k: v for k, v in self._kept.items() if time.monotonic() - v[0] < _KEPT_S}

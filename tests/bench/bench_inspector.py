@@ -84,6 +84,7 @@ def main() -> None:
             with Inspector(pipeline, [Scraped(pipeline).address]) as inspector:
                 report.update(page(browser, inspector, options.tabs))
                 report["cpu_share_of_a_core"] = cpu(inspector, 10)
+                report["told_s"] = told(browser, inspector, pipeline, kafka)
         finally:
             pipeline.close()
     print(json.dumps(report, indent=1))
@@ -115,6 +116,27 @@ def page(browser: object, inspector: Inspector, tabs: int) -> dict:
         "sockets_of_all_tabs": sockets,
         "memory_of_all_tabs_mb": round(more, 1),
     }
+
+
+def told(browser: object, inspector: Inspector, pipeline: Pipeline, kafka: KafkaBroker) -> dict[str, float]:
+    """How soon the page says that brokers stand still, and that a worker was killed."""
+    tab = Tab(browser, inspector.url)  # type: ignore[arg-type]
+    tab.open()
+    fine = "document.querySelector('#troubles').hidden && document.querySelector('#link').textContent === 'live'"
+    found = {}
+    for what, fault, says in (
+        ("brokers stand still", kafka.pause, "the brokers do not answer"),
+        ("a worker is killed", pipeline.kill, "partitions are stale"),
+    ):
+        tab.until(fine, "all is well")
+        began = time.perf_counter()
+        fault()
+        tab.until(f"document.querySelector('#troubles').innerText.includes({says!r})", says)
+        found[what] = round(time.perf_counter() - began, 2)
+        if fault == kafka.pause:
+            kafka.resume()
+    tab.close()
+    return found
 
 
 def cpu(inspector: Inspector, seconds: float) -> float:

@@ -414,7 +414,12 @@ def test_a_prepared_version_beside_the_served_one(stage: Stage, tab: Tab, tmp_pa
     tab.until("document.querySelector('#other-pair option')", "the other version")
     page.locator("#both-user").fill(stage.user)
     page.get_by_role("button", name="Compare").click()
-    tab.until("document.querySelector('[data-overlap]')", "both")
+    # what was true a moment before its last partition was covered is said anew
+    tab.until(
+        "document.querySelector('[data-overlap]') && document.querySelectorAll('.checks li').length > 5"
+        " && !document.querySelector('.checks li[data-verdict=no]')",
+        "both",
+    )
     history = stage.history(stage.user)
     there = other.rows([item for _, item, _ in history])
     vector = user_embed_mix(there[there >= 0], other.history_vectors)

@@ -30,8 +30,9 @@ export class VersionsView {
   }
 
   news(news) {
-    const names = news.rollout.filter((row) => row.state !== "served").map((row) => [row.user_version, row.item_version].join(" · "));
-    const key = JSON.stringify(names);
+    const others = news.rollout.filter((row) => row.state !== "served");
+    const names = others.map((row) => [row.user_version, row.item_version].join(" · "));
+    const key = JSON.stringify(others.map((row) => [row.user_version, row.item_version, row.state, row.covered, row.refused]));
     if (this.pairKey === key) return;
     this.pairKey = key;
     const chosen = this.pair.value;
