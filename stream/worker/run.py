@@ -5,6 +5,7 @@ import gc
 import logging
 import os
 import signal
+import sys
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, NoReturn
 
@@ -21,6 +22,9 @@ STARTING_S: Final = 1.0
 #: Supervisors often signal the process and its group: two signals this close are one wish.
 SAME_SIGNAL_S: Final = 0.5
 GC_THRESHOLDS: Final = (50_000, 20, 100)
+#: A thread that makes the metrics, or waits for a store, hands the interpreter back to the event loop after so long;
+#: Python's own 5 ms would each be an event's.
+SWITCH_S: Final = 0.0005
 
 
 async def run_worker(app: EmbeddingApp, until: Callable[[], Awaitable[object]] | None = None) -> int:
@@ -44,6 +48,7 @@ async def run_worker(app: EmbeddingApp, until: Callable[[], Awaitable[object]] |
 
     # Histories live long and hold no cycles: the collector's defaults spend a tenth of the time looking at them.
     gc.set_threshold(*GC_THRESHOLDS)
+    sys.setswitchinterval(SWITCH_S)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
     app.finalize()

@@ -1,16 +1,22 @@
 """What the inspector costs: how soon its page is there, and whether a worker notices that somebody looks.
 
 ``python tests/bench/bench_inspector.py``, on an idle machine: a worker on a real Kafka, events at a rate, a reader in a
-process of its own that waits for each vector. Rounds with a page open take turns with rounds without an inspector.
+process of its own that waits for each vector. Rounds without an inspector take turns with rounds with one whose news
+are read, as by a page on another machine, and with one whose page is open in a browser on this machine, which draws it
+without a graphics card.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
 import sys
 import tempfile
+import threading
 import time
+import urllib.request
+from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -65,22 +71,35 @@ def main() -> None:
             with Feeder(kafka.bootstrap, pipeline.topics) as feeder:
                 feeder.send(films.events[:80_000])
             pipeline.until_committed()
-            events, without, beside = iter(films.events[80_000:]), [], []
+            rows = iter(films.events[80_000:])
+            found: dict[str, list[list[float]]] = {"without": [], "with a stream": [], "with a page": []}
+
+            def measure(name: str) -> None:
+                events = [next(rows) for _ in range(options.events)]
+                found[name].append(measured(pipeline, events, options.rate))
+
             for _ in range(options.rounds):
-                without.append(measured(pipeline, [next(events) for _ in range(options.events)], options.rate))
+                measure("without")
                 with Inspector(pipeline, [Scraped(pipeline).address]) as inspector:
+                    with urllib.request.urlopen(
+                        f"{inspector.url}api/news"
+                    ) as stream:  # as of a page on another machine
+                        reading = threading.Thread(target=read_to_the_end, args=(stream,), daemon=True)
+                        reading.start()
+                        measure("with a stream")
                     tab = Tab(browser, inspector.url)
                     tab.open()
                     tab.until("document.querySelector('#link').textContent === 'live'", "live")
-                    beside.append(measured(pipeline, [next(events) for _ in range(options.events)], options.rate))
+                    measure("with a page")
                     tab.close()
             report = {"events": options.events * options.rounds, "rate": options.rate, "ms": {}}
-            for name, rounds in (("without", without), ("with a page", beside)):
+            for name, rounds in found.items():
                 report["ms"][name] = {
                     q: statistics.median(round(float(np.percentile(one, float(q[1:]))), 2) for one in rounds)
                     for q in ("p50", "p99")
                 }
-            report["p99_ratio"] = round(report["ms"]["with a page"]["p99"] / report["ms"]["without"]["p99"], 3)
+            alone = report["ms"]["without"]["p99"]
+            report["p99_ratio"] = {name: round(of["p99"] / alone, 3) for name, of in report["ms"].items()}
             with Inspector(pipeline, [Scraped(pipeline).address]) as inspector:
                 report.update(page(browser, inspector, options.tabs))
                 report["cpu_share_of_a_core"] = cpu(inspector, 10)
@@ -88,6 +107,13 @@ def main() -> None:
         finally:
             pipeline.close()
     print(json.dumps(report, indent=1))
+
+
+def read_to_the_end(stream: Iterable[bytes]) -> None:
+    """Take what comes until it is closed."""
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # closed meanwhile
+        for _ in stream:
+            pass
 
 
 def page(browser: object, inspector: Inspector, tabs: int) -> dict:
