@@ -4,6 +4,7 @@ import { color, number, shown } from "./dom.js";
 
 const COLORS = ["accent", "against", "short", "long", "look", "soft"];
 const HEIGHT = 140;
+const HOUR_MINUTES = 60;
 const DAY_MINUTES = 1440;
 
 /** Put a chart into a box; `series` are [label, values, colour]. */
@@ -22,7 +23,7 @@ export function lettersChart(box, { kinds, minutes }) {
   if (!window.uPlot || !minutes.length) return null;
   const reasons = [...new Set(kinds.map((kind) => kind.reason))].slice(0, COLORS.length);
   const last = Math.max(Math.floor(Date.now() / 60000), minutes.at(-1).minute);
-  const first = Math.max(minutes[0].minute, last - DAY_MINUTES);
+  const first = Math.max(Math.min(minutes[0].minute, last - HOUR_MINUTES), last - DAY_MINUTES);
   const times = Array.from({ length: last - first + 1 }, (_, n) => (first + n) * 60);
   const series = reasons.map((reason, n) => {
     const values = new Array(times.length).fill(0);

@@ -21,7 +21,7 @@ export class NowView {
     this.rollout = h("section", { "aria-label": "Versions and rollouts" });
     this.element = h("div", {},
       this.tiles,
-      h("div", { class: "two gap" }, this.charts.map(({ title, box }) => h("section", { "aria-label": title }, h("h2", {}, title), box)),
+      h("div", { class: "charts gap" }, this.charts.map(({ title, box }) => h("section", { "aria-label": title }, h("h2", {}, title), box)),
         h("section", { "aria-label": "Dead letters per minute" }, h("h2", {}, "Dead letters per minute, last day"), this.dead.box, this.dead.note)),
       this.workers, this.partitions, this.rollout);
     new ResizeObserver(() => [...this.charts, this.dead].forEach(({ box, plot }) => follows(box, plot))).observe(this.element);
