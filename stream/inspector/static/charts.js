@@ -6,6 +6,8 @@ const COLORS = ["accent", "against", "short", "long", "look", "soft"];
 const HEIGHT = 140;
 const HOUR_MINUTES = 60;
 const DAY_MINUTES = 1440;
+/** A chart that has just begun shows so many seconds. */
+const LEAST_S = 60;
 
 /** Put a chart into a box; `series` are [label, values, colour]. */
 export function chart(box, title, times, series) {
@@ -40,7 +42,7 @@ function optionsOf(box, title, series) {
     height: HEIGHT,
     cursor: { y: false },
     legend: { live: false },
-    scales: { y: { range: (_, low, high) => [0, Math.max(high ?? 1, 1e-3) * 1.1] } },
+    scales: { x: { range: (_, low, high) => [Math.min(low, high - LEAST_S), high] }, y: { range: (_, low, high) => [0, Math.max(high ?? 1, 1e-3) * 1.1] } },
     axes: [{ ...axis, space: 70, values: (_, times, __, ___, step) => times.map((s) => new Date(s * 1000).toISOString().slice(11, step < 60 ? 19 : 16)) }, { ...axis, size: 52, values: (_, values) => values.map((v) => number(v, v && v < 1 ? 2 : 0)) }],
     series: [{ label: "time" }, ...series.map(([label, name]) => ({ label, stroke: color(name), width: 2, spanGaps: false, value: (_, v) => v === null ? "–" : number(v, 1) }))],
     hooks: { ready: [(plot) => plot.root.setAttribute("aria-label", title)] },
