@@ -88,7 +88,7 @@ class Server:
     Args:
         inspector: what it shows.
         address: where to listen.
-        token: what whoever asks must bear; None: nothing.
+        token: what whoever asks must bear; None, or empty: nothing.
         names: host names under which it is reached besides its own, as through a proxy.
 
     Raises:
@@ -96,7 +96,7 @@ class Server:
     """
 
     def __init__(self, inspector: Inspector, address: Address, token: str | None, names: tuple[str, ...] = ()) -> None:
-        if not is_loopback(address) and token is None:
+        if not is_loopback(address) and not token:
             msg = (
                 f"UEMB_INSPECT={address} can be reached from other machines; set UEMB_INSPECT_TOKEN_FILE, or listen "
                 "on 127.0.0.1"
@@ -104,8 +104,8 @@ class Server:
             raise ConfigError(msg)
         self._inspector = inspector
         self._address = address
-        self._token = token
-        if token is not None and not (token.isascii() and token.isprintable() and " " not in token):
+        self._token = token or None
+        if token and not (token.isascii() and token.isprintable() and " " not in token):
             msg = "UEMB_INSPECT_TOKEN must be ASCII without blanks: it stands in a header"
             raise ConfigError(msg)
         own = {address.host} if address.host not in ("0.0.0.0", "::") else set()  # noqa: S104 - names, not a bind

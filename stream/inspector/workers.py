@@ -1,5 +1,6 @@
 """Workers as they tell of themselves over HTTP: scraped once a second, and what changed since ten seconds ago."""
 
+import errno
 import http.client
 import json
 import math
@@ -21,6 +22,7 @@ ANSWER_S: Final = 0.8
 #: Rates and latencies are those of so many looks, once a second.
 WINDOW: Final = 10
 _MAX_BYTES: Final = 8 << 20
+_PIECE: Final = 1 << 16
 _AT_ONCE: Final = 64
 _REASONS: Final = 5
 
@@ -209,11 +211,18 @@ def _began(samples: Samples) -> float:
 
 
 def _get(place: Address, path: str) -> tuple[int, bytes]:
+    """Status and body of a page; one that comes drop by drop, or has no end, is no answer."""
+    until_s = time.monotonic() + 2 * ANSWER_S
     connection = http.client.HTTPConnection(place.host, place.port, timeout=ANSWER_S)
     try:
         connection.request("GET", path)
         answer = connection.getresponse()
-        return answer.status, answer.read(_MAX_BYTES)
+        body = b""
+        while more := answer.read1(_PIECE):
+            body += more
+            if len(body) > _MAX_BYTES or time.monotonic() > until_s:
+                raise TimeoutError(errno.ETIMEDOUT, "no whole answer in time")
+        return answer.status, body
     finally:
         connection.close()
 

@@ -25,15 +25,15 @@ DECIDED: Final = {"BOOTSTRAP_SERVERS", "KV_URL", "STATE_DIR", "ITEMS", "HTTP", "
 
 @pytest.fixture(scope="module")
 def services() -> dict[str, Service]:
-    """All of them, those of the profile among them."""
-    found: dict[str, Service] = project("redis")["services"]
+    """All of them, those of the profiles among them."""
+    found: dict[str, Service] = project("redis", "inspect")["services"]
     return found
 
 
 def test_valkey_runs_in_its_profile_only_and_is_waited_for_there(services: dict[str, Service]) -> None:
     plain = project()["services"]
     assert set(plain) == ALWAYS
-    assert set(services) == {*ALWAYS, "valkey"}
+    assert set(services) == {*ALWAYS, "valkey", "inspector"}
     needed = {name for name, how in plain["worker"]["depends_on"].items() if how["required"]}
     assert needed == {"kafka", "items"}, "without the profile it would be waited for in vain"
     assert services["worker"]["depends_on"]["valkey"]["condition"] == "service_healthy"
@@ -50,6 +50,7 @@ def test_who_waits_for_whom(services: dict[str, Service]) -> None:
         ("worker", "items", "service_completed_successfully"),
         ("worker", "valkey", "service_healthy"),
         ("events", "worker", "service_healthy"),
+        ("inspector", "worker", "service_healthy"),
         ("grafana", "prometheus", "service_healthy"),
     }
     for _, other, how in waits:
@@ -89,7 +90,7 @@ def test_images_are_pinned(services: dict[str, Service]) -> None:
     built = [service["image"] for service in services.values() if "build" in service]
     version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert version
-    assert built == [f"user-embedding-stream:{version[1]}"] * 3
+    assert built == [f"user-embedding-stream:{version[1]}"] * 4
 
 
 def test_the_image_takes_no_file_whose_hash_is_not_known(services: dict[str, Service]) -> None:
@@ -123,6 +124,16 @@ def test_a_wrong_setting_is_not_tried_again(services: dict[str, Service]) -> Non
     for name in ONE_SHOT:
         assert services[name]["entrypoint"] is None, "a failure must be one"
         assert services[name]["init"] is True
+
+
+def test_the_inspector_reads_what_the_worker_writes_and_asks_for_a_token(services: dict[str, Service]) -> None:
+    worker, inspector = services["worker"], services["inspector"]
+    seen = inspector["environment"]
+    assert {name: seen[name] for name in worker["environment"]} == worker["environment"]
+    assert seen["UEMB_INSPECT_TOKEN"] == "look"
+    assert inspector["command"][-3:] == ["0.0.0.0:9470", "--worker", "worker:9464"]
+    assert {volume["target"] for volume in inspector["volumes"]} == {volume["target"] for volume in worker["volumes"]}
+    assert all(volume["read_only"] for volume in inspector["volumes"])
 
 
 def test_a_stop_is_given_its_time(services: dict[str, Service]) -> None:

@@ -71,14 +71,16 @@ export class MapView {
   shades() {
     const dark = document.documentElement.dataset.theme === "dark", light = (t) => dark ? 75 - 35 * t : 30 + 45 * t;
     if (this.by.value === "unknown") {
-      fill(this.legend, h("span", {}, "● all items known"), h("span", {}, "paler: fewer are"), h("span", { class: "bad" }, "● the fallback vector"));
-      return (point) => point.status === "ok" ? `hsl(265 55% ${light(point.unknown)}%)` : color("bad");
+      const shade = (share) => `hsl(265 55% ${light(share)}%)`;
+      fill(this.legend, dot(shade(0), "all items known"), dot(shade(1), "none"), dot(color("bad"), "the fallback vector"));
+      return (point) => point.status === "ok" ? shade(point.unknown) : color("bad");
     }
     // by rank: a few users of long ago would make all others look alike
     const times = this.crowd.points.map((point) => point.as_of ?? 0).sort((a, b) => b - a), ranks = new Map();
     times.forEach((ts, n) => { if (!ranks.has(ts)) ranks.set(ts, n / times.length); });
-    fill(this.legend, h("span", {}, `● ${moment(times[0])}`), h("span", {}, `paler: older, half of them before ${moment(times[times.length >> 1])}, to ${moment(times.at(-1))}`));
-    return (point) => `hsl(210 75% ${light(ranks.get(point.as_of ?? 0))}%)`;
+    const shade = (rank) => `hsl(210 75% ${light(rank)}%)`;
+    fill(this.legend, dot(shade(0), moment(times[0])), dot(shade(0.5), moment(times[times.length >> 1])), dot(shade(1), moment(times.at(-1))), h("span", {}, "by rank"));
+    return (point) => shade(ranks.get(point.as_of ?? 0));
   }
 
   tell() {
@@ -114,4 +116,10 @@ export class MapView {
     const found = this.crowd.points.reduce((best, point) => away(point) < away(best) ? point : best);
     if (away(found) < 12) location.hash = `#user/${encodeURIComponent(found.user)}`;
   }
+}
+
+function dot(tint, text) {
+  const mark = h("span", { "aria-hidden": "true" }, "● ");
+  mark.style.color = tint;
+  return h("span", {}, mark, text);
 }

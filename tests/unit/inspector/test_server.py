@@ -177,8 +177,9 @@ def test_a_token_that_no_header_holds_is_refused(inspector: Inspector, token: st
 
 
 def test_others_reach_it_with_a_token_only(inspector: Inspector) -> None:
-    with pytest.raises(ConfigError, match="UEMB_INSPECT_TOKEN"):
-        Server(inspector, Address("0.0.0.0", 0), None)
+    for token in (None, ""):
+        with pytest.raises(ConfigError, match="UEMB_INSPECT_TOKEN"):
+            Server(inspector, Address("0.0.0.0", 0), token)
     Server(inspector, Address("0.0.0.0", 0), "s3cret")
 
 

@@ -1,6 +1,9 @@
 """Workers as they tell of themselves: what is made of two scrapes, and of those who say nothing."""
 
+import contextlib
 import itertools
+import socket
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,6 +14,7 @@ from kafka_broker import free_ports
 
 from stream.config import Address
 from stream.errors import ConfigError
+from stream.inspector import workers as workers_seen
 from stream.inspector.workers import WINDOW, Workers, by_label, quantile, total
 from stream.worker.http import Answer, HttpServer
 
@@ -125,6 +129,28 @@ def test_what_no_worker_says_silences_no_other(worker: Told, line: str) -> None:
         workers.close()
     finally:
         odd.stop()
+
+
+def test_an_answer_that_comes_drop_by_drop_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers_seen, "ANSWER_S", 0.3)
+    stopped = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def drip() -> None:
+            client, _ = listening.accept()
+            with client, contextlib.suppress(OSError):
+                client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
+                while not stopped.wait(0.05):
+                    client.sendall(b"#")
+
+        dripping = threading.Thread(target=drip)
+        dripping.start()
+        workers = Workers([f"127.0.0.1:{listening.getsockname()[1]}"])
+        (view,) = workers.look()
+        assert view.error == "no whole answer in time"
+        stopped.set()
+        dripping.join()
+        workers.close()
 
 
 def test_ports_of_a_host_are_a_range() -> None:
