@@ -133,6 +133,7 @@ def test_a_wheel_has_all_of_the_packages_and_the_license(built: Path, wheel: Pat
         return {str(file.relative_to(ROOT)) for file in files}
 
     expected = ours((".py",)) | ours((".json", ".avsc", ".yaml")) | {"stream/py.typed", "stream/LICENSE.txt"}
+    expected |= {str(file.relative_to(ROOT)) for file in (ROOT / "stream" / "inspector" / "static").iterdir()}
     with zipfile.ZipFile(wheel) as archive:
         there = {name for name in archive.namelist() if ".dist-info/" not in name}
         about = {name.partition(".dist-info/")[2]: archive.read(name).decode() for name in archive.namelist()}
