@@ -1,8 +1,8 @@
 """Before a version is activated: what speaks for it and what against, each in words; no I/O."""
 
-from dataclasses import asdict
 from typing import Any, Final, Literal, NamedTuple
 
+from stream.core.formulas import UNIT_TOLERANCE
 from stream.inspector.versions import PairView, VersionsView
 from stream.rollout.comparison import VersionReport
 
@@ -12,7 +12,6 @@ _MORE_SHARE: Final = 0.01
 _FEW_IN_COMMON: Final = 0.2
 #: Half of the users this close to the centroid find the same items.
 _COLLAPSED: Final = 0.9
-_UNIT: Final = 1e-5
 
 Verdict = Literal["ok", "look", "no"]
 
@@ -27,7 +26,7 @@ class Check(NamedTuple):
 def checks_of(
     pair: PairView, view: VersionsView, report: VersionReport | None, problem: str | None = None
 ) -> dict[str, Any]:
-    """The checklist of a pair, and the comparison that it rests on, as plain values.
+    """The checklist of a pair, on how many users it rests, and the commands that activate it, as plain values.
 
     Args:
         pair: what may be activated.
@@ -42,7 +41,7 @@ def checks_of(
         checks += _compared(report)
     return {
         "checks": [check._asdict() for check in checks],
-        "report": None if report is None else asdict(report),
+        "compared": None if report is None else report.compared,
         "activate": _commands(pair, view),
     }
 
@@ -80,7 +79,7 @@ def _compared(report: VersionReport) -> list[Check]:
         _shares("fallback vectors", before.fallback_share, after.fallback_share),
         _shares("items of histories that are unknown", before.unknown_item_share, after.unknown_item_share),
     ]
-    if after.found and not (after.least_norm >= 1 - _UNIT and after.greatest_norm <= 1 + _UNIT):
+    if after.found and not (after.least_norm >= 1 - UNIT_TOLERANCE and after.greatest_norm <= 1 + UNIT_TOLERANCE):
         checks.append(Check("no", f"norms lie between {after.least_norm:.6f} and {after.greatest_norm:.6f}, not at 1"))
     else:
         checks.append(Check("ok", "all vectors have length 1"))

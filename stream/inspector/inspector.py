@@ -17,9 +17,9 @@ from stream.inspector.crowd import crowd
 from stream.inspector.histories import Histories
 from stream.inspector.letters import SHOWN_BYTES, LettersWatch, read_letter
 from stream.inspector.now import snapshot
-from stream.inspector.sources import Source
+from stream.inspector.sources import Source, now_ms
 from stream.inspector.store import StoreWatch
-from stream.inspector.users import MAX_ADDED, WORDS, Question, UserView
+from stream.inspector.users import Question, UserView
 from stream.inspector.versions import Loaded, Versions, VersionsView, VersionsWatch
 from stream.inspector.workers import Workers
 from stream.kv.protocol import KVReader
@@ -86,7 +86,7 @@ class Inspector:
     def now(self) -> dict[str, Any]:
         """The state at this moment."""
         document = snapshot(
-            _now_ms(),
+            now_ms(),
             self._of_workers.reading,
             self._of_store.reading,
             self._of_versions.reading,
@@ -97,14 +97,7 @@ class Inspector:
 
     def about(self) -> dict[str, Any]:
         """What does not change while the page is open."""
-        return {
-            "app": self._settings.app_id,
-            "types": list(self._settings.event_types),
-            "history_limit": self._settings.history_limit,
-            "max_added": MAX_ADDED,
-            "titles": bool(self._titles),
-            "words": dict(WORDS),
-        }
+        return {"types": list(self._settings.event_types)}
 
     def user(self, question: Question) -> dict[str, Any]:
         """All about a user; see `stream.inspector.users.UserView.answer`."""
@@ -163,13 +156,13 @@ class Inspector:
         view = self._view()
         versions = versions or next((pair.versions for pair in view.pairs if pair.versions != view.served), None)
         if versions is None or view.served is None:
-            return {"pair": None, "checks": [], "report": None}
+            return {"checks": [], "compared": None, "activate": []}
         found = [one for one in view.pairs if one.versions == versions]
         if not found:
             msg = "no vectors are published of these versions"
             raise ConfigError(msg)
         report, problem = self._once(("comparison", versions), lambda: self._compared(view, versions))
-        return {"pair": list(versions), **checks_of(found[0], view, report, problem)}
+        return checks_of(found[0], view, report, problem)
 
     def _compared(self, view: VersionsView, versions: Versions) -> tuple[VersionReport | None, str | None]:
         """A pair beside the served one, or why it can't be compared; neither of the served one itself."""
@@ -236,7 +229,3 @@ def _shown(data: bytes | None) -> dict[str, Any] | None:
         else:
             text, is_text = base64.b64encode(head).decode(), False
     return {"text": text, "is_text": is_text, "bytes": len(data), "whole": len(head) == len(data)}
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000

@@ -12,6 +12,7 @@ from confluent_kafka import KafkaException, TopicPartition
 from stream.config import Settings
 from stream.errors import ConfigError
 from stream.foreign_text import one_line
+from stream.inspector.sources import now_ms
 from stream.kafka.dead_letters import Header, Letter
 from stream.kafka.log_reader import TIMEOUT_S, LogConsumer, Span, open_consumer, read, unreadable, whole
 from stream.kafka.topics import topic_partitions
@@ -144,7 +145,7 @@ class LettersWatch:
 
     def _begin(self, consumer: LogConsumer, spans: list[Span]) -> None:
         """Find where to begin in each partition."""
-        day_ago_ms = _now_ms() - LOOK_BACK_S * 1000
+        day_ago_ms = now_ms() - LOOK_BACK_S * 1000
         places = [TopicPartition(span.topic, span.partition, day_ago_ms) for span in spans]
         try:
             found = consumer.offsets_for_times(places, timeout=TIMEOUT_S)
@@ -168,7 +169,7 @@ class LettersWatch:
         )
 
     def _add(self, letter: Letter) -> None:
-        written_ms = min(letter.timestamp_ms, _now_ms())  # whatever a producer's clock says
+        written_ms = min(letter.timestamp_ms, now_ms())  # whatever a producer's clock says
         if letter.partition in self._cut:  # of this partition the first is read now
             self._cut.remove(letter.partition)
             self._since_ms = max(self._since_ms, written_ms)
@@ -190,7 +191,7 @@ class LettersWatch:
 
     def _forget(self) -> None:
         """Minutes of more than a day ago."""
-        first = (_now_ms() - LOOK_BACK_S * 1000) // _MINUTE_MS
+        first = (now_ms() - LOOK_BACK_S * 1000) // _MINUTE_MS
         for minute in [minute for minute in self._minutes if minute < first]:
             for kind, count in self._minutes.pop(minute).items():
                 self._counts[kind] -= count
@@ -215,7 +216,3 @@ def read_letter(settings: Settings, partition: int, offset: int) -> Letter | Non
         return None
     finally:
         consumer.close()
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000

@@ -63,7 +63,7 @@ def snapshot(
         "least_silence_s": min(
             (s for row in partitions if row["stale"] and (s := row["heartbeat_s"]) is not None), default=None
         ),
-        "store": _store(store, answering),
+        "store": _store(store),
         "serving": serving,
         "rollout": [_pair(pair, serving) for pair in versions.seen.pairs] if versions.seen else [],
         "letters": _letters(letters.seen),
@@ -83,7 +83,7 @@ def _rates(views: Sequence[WorkerView]) -> dict[str, Any]:
     """Events per second, and how soon they could be read, over the last seconds; None where nobody tells."""
     answering = [view for view in views if view.last is not None]
     if not answering:
-        return {"events_per_s": None, "vectors_per_s": None, "dead_per_s": None, "p50_ms": None, "p99_ms": None}
+        return {"events_per_s": None, "dead_per_s": None, "p50_ms": None, "p99_ms": None}
     classes: dict[float, float] = defaultdict(float)
     for view in answering:
         for bound, count in view.grown(_AGE).items():
@@ -91,7 +91,6 @@ def _rates(views: Sequence[WorkerView]) -> dict[str, Any]:
     p50, p99 = (quantile(q, classes) for q in (0.5, 0.99))
     return {
         "events_per_s": sum(view.per_second("uemb_records_total") for view in answering),
-        "vectors_per_s": sum(view.per_second("uemb_vectors_total") for view in answering),
         "dead_per_s": sum(view.per_second("uemb_dead_letters_total") for view in answering),
         "p50_ms": None if p50 is None else p50 * _MS,
         "p99_ms": None if p99 is None else p99 * _MS,
@@ -182,20 +181,9 @@ def _urgency(row: Mapping[str, Any]) -> tuple[bool, float, int]:
     return not row["stale"], -(row["lag_s"] or 0.0), row["partition"]
 
 
-def _store(store: Reading[StoreView], answering: Sequence[WorkerView]) -> dict[str, Any]:
-    seen = store.seen
-    errors: dict[str, float] = defaultdict(float)
-    for view in answering:
-        if view.last is not None:
-            for kind, count in by_label(view.last.samples, "uemb_kv_errors_total", "kind").items():
-                errors[kind] += count
-    problem = store.error or (seen.error if seen is not None else "it was not looked at yet")
-    return {
-        "answers": problem is None and store.age_s <= SILENT_S,
-        "error": problem,
-        "app": seen.meta.app if seen is not None else None,
-        "worker_errors": dict(errors),
-    }
+def _store(store: Reading[StoreView]) -> dict[str, Any]:
+    problem = store.error or (store.seen.error if store.seen is not None else "it was not looked at yet")
+    return {"answers": problem is None and store.age_s <= SILENT_S, "error": problem}
 
 
 def _serving(store: StoreView | None, versions: VersionsView | None) -> dict[str, Any]:
@@ -223,13 +211,7 @@ def _pair(pair: PairView, serving: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _letters(letters: LettersView | None) -> dict[str, Any]:
+    """How many there are, and how many came of late: who sees one change asks for the rest."""
     if letters is None:
-        return {"count": None, "written": None, "by_reason": {}}
-    by_reason: dict[str, int] = defaultdict(int)
-    for (reason, _), count in letters.counts.items():
-        by_reason[reason] += count
-    return {
-        "count": sum(by_reason.values()),
-        "written": letters.written,
-        "by_reason": dict(sorted(by_reason.items(), key=lambda one: -one[1])),
-    }
+        return {"count": None, "written": None}
+    return {"count": sum(letters.counts.values()), "written": letters.written}

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, Final
 
 import msgspec
@@ -39,26 +40,7 @@ _BEHIND_BYTES: Final = 1 << 20
 _MAX_BODY_BYTES: Final = 1 << 20
 _CLIENT_S: Final = 10.0
 _LOOPBACK: Final = frozenset({"127.0.0.1", "::1", "localhost"})
-_STATIC: Final = {
-    "index.html": "text/html",
-    "inspector.css": "text/css",
-    "uPlot.min.css": "text/css",
-    **dict.fromkeys(
-        (
-            "app.js",
-            "charts.js",
-            "dom.js",
-            "feed.js",
-            "letters.js",
-            "map.js",
-            "now.js",
-            "uPlot.iife.min.js",
-            "user.js",
-            "versions.js",
-        ),
-        "text/javascript",
-    ),
-}
+_TYPES: Final = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 _HEADERS: Final = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; "
@@ -118,7 +100,11 @@ class Server:
         self._threads = ThreadPoolExecutor(_QUESTIONS, thread_name_prefix="uemb-inspect-asked")
         # Questions about users wait for one another, for brokers, and for what is reckoned: others shall not.
         self._of_users = ThreadPoolExecutor(_OF_USERS, thread_name_prefix="uemb-inspect-user")
-        self._files = {name: files("stream.inspector").joinpath("static", name).read_bytes() for name in _STATIC}
+        self._files = {
+            file.name: (file.read_bytes(), _TYPES[suffix])
+            for file in files("stream.inspector").joinpath("static").iterdir()
+            if (suffix := Path(file.name).suffix) in _TYPES
+        }
         self._runner: web.AppRunner | None = None
         self._ticking: asyncio.Task[None] | None = None
 
@@ -251,7 +237,8 @@ class Server:
         return self._static(name)
 
     def _static(self, name: str) -> web.Response:
-        return web.Response(body=self._files[name], content_type=_STATIC[name], charset="utf-8")
+        body, content_type = self._files[name]
+        return web.Response(body=body, content_type=content_type, charset="utf-8")
 
     async def _about(self, _: web.Request) -> web.Response:
         return _answer({**self._inspector.about(), "history": list(self._history)})

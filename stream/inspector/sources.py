@@ -16,6 +16,11 @@ log.addFilter(OncePerMinute())
 Seen = TypeVar("Seen")
 
 
+def now_ms() -> int:
+    """Wall clock, in epoch ms."""
+    return time.time_ns() // 1_000_000
+
+
 class Reading(NamedTuple, Generic[Seen]):
     """What a look at something has found last.
 

@@ -181,3 +181,5 @@ class Loaded:
         with self._loading:
             kept = {record.sha256 for record in view.items.values()}
             self._spaces = {sha256: space for sha256, space in self._spaces.items() if sha256 in kept}
+            kept = {record.hash for record in view.encoders.values()}
+            self._encoders = {hash_: made for hash_, made in self._encoders.items() if hash_ in kept}

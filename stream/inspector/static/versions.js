@@ -71,10 +71,10 @@ export class VersionsView {
     }
   }
 
-  drawChecks({ checks, activate, report }) {
+  drawChecks({ checks, activate, compared }) {
     fill(this.checks, h("section", { "aria-label": "Checklist" }, h("h2", {}, "Before it is activated"),
       h("ul", { class: "plain checks" }, checks.map((check) => h("li", { "data-verdict": check.verdict }, h("span", { class: `verdict ${check.verdict}` }, WORDS[check.verdict]), " ", foreign(check.text, "span")))),
-      report && report.compared ? h("p", { class: "soft" }, `compared on ${number(report.compared)} users who were active of late`) : null,
+      compared ? h("p", { class: "soft" }, `compared on ${number(compared)} users who were active of late`) : null,
       activate.map(command)));
   }
 

@@ -120,7 +120,7 @@ def test_each_partition_has_its_owner_and_lag() -> None:
     assert (rows[2]["owner"], rows[2]["heartbeat_s"], rows[2]["stale"]) == (None, None, True)
     assert found["partitions"][0]["partition"] == 2  # what is wrong comes first
     assert found["stale_partitions"] == 1
-    assert found["letters"] == {"count": 6, "written": 0, "by_reason": {"not_json": 5, "invalid_id": 1}}
+    assert found["letters"] == {"count": 6, "written": 0}
 
 
 def test_of_two_that_claim_a_partition_the_later_claim_counts() -> None:
@@ -199,8 +199,11 @@ def test_axes_are_those_of_the_singular_values(n: int, d: int, seed: int) -> Non
     shares = values**2 / max((values**2).sum(), 1e-300)
     for k in range(min(2, len(values))):
         assert abs(explained[k] - shares[k]) < 1e-9
-        if values[k] > 1e-6 and (k + 1 >= len(values) or values[k] - values[k + 1] > 1e-6 * values[0]):
-            assert abs(axes[k] @ directions[k]) > 1 - 1e-6 or k == 1
+        apart = [abs(values[k] - other) for n, other in enumerate(values) if n != k]
+        if (
+            values[k] > 1e-3 * values[0] and min(apart, default=1.0) > 1e-3 * values[0]
+        ):  # else any turn of them is as good
+            assert abs(axes[k] @ directions[k]) > 1 - 1e-6
     np.testing.assert_array_equal(principal_axes(vectors)[0], axes)
 
 
