@@ -6,6 +6,7 @@ import shlex
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from typing import Any, Final, TypeVar, cast
 
 from stream.config import Settings
@@ -15,13 +16,14 @@ from stream.foreign_text import one_line
 from stream.inspector.checklist import checks_of
 from stream.inspector.crowd import crowd
 from stream.inspector.histories import Histories
-from stream.inspector.letters import SHOWN_BYTES, LettersWatch, read_letter
+from stream.inspector.letters import LettersWatch
 from stream.inspector.now import snapshot
 from stream.inspector.sources import Source, now_ms
 from stream.inspector.store import StoreWatch
 from stream.inspector.users import Question, UserView
 from stream.inspector.versions import Loaded, Versions, VersionsView, VersionsWatch
 from stream.inspector.workers import Workers
+from stream.kafka.letter_reader import Filter, read_letters
 from stream.kv.protocol import KVReader
 from stream.rollout.comparison import Shown, VersionReport, compare
 
@@ -29,6 +31,8 @@ from stream.rollout.comparison import Shown, VersionReport, compare
 _SAMPLE: Final = 300
 #: A map and a comparison take a second of work; who asks again within this gets the same.
 _KEPT_S: Final = 5.0
+#: Bytes of a key, a value or a header that are shown, and how many headers.
+_SHOWN_BYTES: Final = 4_096
 _HEADERS: Final = 50
 #: What looks or reads for longer when all is to end is left behind.
 _STOP_S: Final = 3.0
@@ -132,7 +136,8 @@ class Inspector:
 
     def letter(self, partition: int, offset: int) -> dict[str, Any]:
         """One letter, with as much of its payload as is shown."""
-        letter = read_letter(self._settings, partition, offset)
+        with closing(read_letters(self._settings, Filter(letters=frozenset([(partition, offset)])))) as found:
+            letter = next(found, None)
         if letter is None:
             msg = f"{self._settings.dlq_topic} holds no letter {partition}:{offset}"
             raise ConfigError(msg)
@@ -220,7 +225,7 @@ def _shown(data: bytes | None) -> dict[str, Any] | None:
     """Bytes as text where they are, in base64 otherwise, and whether that is all of them."""
     if data is None:
         return None
-    head = data[:SHOWN_BYTES]
+    head = data[:_SHOWN_BYTES]
     try:
         text, is_text = head.decode(), True
     except UnicodeDecodeError as exc:

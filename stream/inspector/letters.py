@@ -7,14 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from confluent_kafka import KafkaException, TopicPartition
-
 from stream.config import Settings
 from stream.errors import ConfigError
 from stream.foreign_text import one_line
 from stream.inspector.sources import now_ms
 from stream.kafka.dead_letters import Header, Letter
-from stream.kafka.log_reader import TIMEOUT_S, LogConsumer, Span, open_consumer, read, unreadable, whole
+from stream.kafka.log_reader import LogConsumer, Span, open_consumer, read, since, whole
 from stream.kafka.topics import topic_partitions
 from stream.logs import OncePerMinute
 
@@ -33,8 +31,6 @@ _DETAIL_CHARS: Final = 300
 _NAME_CHARS: Final = 249
 #: A topic may grow; how many partitions there are is asked again after so long.
 _COUNT_S: Final = 30.0
-#: Bytes of a key or a value that are shown.
-SHOWN_BYTES: Final = 4_096
 
 Kind = tuple[str, str]  # reason, topic
 
@@ -146,21 +142,14 @@ class LettersWatch:
     def _begin(self, consumer: LogConsumer, spans: list[Span]) -> None:
         """Find where to begin in each partition."""
         day_ago_ms = now_ms() - LOOK_BACK_S * 1000
-        places = [TopicPartition(span.topic, span.partition, day_ago_ms) for span in spans]
-        try:
-            found = consumer.offsets_for_times(places, timeout=TIMEOUT_S)
-        except KafkaException as exc:
-            raise unreadable(self._settings.dlq_topic, exc.args[0]) from exc
-        starts = {at.partition: at.offset for at in found if at.offset >= 0}
         self._since_ms, self._cut = day_ago_ms, set()
         self._counts.clear()
         self._minutes.clear()
         self._newest.clear()
         self._next = {}
-        for span in spans:
-            wanted = max(span.start, starts.get(span.partition, span.end))
-            self._next[span.partition] = max(wanted, span.end - _MOST)
-            if self._next[span.partition] > wanted:
+        for span in since(consumer, spans, day_ago_ms):
+            self._next[span.partition] = max(span.start, span.end - _MOST)
+            if self._next[span.partition] > span.start:
                 self._cut.add(span.partition)
 
     def _pass_over(self, topic: str, partition: int, offset: int) -> None:
@@ -198,21 +187,3 @@ class LettersWatch:
                 if not self._counts[kind]:
                     del self._counts[kind], self._newest[kind]
         self._since_ms = max(self._since_ms, first * _MINUTE_MS)
-
-
-def read_letter(settings: Settings, partition: int, offset: int) -> Letter | None:
-    """One letter, payload included; None where there is none.
-
-    Raises:
-        UembError: the topic can't be read.
-    """
-    consumer = open_consumer(settings, "inspect-letter")
-    try:
-        span = whole(consumer, settings.dlq_topic, partition)
-        if span is None or not span.start <= offset < span.end:
-            return None
-        for message in read(consumer, [span._replace(start=offset, end=offset + 1)]):
-            return Letter.of(message)
-        return None
-    finally:
-        consumer.close()

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 from confluent_kafka import (
@@ -164,6 +164,22 @@ def whole(consumer: LogConsumer, topic: str, partition: int) -> Span | None:
         else:
             break
     return None if found is None else Span(topic, partition, *found)
+
+
+def since(consumer: LogConsumer, spans: Sequence[Span], since_ms: int) -> list[Span]:
+    """What of `spans`, which are of one topic, was written at or after a time (epoch ms); none of it is an empty span.
+
+    Raises:
+        DeliveryError: the broker does not answer.
+        NotAllowed: the topic may not be read.
+    """
+    asked = [TopicPartition(span.topic, span.partition, since_ms) for span in spans]
+    try:
+        found = consumer.offsets_for_times(asked, timeout=TIMEOUT_S)
+    except KafkaException as exc:
+        raise unreadable(spans[0].topic, exc.args[0]) from exc
+    starts = {at.partition: at.offset for at in found if at.offset >= 0}
+    return [span._replace(start=max(span.start, starts.get(span.partition, span.end))) for span in spans]
 
 
 def log_ends(admin: AdminClient, places: Iterable[tuple[str, int]], spec: OffsetSpec | None = None) -> dict[Any, Any]:

@@ -13,7 +13,6 @@ from sender import Sender
 from topic_admin import delete_topic
 
 from stream.cli.dlq import replay as dlq_replay
-from stream.cli.dlq.letters import Filter, read_letters
 from stream.cli.dlq.replay import Replayer
 from stream.config import Settings, load_settings
 from stream.core.events import EventRow
@@ -22,6 +21,7 @@ from stream.feed.dataset import Dataset
 from stream.items.space import ItemSpace
 from stream.kafka import log_reader as topic_reader
 from stream.kafka.dead_letters import Header
+from stream.kafka.letter_reader import Filter, read_letters
 from stream.kafka.log_reader import LogConsumer
 from stream.keys import partition_of
 

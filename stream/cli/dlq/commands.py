@@ -13,8 +13,8 @@ from stream.config import load_settings
 from stream.errors import ConfigError
 
 if TYPE_CHECKING:
-    from stream.cli.dlq.letters import Filter
     from stream.kafka.dead_letters import Letter
+    from stream.kafka.letter_reader import Filter
 
 _Command = TypeVar("_Command", bound=Callable[..., None])
 
@@ -44,8 +44,8 @@ def _filter(
     until: str | None,
     letters: tuple[str, ...],
 ) -> "Filter":
-    from stream.cli.dlq.letters import Filter
     from stream.core.events import Reason
+    from stream.kafka.letter_reader import Filter
 
     if unknown := set(reasons) - {str(reason) for reason in Reason}:
         msg = f"there is no reason {sorted(unknown)[0]!r}; there are {', '.join(Reason)}"
@@ -94,8 +94,8 @@ def list_letters(
     as_json: bool,
 ) -> None:
     """Count dead letters by reason and topic."""
-    from stream.cli.dlq.letters import read_letters
     from stream.kafka.dead_letters import Header
+    from stream.kafka.letter_reader import read_letters
 
     wanted = _filter(reasons, topics, since, until, letters)
     groups: dict[tuple[str, str], list[int]] = defaultdict(list)
@@ -137,7 +137,7 @@ def _facts(letter: "Letter") -> dict[str, Any]:
 @click.option("--json", "as_json", is_flag=True, help="one JSON document")
 def show(letter: str, as_json: bool) -> None:
     """Show one LETTER (partition:offset, as `uemb dlq list --records` prints it) whole, payload included."""
-    from stream.cli.dlq.letters import Filter, read_letters
+    from stream.kafka.letter_reader import Filter, read_letters
 
     wanted = Filter(letters=frozenset([_place(letter)]))
     settings = load_settings()
@@ -187,8 +187,8 @@ def replay(
     dead-letter topic; sending one twice changes no history. What is still at fault is turned away again: each replay
     adds a new dead letter for it, so replay by --reason or --letter what the fix has mended.
     """
-    from stream.cli.dlq.letters import read_letters
     from stream.cli.dlq.replay import Replayer
+    from stream.kafka.letter_reader import read_letters
 
     settings = load_settings()
     wanted = _filter(reasons, topics, since, until, letters)

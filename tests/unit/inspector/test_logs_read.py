@@ -83,11 +83,6 @@ class Consumer:
 
     def close(self) -> None: ...
 
-    def offsets_for_times(self, places: list[Any], timeout: float) -> list[Any]:
-        for place in places:
-            place.offset = 0
-        return places
-
 
 @pytest.fixture
 def log(monkeypatch: pytest.MonkeyPatch) -> Log:
@@ -96,6 +91,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Log:
         monkeypatch.setattr(module, "open_consumer", lambda *_: Consumer())
         monkeypatch.setattr(module, "whole", made.whole)
         monkeypatch.setattr(module, "read", made.read)
+    monkeypatch.setattr(of_letters, "since", lambda _, spans, __: spans)
     monkeypatch.setattr(of_letters, "topic_partitions", lambda *_, **__: len(made.records))
     return made
 

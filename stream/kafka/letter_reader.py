@@ -1,16 +1,14 @@
 """Dead letters: read, and told apart by why and where from."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
-
-from confluent_kafka import Consumer, KafkaException, TopicPartition
 
 from stream.config import Settings
 from stream.errors import ConfigError
 from stream.kafka.brokers import list_topics
 from stream.kafka.dead_letters import Header, Letter
 from stream.kafka.grants import TOPIC_REFUSED
-from stream.kafka.log_reader import TIMEOUT_S, Span, open_consumer, read, unreadable, whole
+from stream.kafka.log_reader import LogConsumer, Span, open_consumer, read, since, unreadable, whole
 from stream.logs import OnProgress
 
 
@@ -43,7 +41,9 @@ class Filter:
         )
 
 
-def read_letters(settings: Settings, wanted: Filter, on_progress: OnProgress | None = None) -> Iterator[Letter]:
+def read_letters(
+    settings: Settings, wanted: Filter, on_progress: OnProgress | None = None
+) -> Generator[Letter, None, None]:
     """The letters that `wanted` admits, up to the topic's ends as of now, each partition in its order.
 
     Raises:
@@ -67,17 +67,11 @@ def read_letters(settings: Settings, wanted: Filter, on_progress: OnProgress | N
         consumer.close()
 
 
-def _spans(consumer: Consumer, name: str, partitions: list[int], wanted: Filter) -> list[Span]:
+def _spans(consumer: LogConsumer, name: str, partitions: list[int], wanted: Filter) -> list[Span]:
     """Where the letters that are wanted may lie."""
     spans = [span for partition in partitions if (span := whole(consumer, name, partition)) is not None]
-    if wanted.since_ms is not None:  # all before these offsets was written earlier
-        asked = [TopicPartition(name, span.partition, wanted.since_ms) for span in spans]
-        try:
-            found = consumer.offsets_for_times(asked, timeout=TIMEOUT_S)
-        except KafkaException as exc:
-            raise unreadable(name, exc.args[0]) from exc
-        starts = {at.partition: at.offset for at in found if at.offset >= 0}
-        spans = [span._replace(start=starts[span.partition]) for span in spans if span.partition in starts]
+    if wanted.since_ms is not None and spans:
+        spans = since(consumer, spans, wanted.since_ms)
     if wanted.letters:
         offsets = {p: [offset for of, offset in wanted.letters if of == p] for p, _ in wanted.letters}
         spans = [
