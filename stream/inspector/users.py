@@ -273,7 +273,6 @@ def _facts(record: EmbeddingRecord) -> dict[str, Any]:
         "as_of": record.as_of,
         "history_len": record.history_len,
         "unknown_items": record.unknown_items,
-        "norm": record.norm,
     }
 
 

@@ -67,12 +67,13 @@ export class LettersView {
   payload(row) {
     if (this.opened.has(row.place)) return this.opened.get(row.place);
     const box = h("div", {}, h("button", { type: "button", "data-focus": row.place, "aria-label": `show the payload of letter ${row.place}`, onclick: async () => {
+      this.opened.set(row.place, box);  // before it is there: what is drawn meanwhile must not put it away
       try {
         const letter = await ask(`/api/letter?place=${encodeURIComponent(row.place)}`);
-        this.opened.set(row.place, box);
         fill(box, h("h3", {}, "key"), data(letter.key), h("h3", {}, "value"), data(letter.value),
           h("h3", {}, "headers"), letter.headers.map(([name, value]) => h("div", {}, foreign(name), data(value))), command(letter.replay));
       } catch (error) {
+        this.opened.delete(row.place);
         fill(box, shown(error.message));
       }
     } }, "Show"));
