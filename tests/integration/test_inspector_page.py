@@ -264,7 +264,7 @@ def test_the_map_is_of_the_vectors_in_the_store(stage: Stage, tab: Tab) -> None:
     cosines = vectors @ stage.space.fallback
     assert abs(crowd["collapse"]["median"] - np.median(cosines)) < 0.02
     assert sum(crowd["collapse"]["counts"]) == crowd["users"] - crowd["fallbacks"]
-    assert page.locator("[data-collapsed=false]").count() == 1
+    tab.until("document.querySelectorAll('[data-collapsed=false]').length === 1", "what the map says of collapse")
     page.locator("section[aria-label=Users] tbody a").first.click()
     tab.until("document.querySelector('section[aria-label=History] tbody tr')", "the user who was clicked")
 
