@@ -6,7 +6,7 @@ from typing import Final
 
 from confluent_kafka import Message
 
-from stream.cli.verify.rules import Evidence, Logged, Published, order_of, output_document
+from stream.cli.verify.rules import Evidence, Logged, Published, output_order
 from stream.config import Settings
 from stream.core.events import DeletionDecoder, EventDecoder, Reason, Reject
 from stream.core.history import History, joined
@@ -203,8 +203,8 @@ class PartitionFold:
         for key, held in zip(records, self._scratch.get(list(records)), strict=True):
             newest = held[:_ORDER_BYTES] if held else kv_prefix(0, 0)
             for value in records[key]:
-                if value is not None and (document := output_document(value, json_output=json_output)):
-                    newest = max(newest, kv_prefix(*order_of(document)))
+                if value is not None and (order := output_order(value, json_output=json_output)):
+                    newest = max(newest, kv_prefix(*order))
             last = records[key][-1]
             entries[key] = newest + (b"\0" if last is None else b"\1" + last)
         self._scratch.put(entries)

@@ -271,6 +271,18 @@ def output_document(value: bytes, *, json_output: bool) -> dict[str, Any] | None
     return document if vector.ndim == 1 else None
 
 
+def output_order(value: bytes, *, json_output: bool) -> tuple[int, int] | None:
+    """``(epoch, revision)`` of a live output record; None when it can't be read."""
+    if json_output:
+        document = output_document(value, json_output=True)
+        return None if document is None else order_of(document)
+    try:
+        record = decode(value)
+    except CorruptRecord:
+        return None
+    return record.epoch, record.revision
+
+
 def order_of(document: Mapping[str, Any]) -> tuple[int, int]:
     """``(epoch, revision)`` of a record."""
     return int(document["epoch"]), int(document["revision"])
