@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
@@ -157,6 +158,8 @@ def unique() -> str:
 def pytest_configure(config: pytest.Config) -> None:
     """Begin with what takes longest, which is collected first: what is short fills the end of a run."""
     config.option.loadscopereorder = False
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput") and find_spec("numba"):
+        import_module("stream.core.kernels")  # compiled here once, where nobody has; else by each process, for 12 s
     how_many = "all" if "slow" in _asked(config) else "some"
     settings.load_profile(f"{how_many} in CI" if os.environ.get("CI") else how_many)
 
@@ -185,8 +188,8 @@ def _shared(file: Path) -> str:
     text = file.read_text()
     if "secured_kafka" in text:
         return "secured_kafka"
-    if "own_kafka" in text and 'scope="module"' in text:  # a broker for each of two processes, not of all that meet one
-        return "own_kafka 1" if file.stem in ("test_brokers", "test_dlq") else "own_kafka 2"
+    if "own_kafka" in text:  # a broker for each of two processes, not of all that meet one
+        return "own_kafka 1" if file.stem in ("test_brokers", "test_dlq", "test_metrics_and_health") else "own_kafka 2"
     return "" if file.parent.name in ("faults", "integration") and 'scope="module"' not in text else str(file)
 
 

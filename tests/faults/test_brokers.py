@@ -77,6 +77,7 @@ def test_a_broker_that_is_away(
     assert pipeline.stop() == 0
 
 
+@pytest.mark.slow
 def test_a_broker_that_is_away_for_longer_than_the_worker_waits(
     films: Dataset, kafka: KafkaBroker, make_pipeline: Callable[..., Pipeline]
 ) -> None:

@@ -104,13 +104,9 @@ def resharded(cluster: RedisCluster) -> None:
 
 @pytest.mark.parametrize(
     "fault",
-    [
-        pytest.param(away, marks=pytest.mark.slow),
-        restarted_empty,
-        pytest.param(failed_over, marks=pytest.mark.slow),
-        pytest.param(resharded, marks=pytest.mark.slow),
-    ],
+    [away, restarted_empty, failed_over, resharded],
 )
+@pytest.mark.slow
 def test_a_cluster_with_a_fault(
     fault: Callable[[RedisCluster], None],
     films: Dataset,

@@ -34,6 +34,7 @@ def troubles_say(text: str) -> str:
     return f"document.querySelector('#troubles').innerText.includes({text!r})"
 
 
+@pytest.mark.slow
 def test_the_truth_is_on_the_screen(
     kafka: KafkaBroker,
     redis: RedisServer,

@@ -181,7 +181,8 @@ def test_from_one_table_and_the_mixture_to_two_tables_and_a_learned_encoder(
     assert pipeline.stop() == 0
 
 
-@pytest.mark.parametrize("command", ["publish", pytest.param("retire", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["publish", "retire"])
 def test_killed_in_the_middle_of_the_work_on_all_users(
     command: str, films: Dataset, make_pipeline: Callable[..., Pipeline], tmp_path: Path
 ) -> None:

@@ -119,6 +119,7 @@ def test_two_signals_while_the_broker_is_away_end_it_at_once(make_busy: Busy, ka
     go_on(busy, events)
 
 
+@pytest.mark.slow
 def test_a_signal_while_the_broker_is_away_does_not_wait_for_it_long(make_busy: Busy, kafka: KafkaBroker) -> None:
     busy, events = make_busy(delivery_timeout_s=3)
     assert "see whether the brokers are up" in stop_without(kafka, busy)

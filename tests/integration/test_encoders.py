@@ -68,6 +68,7 @@ def busiest(films: Dataset, end: int) -> str:
     return Counter(row.user_id for row in films.events[:end]).most_common(1)[0][0]
 
 
+@pytest.mark.slow
 def test_encoders_side_by_side_from_their_publication_to_their_removal(
     films: Dataset, space: ItemSpace, learned: Path, make_pipeline: Callable[..., Pipeline]
 ) -> None:

@@ -179,6 +179,7 @@ def by_another_owner(value: bytes, epochs: int) -> bytes:
     return encode(later)
 
 
+@pytest.mark.slow
 def test_it_ends_with_the_rows_of_the_user_matrix(
     program: list[str], spaces: Path, make_pipeline: Callable[..., Pipeline], tmp_path: Path
 ) -> None:

@@ -50,6 +50,7 @@ def test_stopped_in_the_middle_and_started_again(
     assert pipeline.stop() == 0
 
 
+@pytest.mark.slow
 def test_a_worker_joins_and_another_leaves_while_events_flow(
     films: Dataset, space: ItemSpace, make_pipeline: Callable[..., Pipeline], tmp_path: Path
 ) -> None:

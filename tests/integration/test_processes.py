@@ -28,6 +28,7 @@ def owners(pipeline: Pipeline) -> list[str]:
     return [number for _, (_, number) in sorted(newest.items())]
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_partitions_and_one_that_is_killed_comes_back(
     films: Dataset, make_pipeline: Callable[..., Pipeline]
 ) -> None:

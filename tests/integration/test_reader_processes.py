@@ -383,7 +383,7 @@ def test_partitions_that_appear_later_are_picked_up(
                 assert fails(reader, of[partition][0])
 
 
-@pytest.mark.parametrize("flush", [False, True])
+@pytest.mark.parametrize("flush", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_no_reader_ever_sees_a_vector_go_backward(
     spawn: Callable[[], Process], read: Callable[[], RocksReader], flush: bool
 ) -> None:

@@ -218,6 +218,7 @@ def test_events_of_four_kinds_and_vectors_that_confluents_deserializer_reads(
     assert pipeline.stop() == 0
 
 
+@pytest.mark.slow
 def test_a_registry_that_is_away_is_waited_for_and_nothing_is_rejected(
     films: Dataset, registry: RegistryServer, client: SchemaRegistryClient, make_pipeline: Callable[..., Pipeline]
 ) -> None:

@@ -63,6 +63,7 @@ def users(rows: list[EventRow]) -> int:
     return len({row.user_id for row in rows})
 
 
+@pytest.mark.slow
 def test_a_rolling_restart_disturbs_no_other_worker(
     films: Dataset, make_workers: Callable[..., list[Pipeline]]
 ) -> None:

@@ -40,7 +40,7 @@ def walks(users: int = 120, length: int = 12, seed: int = 0, step: int = 7) -> l
     return rows
 
 
-@pytest.mark.parametrize("method", ["ridge", "mlp"])
+@pytest.mark.parametrize("method", ["ridge", pytest.param("mlp", marks=pytest.mark.slow)])
 def test_it_learns_what_comes_next_where_a_mixture_can_not(method: str) -> None:
     _, training = train_head(by_user(walks()), space(), method=method, features=SEED_FEATURES)
     assert training.mix_recall_10 < 0.6
