@@ -141,6 +141,12 @@ class Settings(BaseSettings):
         description="a name of this worker's own: back within the session timeout, it keeps its partitions",
     )
     session_timeout_s: float = Field(30.0, gt=0, le=1800, description="the group drops a worker silent for so long")
+    gather_ms: int = Field(
+        12,
+        ge=1,
+        le=1000,
+        description="events that come in quickly are taken in together for so long: more cost less, each is later",
+    )
     delivery_timeout_s: float = Field(
         60.0, gt=0, le=86_400, description="the worker stops when brokers or the store are away for so long"
     )

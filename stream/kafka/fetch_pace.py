@@ -8,10 +8,9 @@ those before it. So brokers gather while events come in quickly; a single one am
 import math
 from typing import Final, NamedTuple
 
-#: From so many records a second on, they are gathered; below, few would meet another one in that time.
-GATHER_FROM: Final = 200.0
-#: For so long at most, and until there is so much: then a worker that is behind has its hands full already.
-GATHER_MS: Final = 12
+#: Records are gathered where so many are to be expected in that time; else few would meet another one.
+GATHER_FROM: Final = 2.4
+#: Until there is so much, or the time is up: a worker that is behind has its hands full already.
 GATHER_BYTES: Final = 32 << 10
 #: A fetch that leaves partitions out, for what came of them is not taken in yet, holds up their next one so long. So
 #: does the first after one that brought something, for one event is often followed by another (without it p99 from
@@ -20,10 +19,10 @@ GATHER_BYTES: Final = 32 << 10
 SHORT_MS: Final = 10
 #: The same where all are in it and nothing is to be gathered: an idle worker spares itself and the broker.
 IDLE_MS: Final = 100
-#: The rate is that of the last moments, which count less the longer ago they are, and a burst no more than this: what
-#: comes after it is not to wait long for its sake.
+#: The rate is that of the last moments, which count less the longer ago they are, and a burst no more than so many
+#: times what is gathered: what comes after it is not to wait long for its sake.
 _MEMORY_S: Final = 0.5
-_HIGHEST: Final = 4 * GATHER_FROM
+_HIGHEST: Final = 4
 
 
 class Hold(NamedTuple):
@@ -36,19 +35,24 @@ class Hold(NamedTuple):
 class FetchPace:
     """Follows what is fetched, and says how the next fetch is to be held.
 
+    Args:
+        gather_ms: for how long events that come in quickly are gathered.
+
     Attributes:
         idle_ms: how long where nothing is to be gathered.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, gather_ms: int) -> None:
         self.idle_ms = IDLE_MS
+        self._gather_ms = gather_ms
+        self._gather_from = 1000 * GATHER_FROM / gather_ms  # records per second
         self._rate = 0.0
         self._at_s = -math.inf
         self._is_first = False
 
     def took(self, records: int, now_s: float) -> None:
         """Take note of what a fetch brought."""
-        self._rate = min(self._rate_at(now_s) + records / _MEMORY_S, _HIGHEST)
+        self._rate = min(self._rate_at(now_s) + records / _MEMORY_S, _HIGHEST * self._gather_from)
         self._at_s = now_s
         self._is_first = True
 
@@ -56,8 +60,8 @@ class FetchPace:
         """How the next fetch is to be held; `is_partial`, if it leaves partitions out."""
         if is_partial:
             return Hold(SHORT_MS, 1)
-        if self._rate_at(now_s) >= GATHER_FROM:
-            return Hold(GATHER_MS, GATHER_BYTES)
+        if self._rate_at(now_s) >= self._gather_from:
+            return Hold(self._gather_ms, GATHER_BYTES)
         was_first, self._is_first = self._is_first, False
         return Hold(SHORT_MS if was_first else self.idle_ms, 1)
 

@@ -131,9 +131,9 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._taken: dict[TP, Taken] = {}
-        self._pace = FetchPace()
         self._instance_taken = False
         super().__init__(*args, **kwargs)
+        self._pace = FetchPace(self.app.settings.gather_ms)
 
     async def on_start(self) -> None:
         """Start the client, and have it hold its fetches as `FetchPace` says."""

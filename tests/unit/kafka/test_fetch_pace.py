@@ -12,11 +12,13 @@ from confluent_kafka import Producer
 
 from stream.kafka.client_internals import hold_fetches
 from stream.kafka.embedded_broker import DevBroker
-from stream.kafka.fetch_pace import GATHER_BYTES, GATHER_FROM, GATHER_MS, IDLE_MS, SHORT_MS, FetchPace, Hold
+from stream.kafka.fetch_pace import GATHER_BYTES, IDLE_MS, SHORT_MS, FetchPace, Hold
+
+GATHER_MS = 12
 
 
 def test_an_idle_worker_is_answered_at_once_and_asks_seldom() -> None:
-    pace = FetchPace()
+    pace = FetchPace(GATHER_MS)
     assert pace.hold(0.0, is_partial=False) == Hold(IDLE_MS, 1)
     pace.took(1, 0.0)
     holds = [pace.hold(0.0, is_partial=False) for _ in range(3)]
@@ -24,25 +26,28 @@ def test_an_idle_worker_is_answered_at_once_and_asks_seldom() -> None:
 
 
 def test_a_broker_that_answers_when_the_time_is_up_is_given_little() -> None:
-    pace = FetchPace()
+    pace = FetchPace(GATHER_MS)
     pace.idle_ms = SHORT_MS
     assert pace.hold(0.0, is_partial=False) == Hold(SHORT_MS, 1)
     pace.took(1_000, 0.0)
     assert pace.hold(0.0, is_partial=False).wait_ms == GATHER_MS
 
 
-@pytest.mark.parametrize(("rate", "gathers"), [(50, False), (0.5 * GATHER_FROM, False), (2 * GATHER_FROM, True)])
+@pytest.mark.parametrize(
+    ("rate", "gather_ms", "gathers"),
+    [(50, 12, False), (100, 12, False), (400, 12, True), (100, 50, True), (20, 50, False), (400, 1, False)],
+)
 @pytest.mark.parametrize("at_once", [1, 5])
-def test_events_are_gathered_when_there_are_many_of_them(rate: float, gathers: bool, at_once: int) -> None:
-    pace, now_s = FetchPace(), 0.0
+def test_events_are_gathered_when_some_will_meet(rate: float, gather_ms: int, gathers: bool, at_once: int) -> None:
+    pace, now_s = FetchPace(gather_ms), 0.0
     for _ in range(int(10 * rate / at_once)):
         now_s += at_once / rate
         pace.took(at_once, now_s)
-    assert (pace.hold(now_s, is_partial=False) == Hold(GATHER_MS, GATHER_BYTES)) == gathers
+    assert (pace.hold(now_s, is_partial=False) == Hold(gather_ms, GATHER_BYTES)) == gathers
 
 
 def test_a_burst_is_forgotten() -> None:
-    pace = FetchPace()
+    pace = FetchPace(GATHER_MS)
     pace.took(10_000, 5.0)
     assert pace.hold(5.0, is_partial=False).wait_ms == GATHER_MS
     pace.hold(5.75, is_partial=False)
@@ -50,7 +55,7 @@ def test_a_burst_is_forgotten() -> None:
 
 
 def test_partitions_that_are_left_out_are_not_held_up_for_the_sake_of_the_others() -> None:
-    pace = FetchPace()
+    pace = FetchPace(GATHER_MS)
     for records in (0, 10_000):
         pace.took(records, 0.0)
         assert pace.hold(0.0, is_partial=True) == Hold(SHORT_MS, 1)

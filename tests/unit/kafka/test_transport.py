@@ -32,7 +32,7 @@ class SeekingThread(ConsumerThread):
     """The real seeks and numbers of the consumer's thread over a client that the test controls; no broker."""
 
     def __init__(self, flow: "Flow") -> None:
-        self._taken, self._pace = {}, FetchPace()
+        self._taken, self._pace = {}, FetchPace(12)
         self.flow = flow
 
     def _ensure_consumer(self) -> Any:
