@@ -31,6 +31,12 @@ class Mark(NamedTuple):
     records: int
 
 
+def cpu_s_of(pid: int) -> float:
+    """CPU seconds of a process so far, all threads, user and system."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / _TICKS
+
+
 class Ends:
     """Looks at the ends of topics, and at what a group has committed."""
 
@@ -87,8 +93,7 @@ class System:
 
     def cpu_s(self) -> float:
         """CPU seconds of the process so far, all threads, user and system."""
-        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / _TICKS
+        return cpu_s_of(self._process.pid)
 
     def mark(self, records: int = 0) -> Mark:
         """This moment."""

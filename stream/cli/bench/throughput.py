@@ -119,8 +119,8 @@ class Setup:
             time.sleep(0.05)
         return probes
 
-    def worker(self, name: str, **more: str) -> tuple[System, str]:
-        """Start a worker with full histories; return it and its output topic."""
+    def worker(self, name: str, *, processes: int = 1, **more: str) -> tuple[System, str]:
+        """Start a worker, of so many processes, with full histories; return it and its output topic."""
         app, output = f"{self.prefix}-{name}", f"{self.prefix}.{name}.out"
         (self.folder / name).mkdir()
         changelog = f"{app}-user-history-changelog"
@@ -128,7 +128,7 @@ class Setup:
         states = self.load.states(self.settings)
         Writer(self.client, self.partitions).write((changelog, user, user, state) for user, state in states)
         self._say_covered(app)
-        return self.join(name, "0", **more), output
+        return self.join(name, "0", processes=processes, **more), output
 
     def _say_covered(self, app: str) -> None:
         """Have the worker take it that all users have a vector, as after a restart; it would write them otherwise."""
@@ -137,7 +137,7 @@ class Setup:
         statuses = [Status(version, ITEM_VERSION, p, 0, "covered").encode() for p in range(self.partitions)]
         Writer(self.client, 1).write((topic, key, key, value) for key, value in statuses)
 
-    def join(self, name: str, number: str, **more: str) -> System:
+    def join(self, name: str, number: str, *, processes: int = 1, **more: str) -> System:
         """Start one more worker of an application, with a state folder of its own."""
         app, folder = f"{self.prefix}-{name}", self.folder / name
         own = {
@@ -159,6 +159,8 @@ class Setup:
         }
         environment = {ENV_PREFIX + key.upper(): value for key, value in own.items()}
         command = [sys.executable, "-c", "from stream.cli import main; main()", "worker"]
+        if processes > 1:
+            command += ["--processes", str(processes)]
         return System(command, environment, folder / f"log-{number}", app)
 
     def kv_url(self, name: str) -> str:
