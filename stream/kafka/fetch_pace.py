@@ -8,9 +8,10 @@ those before it. So brokers gather while events come in quickly; a single one am
 import math
 from typing import Final, NamedTuple
 
-#: Records are gathered where so many are to be expected in that time; else few would meet another one.
+#: Records are gathered where so many are to be expected in the time that is given for it (`UEMB_GATHER_MS`); where it
+#: is fewer, few would meet another one.
 GATHER_FROM: Final = 2.4
-#: Until there is so much, or the time is up: a worker that is behind has its hands full already.
+#: Until the time is up, or there is so much: then a worker that is behind has its hands full already.
 GATHER_BYTES: Final = 32 << 10
 #: A fetch that leaves partitions out, for what came of them is not taken in yet, holds up their next one so long. So
 #: does the first after one that brought something, for one event is often followed by another (without it p99 from

@@ -136,6 +136,8 @@ WRONG: dict[str, tuple[dict[str, str], str, str]] = {
     "marker_infinite": ({"erasure_marker_retention": "inf"}, "ERASURE_MARKER_RETENTION", "like 30d"),
     "marker_negative": ({"erasure_marker_retention": "-1d"}, "ERASURE_MARKER_RETENTION", "like 30d"),
     "marker_millennium": ({"erasure_marker_retention": "365000d"}, "ERASURE_MARKER_RETENTION", "less than"),
+    "gather_0": ({"gather_ms": "0"}, "GATHER_MS", "1"),
+    "gather_long": ({"gather_ms": "1001"}, "GATHER_MS", "1000"),
     "delivery_0": ({"delivery_timeout_s": "0"}, "DELIVERY_TIMEOUT_S", "greater than 0"),
     "patience_negative": ({"kv_lock_patience_s": "-1"}, "KV_LOCK_PATIENCE_S", "0"),
     "hot_users_0": ({"hot_users": "0"}, "HOT_USERS", "1"),

@@ -2,6 +2,7 @@
 
 import asyncio
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import aiokafka
@@ -10,9 +11,11 @@ from aiokafka.protocol.fetch import FetchRequest
 from aiokafka.structs import TopicPartition
 from confluent_kafka import Producer
 
+from stream.config import load_settings
 from stream.kafka.client_internals import hold_fetches
 from stream.kafka.embedded_broker import DevBroker
 from stream.kafka.fetch_pace import GATHER_BYTES, IDLE_MS, SHORT_MS, FetchPace, Hold
+from stream.worker.app import EmbeddingApp
 
 GATHER_MS = 12
 
@@ -44,6 +47,14 @@ def test_events_are_gathered_when_some_will_meet(rate: float, gather_ms: int, ga
         now_s += at_once / rate
         pace.took(at_once, now_s)
     assert (pace.hold(now_s, is_partial=False) == Hold(gather_ms, GATHER_BYTES)) == gathers
+
+
+async def test_a_worker_gathers_for_as_long_as_it_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("UEMB_GATHER_MS", "77")
+    monkeypatch.setenv("UEMB_STATE_DIR", str(tmp_path))
+    pace = EmbeddingApp(load_settings()).consumer._new_consumer_thread()._pace
+    pace.took(10_000, 0.0)
+    assert pace.hold(0.0, is_partial=False).wait_ms == 77
 
 
 def test_a_burst_is_forgotten() -> None:
