@@ -1,12 +1,12 @@
 """`uemb worker --processes 2` on the real Kafka: one application, two processes, one that is killed."""
 
 import os
-import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import supervised
 from pipeline import UEMB, Pipeline, feeding
 
 from stream.feed.dataset import Dataset
@@ -15,17 +15,8 @@ pytestmark = pytest.mark.kafka
 
 
 def children(pipeline: Pipeline) -> list[int]:
-    """Process ids of the workers, oldest first."""
     assert pipeline.process is not None
-    found = Path(f"/proc/{pipeline.process.pid}/task/{pipeline.process.pid}/children").read_text().split()
-    return [int(pid) for pid in found]
-
-
-def owners(pipeline: Pipeline) -> list[str]:
-    """Which process claimed which epoch last, by partition."""
-    lines = re.findall(r"\[(\d)\] INFO .*partition (\d): restored .* claimed epoch (\d+)", pipeline.log.read_text())
-    newest = {partition: (int(epoch), number) for number, partition, epoch in sorted(lines, key=lambda x: int(x[2]))}
-    return [number for _, (_, number) in sorted(newest.items())]
+    return supervised.children(pipeline.process.pid)
 
 
 @pytest.mark.slow
@@ -36,7 +27,7 @@ def test_two_processes_share_the_partitions_and_one_that_is_killed_comes_back(
     pipeline = make_pipeline()
     pipeline.start([*UEMB, "worker", "--processes", "2"])
     pipeline.until_ready()
-    pipeline.until(lambda: set(owners(pipeline)) == {"0", "1"}, "both own partitions")
+    pipeline.until(lambda: set(supervised.owners(pipeline.log.read_text())) == {"0", "1"}, "both own partitions")
     assert sorted(path.name for path in pipeline.state.iterdir()) == ["process-0", "process-1"]
     with feeding(pipeline, rows, 1_000):
         pipeline.until(lambda: pipeline.length(pipeline.output) > 500, "events flow")

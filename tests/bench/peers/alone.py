@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import re
 import signal
 import time
 from collections import Counter
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from bench_reader import fill, make_records, measure
+from supervised import children, owners
 
 from stream.cli.bench.footprint import measure_footprint
 from stream.cli.bench.process import BenchError, Ends, System, cpu_s_of
@@ -68,7 +68,7 @@ def processes(setup: Setup, events: int) -> dict[str, float]:
         system, output = own.worker("worker", processes=count)
         with system:
             _until_shared(system, folder / "worker" / "log-0", own.partitions, count)
-            pids = _pids(system, count)
+            pids = [system.pid] if count == 1 else children(system.pid)
             for pid in pids:
                 os.kill(pid, signal.SIGSTOP)
             own.feed(events, 0)
@@ -87,23 +87,14 @@ def _until_shared(system: System, log: Path, partitions: int, processes: int) ->
     """Wait until each process owns as many partitions as any other."""
     end_s = time.monotonic() + _PATIENCE_S
     while True:
-        claims = re.findall(r"(?:\[(\d+)\] )?INFO .*partition (\d+): .*claimed epoch (\d+)", log.read_text())
-        newest = {partition: process for process, partition, _ in sorted(claims, key=lambda claim: int(claim[2]))}
-        shares = Counter(newest.values())
-        if len(newest) == partitions and sorted(shares.values()) == [partitions // processes] * processes:
+        shares = Counter(owned := owners(log.read_text()))
+        if len(owned) == partitions and sorted(shares.values()) == [partitions // processes] * processes:
             return
         system.check()
         if time.monotonic() > end_s:
-            msg = f"{processes} processes do not share {partitions} partitions: {newest}"
+            msg = f"{processes} processes do not share {partitions} partitions: {dict(shares)}"
             raise BenchError(msg)
         time.sleep(0.1)
-
-
-def _pids(system: System, count: int) -> list[int]:
-    """Process ids of the workers."""
-    if count == 1:
-        return [system.pid]
-    return [int(pid) for pid in Path(f"/proc/{system.pid}/task/{system.pid}/children").read_text().split()]
 
 
 def summary(found: dict[str, Any]) -> dict[str, float]:
