@@ -102,11 +102,8 @@ def resharded(cluster: RedisCluster) -> None:
     cluster.reshard(0, HIT, 800)
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [away, restarted_empty, failed_over, resharded],
-)
 @pytest.mark.slow
+@pytest.mark.parametrize("fault", [away, restarted_empty, failed_over, resharded])
 def test_a_cluster_with_a_fault(
     fault: Callable[[RedisCluster], None],
     films: Dataset,
