@@ -1,7 +1,7 @@
 """The users who are in memory: their histories as arrays, one slot a user."""
 
 from collections.abc import Iterable, Sequence
-from itertools import islice, pairwise
+from itertools import accumulate, islice, pairwise, repeat
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from stream.core import kernels
 from stream.core.batch import Batch
-from stream.core.history_codec import NEVER, TS_BYTES
+from stream.core.history_codec import NEVER
 from stream.core.kinds import Columns, Int32, Int64, Kinds
 from stream.core.sums import grown
 
@@ -69,7 +69,10 @@ class HotUsers:
         self._free = list(range(self._capacity))
         self._times = np.zeros((self._capacity, limit), dtype=np.int64)
         self._numbers = np.zeros((self._capacity, limit), dtype=np.int32)
-        self._counts, self._revisions, self._erased_at = (np.zeros(self._capacity, dtype=np.int64) for _ in range(3))
+        self._counts, self._revisions, self._erased_at, self._appended = (
+            np.zeros(self._capacity, dtype=np.int64) for _ in range(4)
+        )
+        self._stored = [b""] * self._capacity  # state of each as it was read or written last
 
     @property
     def capacity(self) -> int:
@@ -95,13 +98,15 @@ class HotUsers:
         kernels.place_histories(
             slots, columns.base, columns.times, columns.numbers, self._times, self._numbers, self._counts
         )
-        self._revisions[slots], self._erased_at[slots] = columns.revisions, columns.erased_at
+        self._revisions[slots], self._erased_at[slots], self._appended[slots] = columns.revisions, columns.erased_at, 0
+        self._keep(taken, columns.states)
         return slots
 
     def _grow(self, more: int) -> None:
         capacity = max(2 * self._capacity, self._capacity + more)
-        for name in ("times", "numbers", "counts", "revisions", "erased_at"):
+        for name in ("times", "numbers", "counts", "revisions", "erased_at", "appended"):
             setattr(self, f"_{name}", grown(getattr(self, f"_{name}"), capacity))
+        self._stored += [b""] * (capacity - self._capacity)
         self._free += range(self._capacity, capacity)
         self._capacity = capacity
 
@@ -112,7 +117,7 @@ class HotUsers:
         slots: list[int] = []
         what: list[int] = []
         at_ms: list[int] = []
-        suffixes: list[bytes] = []
+        keys: list[bytes] = []
         ends: list[int] = []
         before = 0
         for batch in batches:
@@ -125,8 +130,8 @@ class HotUsers:
                     slots.append(slot)
                     if type(one) is bytes:
                         what.append(kernels.ADD)
-                        at_ms.append(int.from_bytes(one[:TS_BYTES], "big"))
-                        suffixes.append(one[TS_BYTES:])
+                        at_ms.append(0)
+                        keys.append(one)
                     elif type(one) is int:
                         what.append(kernels.ERASE)
                         at_ms.append(one)
@@ -136,11 +141,10 @@ class HotUsers:
             before += len(batch.ops)
             ends.append(len(users))
         count = len(users)
-        order = self._kinds.numbers(suffixes)
-        whats = np.array(what, dtype=np.int8)
-        numbers = np.full(count, -1, dtype=np.int32)
-        numbers[whats == kernels.ADD] = order
-        at, outcomes = np.array(at_ms, dtype=np.int64), np.zeros(count, dtype=np.int8)
+        whats, at = np.array(what, dtype=np.int8), np.array(at_ms, dtype=np.int64)
+        numbers, outcomes = np.full(count, -1, dtype=np.int32), np.zeros(count, dtype=np.int8)
+        is_added = whats == kernels.ADD
+        at[is_added], numbers[is_added] = self._kinds.of_keys(keys)
         places, gone, lengths, as_of, revisions = np.zeros((5, count), dtype=np.int64)
         places[:] = -1
         folded = Folded(
@@ -150,7 +154,7 @@ class HotUsers:
         pool = self._kinds.order
         kernels.fold(
             folded.slots, whats, at, numbers, pool.data, pool.at, self._times, self._numbers, self._counts,
-            self._revisions, self._erased_at, outcomes, places, gone, lengths, as_of, revisions,
+            self._revisions, self._erased_at, self._appended, outcomes, places, gone, lengths, as_of, revisions,
         )  # fmt: skip
         return folded
 
@@ -159,19 +163,29 @@ class HotUsers:
         return np.asarray((self._counts[slots] > 0) | (self._erased_at[slots] != NEVER))
 
     def states(self, slots: Int64, epochs: Int64) -> list[bytes]:
-        """What is to be stored of users [n], under the epochs [n]."""
-        pool = self._kinds.bodies
+        """What is to be stored of distinct users [n], under the epochs [n]."""
+        pool, whose = self._kinds.bodies, slots.tolist()
+        before = [self._stored[slot] for slot in whose]
+        before_at = np.array([0, *accumulate(map(len, before))])
         data, bounds = kernels.write_states(
-            slots, epochs, self._times, self._numbers, self._counts, self._revisions, self._erased_at, pool.data,
-            pool.at,
+            slots, epochs, np.frombuffer(b"".join(before), dtype=np.uint8), before_at, self._appended, self._times,
+            self._numbers, self._counts, self._revisions, self._erased_at, pool.data, pool.at,
         )  # fmt: skip
         block, at = data.tobytes(), bounds.tolist()
-        return [block[start:end] for start, end in pairwise(at)]
+        states = [block[start:end] for start, end in pairwise(at)]
+        self._keep(whose, states)
+        return states
+
+    def _keep(self, slots: Iterable[int], states: Iterable[bytes]) -> None:
+        for slot, state in zip(slots, states, strict=True):
+            self._stored[slot] = state
 
     def forget(self, partition: int, users: Iterable[bytes]) -> None:
         """Drop users of a partition from memory; what is stored has all of them."""
         slots_of = self.slots.get(partition, {})
-        self._free += [slot for user in users if (slot := slots_of.pop(user, None)) is not None]
+        slots = [slot for user in users if (slot := slots_of.pop(user, None)) is not None]
+        self._keep(slots, repeat(b"", len(slots)))
+        self._free += slots
 
     def forget_all(self) -> None:
         """Drop everybody."""

@@ -10,7 +10,8 @@ from typing import Any, Final
 import numpy as np
 from numba import njit, types
 
-from stream.core.history_codec import HEADER_BYTES, LAYOUT_VERSION, MAX_ORDER, MAX_TS_MS
+from stream.core.history_codec import COUNT_AT, HEADER_BYTES, LAYOUT_VERSION, MAX_ORDER, MAX_TS_MS, TS_BYTES
+from stream.keys import INT64_MAX
 
 #: What is to be done to a user.
 ADD: Final = 0
@@ -27,8 +28,15 @@ KNOWN: Final = 5  # an erasure that changed nothing, or a wish to be sent again
 
 _FNV_START: Final = np.uint64(0xCBF29CE484222325)
 _FNV_PRIME: Final = np.uint64(0x100000001B3)
+_SPREAD: Final = np.uint64(0x9E3779B97F4A7C15)
 _SHIFT: Final = np.uint64(32)
+_IS_HASH: Final = np.uint64(1 << 63)
+_SHORT_BYTES: Final = 7
+_AHEAD: Final = 64
 _PREFIX_BYTES: Final = 16
+#: By how much a stored item and type may be longer than as text.
+BODY_ROOM: Final = 8
+_TIME_BYTES: Final = 7  # of a varint of `MAX_TS_MS`
 
 
 def _array(of: Any, ndim: int, *, read_only: bool = False) -> Any:
@@ -41,10 +49,12 @@ _U8, _U8_2 = (_array(types.uint8, n) for n in (1, 2))
 _I8 = _array(types.int8, 1)
 _I32, _I32_2 = (_array(types.int32, n) for n in (1, 2))
 _I64, _I64_2 = (_array(_INT, n) for n in (1, 2))
+_U64, _U64_2 = (_array(types.uint64, n) for n in (1, 2))
 _F64, _F64_2, _F64_3 = (_array(types.float64, n) for n in (1, 2, 3))
 _ROWS = _array(types.float32, 2, read_only=True)
 _PAIR: Any = types.UniTuple(types.int64, 2)  # type: ignore[no-untyped-call]
 _BLOCK: Any = types.Tuple((_U8, _I64))  # type: ignore[no-untyped-call]
+_NUMBER: Any = types.Tuple((types.boolean, types.uint64))  # type: ignore[no-untyped-call]
 
 
 def _compiled(signature: Any) -> Callable[[Any], Any]:
@@ -97,42 +107,99 @@ def partitions_of(data, bounds, partitions):  # type: ignore[no-untyped-def]
 
 
 @_compiled(types.uint64(_BYTES, _INT, _INT))
-def hash_of(data, at, size):  # type: ignore[no-untyped-def]
-    """FNV-1a of some bytes, its halves folded so that low bits depend on all."""
-    found = _FNV_START
+def word_of(data, at, size):  # type: ignore[no-untyped-def]
+    """A number by which a body is found: its bytes if there are few of them, else a hash of them, the top bit set.
+
+    No body begins with all of another, so that zeros may stand for what a short one lacks.
+    """
+    if size <= _SHORT_BYTES:
+        word = np.uint64(0)
+        for i in range(size):
+            word |= np.uint64(data[at + i]) << np.uint64(8 * i)
+        return word
+    word = _FNV_START
     for i in range(at, at + size):
-        found = (found ^ np.uint64(data[i])) * _FNV_PRIME
-    return found ^ (found >> _SHIFT)
+        word = (word ^ np.uint64(data[i])) * _FNV_PRIME
+    return (word ^ (word >> _SHIFT)) | _IS_HASH
 
 
-@_compiled(_INT(_BYTES, _INT, _INT, types.uint64, _I32, _U8, _I64))
-def find(data, at, size, hashed, table, pool, pool_at):  # type: ignore[no-untyped-def]
-    """Number of some bytes in an open hash table [power of two], or the free place for them as ``-1 - place``."""
-    mask = table.shape[0] - 1
-    place = np.int64(hashed) & mask
+@_compiled(_INT(types.uint64, _BYTES, _INT, _INT, _U64_2, _U8, _I64))
+def find(word, data, at, size, table, pool, pool_at):  # type: ignore[no-untyped-def]
+    """Number of a body in an open hash table, or the free place for it as ``-1 - place``.
+
+    Args:
+        word: what `word_of` says of it.
+        data: what it lies in.
+        at: where.
+        size: of it.
+        table: of each place a word and one more than the number of the body that has it [power of two, 2].
+        pool: the bodies by number.
+        pool_at: where each begins and the last ends.
+    """
+    place = np.int64((word * _SPREAD) >> _SHIFT) & (table.shape[0] - 1)
     while True:
-        number = table[place]
+        number = np.int64(table[place, 1]) - 1
         if number < 0:
             return -1 - place
-        start = pool_at[number]
-        if pool_at[number + 1] - start == size:
-            same = True
-            for i in range(size):
-                if pool[start + i] != data[at + i]:
-                    same = False
-                    break
-            if same:
-                return np.int64(number)
-        place = (place + 1) & mask
+        if table[place, 0] == word:
+            if word < _IS_HASH:
+                return number
+            start = pool_at[number]
+            if pool_at[number + 1] - start == size:
+                same = True
+                for i in range(size):
+                    if pool[start + i] != data[at + i]:
+                        same = False
+                        break
+                if same:
+                    return number
+        place = (place + 1) & (table.shape[0] - 1)
 
 
-@_compiled(_INT(_I32, _U8, _I64, _INT))
+@_compiled(_INT(_BYTES, _I64_2, _U64, _U64_2, _U8, _I64, _I32))
+def find_all(data, spans, words, table, pool, pool_at, numbers):  # type: ignore[no-untyped-def]
+    """Numbers of bodies; how many of them have none.
+
+    A large table comes from memory, so places are read ahead of their use, some at a time, which need not wait for each
+    other.
+
+    Args:
+        data: what they lie in.
+        spans: start and size of each [n, 2].
+        words: of each what `word_of` says [n].
+        table: as of `find`.
+        pool: as of `find`.
+        pool_at: as of `find`.
+        numbers: written, -1 where there is none [n].
+    """
+    missing, count = 0, words.shape[0]
+    ahead = np.empty((_AHEAD, 2), dtype=np.uint64)
+    for start in range(0, count, _AHEAD):
+        some = min(_AHEAD, count - start)
+        for i in range(some):
+            place = np.int64((words[start + i] * _SPREAD) >> _SHIFT) & (table.shape[0] - 1)
+            ahead[i, 0], ahead[i, 1] = table[place, 0], table[place, 1]
+        for i in range(some):
+            n, word = start + i, words[start + i]
+            if ahead[i, 0] == word and ahead[i, 1] and word < _IS_HASH:
+                numbers[n] = np.int32(ahead[i, 1]) - 1
+                continue
+            number = find(word, data, spans[n, 0], spans[n, 1], table, pool, pool_at)
+            if number < 0:
+                missing += 1
+                number = np.int64(-1)
+            numbers[n] = number
+    return missing
+
+
+@_compiled(_INT(_U64_2, _U8, _I64, _INT))
 def fill(table, pool, pool_at, count):  # type: ignore[no-untyped-def]
     """Enter the first `count` bodies of a pool into an empty table."""
     for number in range(count):
         at, size = pool_at[number], pool_at[number + 1] - pool_at[number]
-        place = -1 - find(pool, at, size, hash_of(pool, at, size), table, pool, pool_at)
-        table[place] = number
+        word = word_of(pool, at, size)
+        place = -1 - find(word, pool, at, size, table, pool, pool_at)
+        table[place, 0], table[place, 1] = word, np.uint64(number + 1)
     return count
 
 
@@ -176,11 +243,26 @@ def _put_varint(data, at, value):  # type: ignore[no-untyped-def]
     return at + 1
 
 
+@_compiled(_INT(_U8, _INT, types.uint64))
+def _put_long(data, at, value):  # type: ignore[no-untyped-def]
+    """Write a number of 64 bits, seven bits a byte; return the place after it."""
+    while value > np.uint64(0x7F):
+        data[at] = np.uint8(value & np.uint64(0x7F) | np.uint64(0x80))
+        value >>= np.uint64(7)
+        at += 1
+    data[at] = np.uint8(value)
+    return at + 1
+
+
 @_compiled(_INT(_U8, _INT, _BYTES, _INT, _INT))
 def _put(data, at, source, start, size):  # type: ignore[no-untyped-def]
-    """Copy bytes; return the place after them."""
+    """Copy bytes; return the place after them.
+
+    Over slices, whose indices can't be negative: only such a loop becomes wide instructions, fifty times as fast.
+    """
+    to, of = data[at : at + size], source[start : start + size]
     for i in range(size):
-        data[at + i] = source[start + i]
+        to[i] = of[i]
     return at + size
 
 
@@ -227,6 +309,40 @@ def _put_uuid(data, at, source, start):  # type: ignore[no-untyped-def]
     return at
 
 
+@_compiled(_NUMBER(_BYTES, _INT, _INT))
+def _integer(data, start, end):  # type: ignore[no-untyped-def]
+    """Whether an item is an integer of 64 bits as we write it, and this in zigzag."""
+    nothing = np.uint64(0)
+    is_negative = data[start] == 45
+    at = start + is_negative
+    if not 1 <= end - at <= 19 or (data[at] == 48 and end - start > 1):
+        return False, nothing
+    value = nothing
+    for i in range(at, end):
+        if not 48 <= data[i] <= 57:
+            return False, nothing
+        value = value * np.uint64(10) + np.uint64(data[i] - 48)
+    sign = np.uint64(is_negative)
+    if value > np.uint64(INT64_MAX) + sign:
+        return False, nothing
+    return True, (value << np.uint64(1)) - sign
+
+
+@_compiled(types.boolean(_BYTES, _INT, _INT))
+def _is_uuid(data, start, end):  # type: ignore[no-untyped-def]
+    """Whether an item is a UUID as we write it."""
+    if end - start != 36:
+        return False
+    for i in range(36):
+        byte = data[start + i]
+        if i == 8 or i == 13 or i == 18 or i == 23:
+            if byte != 45:
+                return False
+        elif not (48 <= byte <= 57 or 97 <= byte <= 102):
+            return False
+    return True
+
+
 @_compiled(types.boolean(_BYTES, _INT, _INT))
 def _is_plain(data, start, end):  # type: ignore[no-untyped-def]
     """Whether an item is printable ASCII that surely is no integer and no UUID, which are not stored as text."""
@@ -240,19 +356,86 @@ def _is_plain(data, start, end):  # type: ignore[no-untyped-def]
     return not is_number and not (end - start == 36 and data[start + 8] == 45 and data[start + 23] == 45)
 
 
-@_compiled(_PAIR(_BYTES, _I64_2, _I64, _BYTES, _I64, _I32, _U8, _I64, _U8, _I64, _INT))
-def learn(data, spans, codes, names, names_at, table, pool, pool_at, order, order_at, count):  # type: ignore[no-untyped-def]
-    """Number stored items and types: enter them into a table, a pool, and the pool of what they stand for.
+@_compiled(_INT(_BYTES, _I64, _I64, _BYTES, _I64, _I64, _U8, _I64_2, _U64))
+def read_keys(data, bounds, codes, names, names_at, at_ms, bodies, spans, words):  # type: ignore[no-untyped-def]
+    """Event times of sort keys, and item and type of each as they are stored.
+
+    Args:
+        data: the keys, one behind the other.
+        bounds: where each begins and the last ends [n + 1].
+        codes: of the types that there are [t].
+        names: of these, one behind the other.
+        names_at: where each begins and the last ends [t + 1].
+        at_ms: written [n].
+        bodies: written, one behind the other; it has room for `data` and `BODY_ROOM` more for each.
+        spans: written, start and size of each body [n, 2].
+        words: written, of each body what `word_of` says [n].
+
+    Returns:
+        The first key whose type isn't there, or -1.
+    """
+    to = np.int64(0)
+    for n in range(at_ms.shape[0]):
+        at, end = bounds[n] + TS_BYTES, bounds[n + 1]
+        at_ms[n] = _big_endian(data, bounds[n], TS_BYTES)
+        middle = at
+        while data[middle]:
+            middle += 1
+        kind = 0
+        while kind < codes.shape[0]:
+            size = names_at[kind + 1] - names_at[kind]
+            if size == end - middle - 1:
+                same = True
+                for i in range(size):
+                    same &= names[names_at[kind] + i] == data[middle + 1 + i]
+                if same:
+                    break
+            kind += 1
+        if kind == codes.shape[0]:
+            return n
+        spans[n, 0], head = to, codes[kind] << 2
+        is_number, value = _integer(data, at, middle)
+        if is_number:
+            to = _put_long(bodies, _put_varint(bodies, to, head), value)
+        elif _is_uuid(data, at, middle):
+            to = _put_varint(bodies, to, head | 1)
+            digits = 0
+            for i in range(at, middle):
+                if data[i] == 45:
+                    continue
+                digit = data[i] - (48 if data[i] < 58 else 87)
+                if digits & 1:
+                    bodies[to] |= digit
+                    to += 1
+                else:
+                    bodies[to] = digit << 4
+                digits += 1
+        else:
+            to = _put_varint(bodies, _put_varint(bodies, to, head | 2), middle - at)
+            to = _put(bodies, to, data, at, middle - at)
+        spans[n, 1] = to - spans[n, 0]
+        words[n] = word_of(bodies, spans[n, 0], spans[n, 1])
+    return -1
+
+
+@_compiled(_PAIR(_BYTES, _I64_2, _U64, _I64, _I32, _I64, _BYTES, _I64, _U64_2, _U8, _I64, _U8, _I64, _INT))
+def learn(  # type: ignore[no-untyped-def]
+    data, spans, words, some, numbers, codes, names, names_at, table, pool, pool_at, order, order_at, count
+):
+    """Number bodies: enter them into a table, a pool, and the pool of what they stand for.
 
     Text that isn't plainly one is left to `HistoryCodec.item_and_type`.
 
     Args:
         data: what they lie in.
-        spans: start and size of each [n, 2]; those that are left to others are moved to the front.
-        codes: of the types that there are [t].
-        names: of these, one behind the other.
-        names_at: where each begins and the last ends [t + 1].
-        table: hash table of the bodies; it, and each of the pools, has room for n more.
+        spans: start and size of each [n, 2].
+        words: of each what `word_of` says [n].
+        some: which of them [m].
+        numbers: written where they are not left to others [n].
+        codes: as of `read_keys`.
+        names: as of `read_keys`.
+        names_at: as of `read_keys`.
+        table: as of `find`; it, and each of the pools, has room for m more.
         pool: the bodies.
         pool_at: where each begins and the last ends.
         order: item and type of each, a zero byte in between.
@@ -260,27 +443,27 @@ def learn(data, spans, codes, names, names_at, table, pool, pool_at, order, orde
         count: how many there are so far.
 
     Returns:
-        How many there are now, -1 if one of them is no item and type; how many were left to others.
+        How many there are now, and the first that is no item and type, or -1.
     """
-    left = 0
-    for n in range(spans.shape[0]):
+    for n in some:
         start, size = spans[n, 0], spans[n, 1]
-        place = find(data, start, size, hash_of(data, start, size), table, pool, pool_at)
-        if place >= 0:
-            continue  # more than one of them is the same
+        place = find(words[n], data, start, size, table, pool, pool_at)
+        if place >= 0:  # more than one of them is the same
+            numbers[n] = place
+            continue
         end = start + size
         head, at = _varint(data, start, end)
         kind = 0
         while kind < codes.shape[0] and codes[kind] != head >> 2:
             kind += 1
         if kind == codes.shape[0]:
-            return -1, left
+            return count, n
         to = order_at[count]
         if head & 3 == 0:
             value, shift = np.uint64(0), np.uint64(0)
             for i in range(at, end):
                 if shift == 63 and data[i] > 1:  # beyond 64 bits
-                    return -1, left
+                    return count, n
                 value |= np.uint64(data[i] & 0x7F) << shift
                 shift += np.uint64(7)
             if value & np.uint64(1):
@@ -292,59 +475,49 @@ def learn(data, spans, codes, names, names_at, table, pool, pool_at, order, orde
         else:
             _, at = _varint(data, at, end)
             if not _is_plain(data, at, end):
-                spans[left, 0], spans[left, 1] = start, size
-                left += 1
                 continue
             to = _put(order, to, data, at, end - at)
         order[to] = 0
         order_at[count + 1] = _put(order, to + 1, names, names_at[kind], names_at[kind + 1] - names_at[kind])
         pool_at[count + 1] = _put(pool, pool_at[count], data, start, size)
-        table[-1 - place] = count
+        numbers[n] = count
         count += 1
-    return count, left
+        table[-1 - place, 0], table[-1 - place, 1] = words[n], np.uint64(count)
+    return count, np.int64(-1)
 
 
-@_compiled(_PAIR(_BYTES, _I64, _I64, _I32, _U8, _I64, _U8, _I64, _I64, _I32, _I64, _I64, _I64_2))
-def read_states(  # type: ignore[no-untyped-def]
-    data, bounds, base, table, pool, pool_at, order, order_at, times, numbers, revisions, erased_at, unknown
-):
-    """Headers and entries of stored states.
+@_compiled(_INT(_BYTES, _I64, _I64, _I64, _I64, _I64, _I64_2, _U64))
+def read_states(data, bounds, base, times, revisions, erased_at, spans, words):  # type: ignore[no-untyped-def]
+    """Headers of stored states, and where their entries lie.
 
     Args:
         data: the states, one behind the other, each at least a header.
         bounds: where each begins and the last ends [m + 1].
         base: in the columns the same [m + 1].
-        table: hash table of the bodies in `pool`.
-        pool: known bodies.
-        pool_at: where each begins and the last ends.
-        order: item and type of each known body, in which entries of one time are ordered.
-        order_at: where each begins and the last ends.
         times: written, event time of each entry (ms) [n].
-        numbers: written, number of each entry's body [n], -1 where it isn't known.
         revisions: written, of each state [m].
         erased_at: written, of each state (ms) [m].
-        unknown: written, start and size of the bodies that are not known [n, 2].
+        spans: written, start and size of the body of each entry [n, 2].
+        words: written, of each body what `word_of` says [n].
 
     Returns:
-        The first state that is no such state, or -1; how many bodies are not known.
+        The first state that is no such state, or -1.
     """
-    missing = 0
     for state in range(bounds.shape[0] - 1):
         epoch = _big_endian(data, bounds[state] + 1, 8)
         revisions[state] = _big_endian(data, bounds[state] + 9, 8)
         erased_at[state] = _big_endian(data, bounds[state] + 17, 8)
         if not (0 <= epoch <= MAX_ORDER and 0 <= revisions[state] <= MAX_ORDER and -1 <= erased_at[state] <= MAX_TS_MS):
-            return state, missing
+            return state
         at, end = bounds[state] + HEADER_BYTES, bounds[state + 1]
-        entry, last = base[state], base[state + 1]
-        before, time = np.int64(-1), np.int64(0)
+        entry, last, time = base[state], base[state + 1], np.int64(0)
         while at < end:
             since, at = _varint(data, at, end)
             time += since
             start = at
             head, at = _varint(data, at, end)
             if entry >= last or at < 0 or not 0 <= since <= MAX_TS_MS or time > MAX_TS_MS:
-                return state, missing
+                return state
             tag = head & 3
             if tag == 0:
                 size, at = _varint(data, at, end)
@@ -354,36 +527,80 @@ def read_states(  # type: ignore[no-untyped-def]
             else:
                 size, at = _varint(data, at, end)
             if tag > 2 or at < 0 or size < 0 or size > end - at:
-                return state, missing
+                return state
             at += size
-            size, at = at - start, start
-            number = find(data, at, size, hash_of(data, at, size), table, pool, pool_at)
-            if number < 0:
-                unknown[missing, 0], unknown[missing, 1] = at, size
-                missing += 1
-                number = np.int64(-1)
-            elif (
-                time == before
-                and numbers[entry - 1] >= 0
-                and not is_before(order, order_at, np.int64(numbers[entry - 1]), number)
-            ):
-                return state, missing
-            times[entry], numbers[entry] = time, np.int32(number)
-            before = time
-            at += size
+            times[entry] = time
+            spans[entry, 0], spans[entry, 1] = start, at - start
+            words[entry] = word_of(data, start, at - start)
             entry += 1
         if entry != last:
-            return state, missing
-    return -1, missing
+            return state
+    return -1
 
 
-@_compiled(_BLOCK(_I64, _I64, _I64_2, _I32_2, _I64, _I64, _I64, _U8, _I64))
-def write_states(slots, epochs, times, numbers, counts, revisions, erased_at, pool, pool_at):  # type: ignore[no-untyped-def]
-    """Stored states of some slots [m], one behind the other; where each begins and the last ends [m + 1].
+@_compiled(_INT(_I64, _I64, _I32, _U8, _I64))
+def first_disordered(base, times, numbers, order, order_at):  # type: ignore[no-untyped-def]
+    """The first history whose interactions of one time are not in order, or -1; all lie one behind the other.
 
     Args:
-        slots: whose.
+        base: where each begins and the last ends [m + 1].
+        times: event time of each interaction [n], ascending within a history.
+        numbers: item and type of each [n].
+        order: item and type by number, in which interactions of one time are ordered.
+        order_at: where each begins and the last ends.
+    """
+    for state in range(base.shape[0] - 1):
+        for entry in range(base[state] + 1, base[state + 1]):
+            if times[entry] == times[entry - 1] and not is_before(
+                order, order_at, np.int64(numbers[entry - 1]), np.int64(numbers[entry])
+            ):
+                return state
+    return -1
+
+
+@_compiled(_INT(_U8, _INT, _I64, _I32, _U8, _I64, _INT, _INT))
+def _put_entries(data, at, times, numbers, pool, pool_at, first, end):  # type: ignore[no-untyped-def]
+    """Write some interactions of a history; return the place after them."""
+    before = times[first - 1] if first else np.int64(0)
+    for entry in range(first, end):
+        number = numbers[entry]
+        at = _put_varint(data, at, times[entry] - before)
+        at = _put(data, at, pool, pool_at[number], pool_at[number + 1] - pool_at[number])
+        before = times[entry]
+    return at
+
+
+@_compiled(_PAIR(_BYTES, _INT, _INT, _INT))
+def _skip_entries(data, at, end, count):  # type: ignore[no-untyped-def]
+    """Time of the entry that comes after so many of a state, and where its body begins."""
+    time = np.int64(0)
+    for _ in range(count):
+        since, at = _varint(data, at, end)
+        time += since
+        head, at = _varint(data, at, end)
+        if head & 3 == 1:
+            at += 16
+        else:
+            size, at = _varint(data, at, end)
+            at += size if head & 3 == 2 else 0
+    since, at = _varint(data, at, end)
+    return time + since, at
+
+
+@_compiled(_BLOCK(_I64, _I64, _BYTES, _I64, _I64, _I64_2, _I32_2, _I64, _I64, _I64, _U8, _I64))
+def write_states(  # type: ignore[no-untyped-def]
+    slots, epochs, before, before_at, appended, times, numbers, counts, revisions, erased_at, pool, pool_at
+):
+    """Stored states of some slots [m], one behind the other; where each begins and the last ends [m + 1].
+
+    What a state has in common with the one before is copied: mostly all but its first interaction and its last.
+
+    Args:
+        slots: whose, distinct.
         epochs: under which they are written [m].
+        before: stored states of before, one behind the other, empty where there was none.
+        before_at: where each begins and the last ends [m + 1].
+        appended: changed, how many interactions came to the new end of a slot since, -1 where it is all anew [S].
         times: event times by slot, oldest first [S, L].
         numbers: item and type of each [S, L].
         counts: how many a slot has [S].
@@ -392,34 +609,39 @@ def write_states(slots, epochs, times, numbers, counts, revisions, erased_at, po
         pool: stored item and type by number.
         pool_at: where each begins and the last ends.
     """
-    bounds = np.zeros(slots.shape[0] + 1, dtype=np.int64)
+    room = np.int64(0)
     for i in range(slots.shape[0]):
-        slot = slots[i]
-        size, before = np.int64(HEADER_BYTES), np.int64(0)
-        for entry in range(counts[slot]):
-            number, since = numbers[slot, entry], times[slot, entry] - before
-            size += 1 + pool_at[number + 1] - pool_at[number]
-            while since > 0x7F:
-                since >>= 7
-                size += 1
-            before = times[slot, entry]
-        bounds[i + 1] = bounds[i] + size
-    data = np.empty(bounds[-1], dtype=np.uint8)
+        slot, size = slots[i], before_at[i + 1] - before_at[i]
+        first = counts[slot] - appended[slot]
+        if not size or appended[slot] < 0 or first <= 0:
+            appended[slot] = -1
+            first, size = np.int64(0), np.int64(HEADER_BYTES)
+        room += size + _TIME_BYTES
+        for entry in range(first, counts[slot]):
+            number = numbers[slot, entry]
+            room += _TIME_BYTES + pool_at[number + 1] - pool_at[number]
+    data, bounds = np.empty(room, dtype=np.uint8), np.zeros(slots.shape[0] + 1, dtype=np.int64)
+    at = np.int64(0)
     for i in range(slots.shape[0]):
-        slot, at = slots[i], bounds[i]
+        slot, count = slots[i], counts[slots[i]]
         data[at] = LAYOUT_VERSION
         _put_big_endian(data, at + 1, 8, epochs[i])
         _put_big_endian(data, at + 9, 8, revisions[slot])
         _put_big_endian(data, at + 17, 8, erased_at[slot])
-        _put_big_endian(data, at + 25, 2, counts[slot])
+        _put_big_endian(data, at + COUNT_AT, 2, count)
         at += HEADER_BYTES
-        before = np.int64(0)
-        for entry in range(counts[slot]):
-            at = _put_varint(data, at, times[slot, entry] - before)
-            before = times[slot, entry]
-            number = numbers[slot, entry]
-            at = _put(data, at, pool, pool_at[number], pool_at[number + 1] - pool_at[number])
-    return data, bounds
+        first = np.int64(0)
+        if appended[slot] >= 0:
+            first = count - appended[slot]
+            start, end = before_at[i], before_at[i + 1]
+            gone = _big_endian(before, start + COUNT_AT, 2) - first
+            time, start = _skip_entries(before, start + HEADER_BYTES, end, gone)
+            at = _put_varint(data, at, time)
+            at = _put(data, at, before, start, end - start)
+        at = _put_entries(data, at, times[slot], numbers[slot], pool, pool_at, first, count)
+        appended[slot] = 0
+        bounds[i + 1] = at
+    return data[:at], bounds
 
 
 # -- histories in memory -------------------------------------------------------------------------------------------
@@ -431,16 +653,19 @@ def place_histories(slots, base, from_times, from_numbers, times, numbers, count
     for i in range(slots.shape[0]):
         slot, start = slots[i], base[i]
         counts[slot] = base[i + 1] - start
+        some_times, some_numbers = from_times[start : base[i + 1]], from_numbers[start : base[i + 1]]
         for entry in range(counts[slot]):
-            times[slot, entry] = from_times[start + entry]
-            numbers[slot, entry] = from_numbers[start + entry]
+            times[slot, entry] = some_times[entry]
+            numbers[slot, entry] = some_numbers[entry]
 
 
 @_compiled(
-    types.void(_I64, _I8, _I64, _I32, _U8, _I64, _I64_2, _I32_2, _I64, _I64, _I64, _I8, _I64, _I64, _I64, _I64, _I64)
+    types.void(
+        _I64, _I8, _I64, _I32, _U8, _I64, _I64_2, _I32_2, _I64, _I64, _I64, _I64, _I8, _I64, _I64, _I64, _I64, _I64
+    )
 )
 def fold(  # type: ignore[no-untyped-def]
-    slots, what, at_ms, kinds, order, order_at, times, numbers, counts, revisions, erased_at,
+    slots, what, at_ms, kinds, order, order_at, times, numbers, counts, revisions, erased_at, appended,
     outcomes, places, gone, lengths, as_of, revised,
 ):  # fmt: skip
     """Do to histories what is to be done, one after the other: the loop of `stream.core.history.History`.
@@ -457,6 +682,7 @@ def fold(  # type: ignore[no-untyped-def]
         counts: changed [S].
         revisions: changed [S].
         erased_at: changed [S].
+        appended: changed, how many came to the new end since the state was written, -1 once one came elsewhere [S].
         outcomes: written, what came of each [n].
         places: written, how many interactions are older than what was added [n].
         gone: written, how many left the old end [n].
@@ -499,6 +725,7 @@ def fold(  # type: ignore[no-untyped-def]
                     times[slot, place], numbers[slot, place] = at, kind
                     outcomes[n], places[n] = APPLIED, place
                     revisions[slot] += 1
+                    appended[slot] = appended[slot] + 1 if appended[slot] >= 0 and place == count - 1 else -1
         elif what[n] == ERASE and at > erased_at[slot]:
             erased_at[slot] = at
             cut = 0
@@ -541,27 +768,41 @@ def sum_one(rows, weights, times, of, start, end, decays, powers, vectors, sums,
     Returns:
         How many rows there are, and the time of the newest where sums go by time.
     """
-    weighted, by_time = weights.shape[1] > 0, times.shape[1] > 0
-    rank, newest_ms = np.int64(0), np.int64(0)
-    for k in range(decays.shape[0]):
-        totals[to, k] = 0.0
-        for d in range(vectors.shape[1]):
-            sums[to, k, d] = 0.0
+    weighted, by_time, dim = weights.shape[1] > 0, times.shape[1] > 0, vectors.shape[1]
+    known, count = np.empty(end - start, dtype=np.int64), np.int64(0)  # where they are, newest first
     for entry in range(end - 1, start - 1, -1):
-        row = rows[of, entry]
-        if row < 0:
-            continue
-        if by_time and rank == 0:
-            newest_ms = times[of, entry]
-        for k in range(decays.shape[0]):
+        if rows[of, entry] >= 0:
+            known[count] = entry
+            count += 1
+    newest_ms = times[of, known[0]] if by_time and count else np.int64(0)
+    factors = np.empty(count, dtype=np.float64)
+    for k in range(decays.shape[0]):
+        total = 0.0
+        for rank in range(count):
+            entry = known[rank]
             factor = math.exp(-decays[k] * (newest_ms - times[of, entry])) if by_time else powers[k, rank]
             if weighted:
                 factor *= weights[of, entry]
-            totals[to, k] += factor
-            for d in range(vectors.shape[1]):
-                sums[to, k, d] += factor * vectors[row, d]
-        rank += 1
-    return rank, newest_ms
+            factors[rank] = factor
+            total += factor
+        totals[to, k] = total
+        summed = sums[to, k]
+        for d in range(dim):
+            summed[d] = 0.0
+        done = np.int64(0)
+        while done + 4 <= count:  # four at once, for the rows come from memory and the sum is written each time
+            a, b = vectors[rows[of, known[done]]], vectors[rows[of, known[done + 1]]]
+            c, e = vectors[rows[of, known[done + 2]]], vectors[rows[of, known[done + 3]]]
+            for_a, for_b, for_c, for_e = factors[done], factors[done + 1], factors[done + 2], factors[done + 3]
+            for d in range(dim):
+                summed[d] = summed[d] + for_a * a[d] + for_b * b[d] + for_c * c[d] + for_e * e[d]
+            done += 4
+        while done < count:
+            a, for_a = vectors[rows[of, known[done]]], factors[done]
+            for d in range(dim):
+                summed[d] += for_a * a[d]
+            done += 1
+    return count, newest_ms
 
 
 @_compiled(types.void(_I32_2, _I64, _F64_2, _I64_2, _F64, _F64_2, _ROWS, _F64_3, _F64_2, _I64, _I64))
@@ -697,26 +938,31 @@ def follow(  # type: ignore[no-untyped-def]
                         loss = old_weight * math.exp(-decays[k] * (newest - old_time))
                     else:
                         loss = old_weight * powers[k, known[slot] - 1 + (row >= 0)]
+                summed = sums[slot, k]
                 if row >= 0:
                     totals[slot, k] = totals[slot, k] * keep + weight
+                    coming = vectors[row]
                     for d in range(dim):
-                        sums[slot, k, d] = sums[slot, k, d] * keep + weight * vectors[row, d]
+                        summed[d] = summed[d] * keep + weight * coming[d]
                 if old >= 0:
                     totals[slot, k] -= loss
+                    going = vectors[old]
                     for d in range(dim):
-                        sums[slot, k, d] -= loss * vectors[old, d]
+                        summed[d] -= loss * going[d]
             newest_ms[slot] = newest
             known[slot] += np.int64(row >= 0) - np.int64(old >= 0)
         to, is_empty = shown[n], known[slot] == 0
         for k in range(decays.shape[0]):
+            summed = sums[slot, k]
             if is_empty:  # no rounding residue either
                 totals[slot, k] = 0.0
                 for d in range(dim):
-                    sums[slot, k, d] = 0.0
+                    summed[d] = 0.0
             if to >= 0:
                 out_totals[to, k] = totals[slot, k]
+                shows = out_sums[to, k]
                 for d in range(dim):
-                    out_sums[to, k, d] = sums[slot, k, d]
+                    shows[d] = summed[d]
         if to >= 0:
             out_known[to] = known[slot]
             found = 0

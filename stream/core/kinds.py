@@ -18,10 +18,10 @@ from stream.core.sums import grown
 from stream.errors import StateError
 
 #: Kinds that are remembered; when there are more, all are forgotten, and users in memory with them. So many take
-#: 220 MB where items are integers, 430 where they are texts of twenty letters.
+#: 310 MB where items are integers, 450 where they are texts of twenty letters.
 _MEMO_LIMIT: Final = 1 << 22
-#: Of those that come with events, so many are found without a look into the table.
-_RECENT_LIMIT: Final = 1 << 18
+#: So many are learned at once, or as many as there are: room is made for each, and often the same come again and again.
+_LEARNED_AT_ONCE: Final = 1 << 12
 #: Of an item's text, that is no text in what is stored.
 _LONGEST_ITEM: Final = 36
 _NOT_YET: Final = -2
@@ -39,6 +39,7 @@ class Columns(NamedTuple):
         times: of each interaction its event time in ms [n].
         revisions: of each history [m].
         erased_at: of each history in ms [m].
+        states: each as it is stored [m], empty where nothing is.
     """
 
     base: Int64
@@ -46,6 +47,7 @@ class Columns(NamedTuple):
     times: Int64
     revisions: Int64
     erased_at: Int64
+    states: list[bytes]
 
     @property
     def lengths(self) -> Int64:
@@ -65,6 +67,7 @@ class Columns(NamedTuple):
             base=np.append(self.base, np.full(count, self.base[-1])),
             revisions=np.append(self.revisions, np.full(count, revision)),
             erased_at=np.append(self.erased_at, np.full(count, erased_at)),
+            states=self.states + [b""] * count,
         )
 
 
@@ -119,8 +122,11 @@ class Kinds:
     def _begin(self) -> None:
         self._count = 0
         self.bodies, self.order = Pool(), Pool()
-        self._recent: dict[bytes, int] = {}
-        self._table = np.full(1 << 7, -1, dtype=np.int32)
+        self._make_table(1 << 7)
+
+    def _make_table(self, size: int) -> None:
+        self._table = np.zeros((size, 2), dtype=np.uint64)
+        kernels.fill(self._table, self.bodies.data, self.bodies.at, self._count)
 
     def __len__(self) -> int:
         return self._count
@@ -131,20 +137,19 @@ class Kinds:
             self.forgotten += 1
             self._begin()
 
-    def numbers(self, suffixes: Sequence[bytes]) -> list[int]:
-        """Number of each kind, given as item and type with a zero byte in between."""
-        found = list(map(self._recent.get, suffixes))
-        if None in found:
-            return [self._number(suffix) for suffix in suffixes]
-        return found  # type: ignore[return-value]
-
-    def _number(self, suffix: bytes) -> int:
-        number = self._recent.get(suffix)
-        if number is None:
-            if len(self._recent) >= _RECENT_LIMIT:
-                self._recent.clear()
-            number = self._recent[suffix] = self._learn(self.codec.body(suffix), suffix)
-        return number
+    def of_keys(self, keys: Sequence[bytes]) -> tuple[Int64, Int32]:
+        """Event time in ms [n], and number of item and type [n], of interactions given by their sort keys."""
+        count, data = len(keys), np.frombuffer(b"".join(keys), dtype=np.uint8)
+        bounds = np.array([0, *accumulate(map(len, keys))])
+        at_ms, spans, words = _room(count)
+        bodies = np.empty(len(data) + count * kernels.BODY_ROOM, dtype=np.uint8)
+        bad = kernels.read_keys(
+            data, bounds, self._codes, self._names, self._names_at, at_ms, bodies, spans, words
+        )  # fmt: skip
+        if bad >= 0:
+            msg = "an interaction has a type without a code"
+            raise ValueError(msg)
+        return at_ms, self._numbers(bodies, spans, words)
 
     def read(self, states: Sequence[bytes], limit: int) -> Columns:
         """Columns of stored states that have at most `limit` interactions each.
@@ -161,58 +166,67 @@ class Kinds:
             raise StateError(DAMAGED)
         base = np.zeros(len(states) + 1, dtype=np.int64)
         np.cumsum(counts, out=base[1:])
-        times, numbers = np.zeros(base[-1], dtype=np.int64), np.zeros(base[-1], dtype=np.int32)
+        times, spans, words = _room(int(base[-1]))
         revisions, erased_at = np.zeros((2, len(states)), dtype=np.int64)
-        unknown = np.zeros((base[-1], 2), dtype=np.int64)
-        while True:
-            bodies, order = self.bodies, self.order
-            bad, missing = kernels.read_states(
-                data, bounds, base, self._table, bodies.data, bodies.at, order.data, order.at, times, numbers,
-                revisions, erased_at, unknown,
-            )  # fmt: skip
-            if bad >= 0:
-                raise StateError(DAMAGED)
-            if not missing:
-                return Columns(base, numbers, times, revisions, erased_at)
-            self._learn_all(data, unknown[:missing])
-
-    def _learn_all(self, data: NDArray[np.uint8], spans: Int64) -> None:
-        """Learn bodies, given by start and size [n, 2]."""
-        more, size = len(spans), int(spans[:, 1].sum())
-        self._reserve(more, size, size + more * (_LONGEST_ITEM + 1 + self._longest_name))
-        bodies, order = self.bodies, self.order
-        count, left = kernels.learn(
-            data, spans, self._codes, self._names, self._names_at, self._table, bodies.data, bodies.at, order.data,
-            order.at, self._count,
-        )  # fmt: skip
-        if count < 0:
+        bad = kernels.read_states(data, bounds, base, times, revisions, erased_at, spans, words)
+        if bad >= 0:
             raise StateError(DAMAGED)
-        self._count = count
-        for body in dict.fromkeys(data[at : at + size].tobytes() for at, size in spans[:left].tolist()):
-            self._learn(body, self.codec.item_and_type(body))
+        numbers = self._numbers(data, spans, words)
+        if kernels.first_disordered(base, times, numbers, self.order.data, self.order.at) >= 0:
+            raise StateError(DAMAGED)
+        return Columns(base, numbers, times, revisions, erased_at, states)
+
+    def _numbers(self, data: NDArray[np.uint8], spans: Int64, words: NDArray[np.uint64]) -> Int32:
+        """Number of each body [n], given by start and size [n, 2] and by what `kernels.word_of` says [n]."""
+        numbers = np.empty(len(words), dtype=np.int32)
+        if kernels.find_all(data, spans, words, self._table, self.bodies.data, self.bodies.at, numbers):
+            new = np.flatnonzero(numbers < 0)
+            while len(new):
+                at_once = max(_LEARNED_AT_ONCE, self._count)
+                self._learn_some(data, spans, words, new[:at_once], numbers)
+                new = new[at_once:]
+        return numbers
+
+    def _learn_some(
+        self, data: NDArray[np.uint8], spans: Int64, words: NDArray[np.uint64], some: Int64, numbers: Int32
+    ) -> None:
+        """Learn some bodies [m] of all [n], and write their numbers."""
+        size = int(spans[some, 1].sum())
+        self._reserve(len(some), size, size + len(some) * (_LONGEST_ITEM + 1 + self._longest_name))
+        bodies, order = self.bodies, self.order
+        self._count, bad = kernels.learn(
+            data, spans, words, some, numbers, self._codes, self._names, self._names_at, self._table, bodies.data,
+            bodies.at, order.data, order.at, self._count,
+        )  # fmt: skip
+        if bad >= 0:
+            raise StateError(DAMAGED)
+        for place in some[numbers[some] < 0].tolist():
+            at, size = spans[place].tolist()
+            body = data[at : at + size].tobytes()
+            numbers[place] = self._learn(body, self.codec.item_and_type(body))
 
     def _learn(self, body: bytes, suffix: bytes) -> int:
         """Number of a body, which means a suffix; a new one if it has none yet."""
         self._reserve(1, len(body), len(suffix))
         data, pool, count = np.frombuffer(body, dtype=np.uint8), self.bodies, self._count
-        place = kernels.find(data, 0, len(body), kernels.hash_of(data, 0, len(body)), self._table, pool.data, pool.at)
+        word = kernels.word_of(data, 0, len(body))
+        place = kernels.find(word, data, 0, len(body), self._table, pool.data, pool.at)
         if place >= 0:
             return int(place)
         for texts, text in ((pool, body), (self.order, suffix)):
             start = texts.at[count]
             texts.at[count + 1] = end = start + len(text)
             texts.data[start:end] = np.frombuffer(text, dtype=np.uint8)
-        self._table[-1 - place] = count
         self._count += 1
+        self._table[-1 - place] = word, self._count
         return count
 
     def _reserve(self, more: int, body_bytes: int, suffix_bytes: int) -> None:
         count = self._count
         self.bodies.reserve(count, more, body_bytes)
         self.order.reserve(count, more, suffix_bytes)
-        if 2 * (count + more) > len(self._table):
-            self._table = np.full(1 << (4 * (count + more)).bit_length(), -1, dtype=np.int32)
-            kernels.fill(self._table, self.bodies.data, self.bodies.at, count)
+        if 3 * (count + more) > 2 * len(self._table):  # two thirds full
+            self._make_table(1 << (3 * (count + more) // 2).bit_length())
 
     def rows_of(self, space: Space) -> "ByNumber":
         """Row of each kind's item in a space, -1 where it has none."""
@@ -267,6 +281,12 @@ class ByNumber:
             answers[wanted] = self._ask([_item_and_type(kinds.order[number]) for number in wanted.tolist()])
             found = answers[numbers]
         return found
+
+
+def _room(count: int) -> tuple[Int64, Int64, NDArray[np.uint64]]:
+    """Of so many interactions: times [n], start and size of bodies [n, 2], and what `kernels.word_of` says [n]."""
+    times, spans = np.empty(count, dtype=np.int64), np.empty((count, 2), dtype=np.int64)
+    return times, spans, np.empty(count, dtype=np.uint64)
 
 
 def _item_and_type(suffix: bytes) -> tuple[bytes, bytes]:

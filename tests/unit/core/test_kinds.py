@@ -65,8 +65,10 @@ def test_columns_say_what_decoding_each_history_says(
             assert parts(columns, found) == [[space.row(item, -1) for item, _ in one] for one in names]
             found = weights.of(columns.numbers).tolist()
             assert parts(columns, found) == [[2.5 if kind == b"like" else 1.0 for _, kind in one] for one in names]
-            suffixes = [key[TS_BYTES:] for one in keys for key in one]
-            assert shared.numbers(suffixes) == columns.numbers.tolist()
+            at_ms, numbers = shared.of_keys([key for one in keys for key in one])
+            assert numbers.tolist() == columns.numbers.tolist()
+            assert at_ms.tolist() == columns.times.tolist()
+            assert columns.states == states
 
 
 @given(one=st.lists(entries, min_size=1, max_size=LIMIT, unique=True), data=st.data())
@@ -139,8 +141,13 @@ def test_items_of_every_form_are_learned_as_they_were_stored(item: str) -> None:
     columns = reader.read(states_of(codec, [[(7, item, "view"), (8, item, "like")], [(9, item, "view")]]), LIMIT)
     suffixes = [f"{item}\0{kind}".encode() for kind in ("view", "like", "view")]
     assert [reader.order[number] for number in columns.numbers.tolist()] == suffixes
-    assert reader.numbers(suffixes) == columns.numbers.tolist()
-    assert len(reader) == 2
+    sort_keys = [sort_key(ts, item.encode(), kind.encode()) for ts, kind in ((7, "view"), (8, "like"), (9, "view"))]
+    for of_keys in (reader, Kinds(codec)):  # with all of them known, and none
+        at_ms, numbers = of_keys.of_keys(sort_keys)
+        assert at_ms.tolist() == [7, 8, 9]
+        assert [of_keys.bodies[number] for number in numbers.tolist()] == [codec.body(one) for one in suffixes]
+        assert [of_keys.order[number] for number in numbers.tolist()] == suffixes
+        assert len(of_keys) == 2
     assert reader.rows_of(space).of(columns.numbers).tolist() == [space.row(item.encode(), -1)] * 3
 
 
@@ -174,12 +181,30 @@ def test_bodies_that_no_worker_writes_are_refused(body: str) -> None:
             Kinds(codec).read([state], LIMIT)
 
 
+def test_what_was_learned_before_damage_was_met_keeps_its_number() -> None:
+    codec = HistoryCodec({"view": 1})
+    reader = Kinds(codec)
+    head = states_of(codec, [[(7, "10", "view"), (8, "11", "view")]])[0][:27]
+    ten, other_type = codec.body(b"10\0view"), bytes.fromhex("fc0102")
+    with pytest.raises(StateError):
+        reader.read([head + b"\x07" + ten + b"\x01" + other_type], LIMIT)
+    _, numbers = reader.of_keys([sort_key(9, item, b"view") for item in (b"11", b"10", b"x")])
+    assert [reader.order[number] for number in numbers.tolist()] == [b"11\0view", b"10\0view", b"x\0view"]
+
+
+def test_a_type_without_a_code_is_refused() -> None:
+    reader = Kinds(HistoryCodec({"view": 1, "like": 2}))
+    for name in (b"viev", b"views", b"", b"likes"):
+        with pytest.raises(ValueError, match="without a code"):
+            reader.of_keys([sort_key(9, b"10", b"view"), sort_key(9, b"10", name)])
+
+
 def test_nothing_is_read_of_nothing_and_empty_histories_may_follow() -> None:
     columns = Kinds(HistoryCodec(TYPES)).read([], LIMIT)
     assert columns.base.tolist() == [0]
     assert columns.followed_by(0, 7, -1) is columns
     followed = columns.followed_by(2, 7, -1)
-    assert [part.tolist() for part in followed] == [[0, 0, 0], [], [], [7, 7], [-1, -1]]
+    assert [list(part) for part in followed] == [[0, 0, 0], [], [], [7, 7], [-1, -1], [b"", b""]]
     assert followed.as_of.tolist() == [-1, -1]
 
 
