@@ -1,9 +1,10 @@
 """What goes into a step and what comes out of it: decoded records, and what they caused in each partition."""
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate, compress
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 import numpy as np
 
@@ -31,6 +32,10 @@ class Op(NamedTuple):
 
     user: bytes
     what: bytes | tuple[bytes, ...] | int | None
+
+
+#: Makes an `Op` in a third of the time that its own constructor takes, which is once for each event.
+_new: Final = tuple.__new__
 
 
 @dataclass
@@ -118,7 +123,7 @@ class BatchDecoder:
         self._decode_deletion = DeletionDecoder(events.schemas).decode
         self._partitions = partitions
 
-    def events(self, topic: str, partition: int, records: Sequence[Record], placed: Container[bytes]) -> Batch:
+    def events(self, topic: str, partition: int, records: Sequence[Record], placed: Iterable[bytes]) -> Batch:
         """Operations and rejects of a fetched batch of one event topic.
 
         Args:
@@ -127,46 +132,40 @@ class BatchDecoder:
             records: in log order.
             placed: users that are known to belong there; those of others are asked for all at once.
         """
-        decode = self._decode_event
-        return self._decode(
-            partition, records, placed, lambda r: decode(topic, r.key, r.value, r.timestamp), Counter.IGNORED,
-            self._exposure,
-        )  # fmt: skip
+        decode = partial(self._decode_event, topic)
+        return self._decode(partition, records, placed, decode, Counter.IGNORED, self._exposure)
 
-    def deletions(self, partition: int, records: Sequence[Record], placed: Container[bytes]) -> Batch:
+    def deletions(self, partition: int, records: Sequence[Record], placed: Iterable[bytes]) -> Batch:
         """Operations and rejects of a fetched batch of the deletion topic; arguments are those of `events`."""
-        decode = self._decode_deletion
-        return self._decode(
-            partition, records, placed, lambda r: decode(r.key, r.value, r.timestamp), Counter.WITHDRAWN
-        )
+        return self._decode(partition, records, placed, self._decode_deletion, Counter.WITHDRAWN)
 
     def _decode(
         self,
         partition: int,
         records: Sequence[Record],
-        known: Container[bytes],
-        decode: Callable[[Record], bytes | tuple[bytes, ...] | int | Reject | None],
+        known: Iterable[bytes],
+        decode: Callable[[bytes | None, bytes | None, int], bytes | tuple[bytes, ...] | int | Reject | None],
         none_means: Counter,
         exposure: Exposure | None = None,
     ) -> Batch:
         batch = Batch(partition)
         ops = batch.ops
-        unknown = [key for key in {record.key for record in records} if key is not None and key not in known]
-        placed = self._placed_among(partition, unknown)
+        unknown = [key for key in {record.key for record in records}.difference(known) if key is not None]
+        misplaced = self._misplaced_among(partition, unknown)
         for index, record in enumerate(records):
-            what = decode(record)
             key = record.key
+            what = decode(key, record.value, record.timestamp)
             if type(what) is Reject:
                 batch.rejects.append((index, what))
             elif key is not None:
-                if key not in known and key not in placed:
+                if key in misplaced:
                     detail = "the key's murmur2 partition is another one"
                     batch.rejects.append((index, Reject(Reason.WRONG_PARTITION, detail)))
                     continue
                 if what is None:
                     batch.count(none_means)
                 else:
-                    ops.append(Op(key, what))  # type: ignore[arg-type]
+                    ops.append(_new(Op, (key, what)))
                     if exposure is not None and record.value is not None:
                         for counter in exposure.of(record.value):
                             batch.count(counter)
@@ -174,9 +173,9 @@ class BatchDecoder:
         batch.count(Counter.REJECTED, len(batch.rejects))
         return batch
 
-    def _placed_among(self, partition: int, users: Sequence[bytes]) -> set[bytes]:
-        """Those of some users that belong to a partition."""
+    def _misplaced_among(self, partition: int, users: Sequence[bytes]) -> set[bytes]:
+        """Those of some users that don't belong to a partition."""
         bounds = np.array([0, *accumulate(map(len, users))])
         data = np.frombuffer(b"".join(users), dtype=np.uint8)
-        is_here = kernels.partitions_of(data, bounds, self._partitions) == partition
-        return set(compress(users, is_here.tolist()))
+        is_elsewhere = kernels.partitions_of(data, bounds, self._partitions) != partition
+        return set(compress(users, is_elsewhere.tolist()))

@@ -129,7 +129,7 @@ class Engine:
         found: dict[int, dict[bytes, None]] = {}
         for batch in batches:
             users = self._users.slots[batch.partition]
-            found.setdefault(batch.partition, {}).update({op.user: None for op in batch.ops if op.user not in users})
+            found.setdefault(batch.partition, {}).update({user: None for user, _ in batch.ops if user not in users})
         return {partition: list(users) for partition, users in found.items() if users}
 
     def apply(self, batches: Iterable[Batch], stored: Stored) -> StepResult:

@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal, InvalidOperation
 from enum import StrEnum
-from typing import Any, Final, Literal, NamedTuple, Self
+from typing import Any, Final, Literal, NamedTuple, Self, cast
 
 import msgspec
 
 from stream.core.field_paths import FieldPath, NoValue, Values, parse_path
 from stream.core.framing import FRAME_BYTES, MAGIC, Moment, NotOfSchema, Schemas, schema_id_of
 from stream.core.history_codec import MAX_TS_MS, TS_BYTES
-from stream.keys import canonical_id
+from stream.keys import MAX_ID_BYTES, canonical_id
 
 #: How far an event's own time may run ahead of its record's Kafka timestamp.
 MAX_LEAD_MS: Final = 5 * 60 * 1000
@@ -31,6 +31,7 @@ _LIKELY_TS_MS: Final = 4_102_444_800_000
 #: Longest number, or time, that is read from text.
 _TIME_MAX_CHARS: Final = 64
 _HUGE: Final = 1e300
+_SURELY_64_BITS: Final = 10**18
 #: Longest detail of a reject: msgspec's texts hold the way to a value, which may be as deep as JSON may nest.
 _DETAIL_MAX_CHARS: Final = 300
 #: Values in a document of which Python objects are made: a hundred bytes each, where two of JSON may be enough.
@@ -314,7 +315,14 @@ class EventDecoder:
         return tuple(keys) or None
 
     def _key(self, event: UserEvent, key: bytes, record_ts_ms: int) -> bytes | Reject | None:
-        if reject := check_user(event.user_id, key):
+        # What is as it should be is seen here at once; what isn't, or may not be, is left to those who can say why.
+        user_id, ts = event.user_id, event.ts
+        if type(user_id) is int:
+            is_users = -_SURELY_64_BITS < user_id < _SURELY_64_BITS and str(user_id).encode() == key
+        else:
+            text = cast("str", user_id)
+            is_users = text.isascii() and text.isprintable() and 0 < len(text) <= MAX_ID_BYTES and text.encode() == key
+        if not is_users and (reject := check_user(user_id, key)):
             return reject
         memo = (event.item_id, event.type)
         suffix = self._suffixes.get(memo, NotImplemented)
@@ -322,9 +330,10 @@ class EventDecoder:
             suffix = self._suffix(memo)
         if isinstance(suffix, Reject):
             return suffix
-        if reject := check_time(event.ts, record_ts_ms, self._unit):
+        is_timely = EARLIEST_TS_MS <= ts <= MAX_TS_MS and (record_ts_ms < 0 or ts - MAX_LEAD_MS <= record_ts_ms)
+        if not is_timely and (reject := check_time(ts, record_ts_ms, self._unit)):
             return reject
-        return None if suffix is None else event.ts.to_bytes(TS_BYTES, "big") + suffix
+        return None if suffix is None else ts.to_bytes(TS_BYTES, "big") + suffix
 
     def _suffix(self, memo: tuple[int | str, str]) -> bytes | Reject | None:
         item_id, type_name = memo

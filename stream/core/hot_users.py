@@ -122,23 +122,33 @@ class HotUsers:
         before = 0
         for batch in batches:
             slots_of = self.slots.get(batch.partition, {})
-            for event, (user, wanted) in enumerate(batch.ops, before):
-                slot = slots_of[user] = slots_of.pop(user)
-                for one in wanted if type(wanted) is tuple else (wanted,):
-                    users.append(user)
-                    events.append(event)
-                    slots.append(slot)
-                    if type(one) is bytes:
-                        what.append(kernels.ADD)
-                        at_ms.append(0)
-                        keys.append(one)
-                    elif type(one) is int:
-                        what.append(kernels.ERASE)
-                        at_ms.append(one)
-                    else:
-                        what.append(kernels.SEND_AGAIN)
-                        at_ms.append(0)
-            before += len(batch.ops)
+            size = len(batch.ops)
+            whose, wants = [user for user, _ in batch.ops], [wanted for _, wanted in batch.ops]
+            if {*map(type, wants)} == {bytes}:  # as a rule: an interaction each
+                users += whose
+                events += range(before, before + size)
+                slots += [slots_of.setdefault(user, slots_of.pop(user)) for user in whose]
+                what += [kernels.ADD] * size
+                at_ms += [0] * size
+                keys += wants  # type: ignore[arg-type]
+            else:
+                for event, (user, wanted) in enumerate(batch.ops, before):
+                    slot = slots_of[user] = slots_of.pop(user)
+                    for one in wanted if type(wanted) is tuple else (wanted,):
+                        users.append(user)
+                        events.append(event)
+                        slots.append(slot)
+                        if type(one) is bytes:
+                            what.append(kernels.ADD)
+                            at_ms.append(0)
+                            keys.append(one)
+                        elif type(one) is int:
+                            what.append(kernels.ERASE)
+                            at_ms.append(one)
+                        else:
+                            what.append(kernels.SEND_AGAIN)
+                            at_ms.append(0)
+            before += size
             ends.append(len(users))
         count = len(users)
         whats, at = np.array(what, dtype=np.int8), np.array(at_ms, dtype=np.int64)
