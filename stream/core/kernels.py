@@ -36,6 +36,7 @@ _AHEAD: Final = 64
 _PREFIX_BYTES: Final = 16
 #: By how much a stored item and type may be longer than as text.
 BODY_ROOM: Final = 8
+_PLAIN_BYTES: Final = 14  # seven of a varint, and seven of a short body
 _TIME_BYTES: Final = 7  # of a varint of `MAX_TS_MS`
 
 
@@ -509,31 +510,54 @@ def read_states(data, bounds, base, times, revisions, erased_at, spans, words): 
         erased_at[state] = _big_endian(data, bounds[state] + 17, 8)
         if not (0 <= epoch <= MAX_ORDER and 0 <= revisions[state] <= MAX_ORDER and -1 <= erased_at[state] <= MAX_TS_MS):
             return state
-        at, end = bounds[state] + HEADER_BYTES, bounds[state + 1]
-        entry, last, time = base[state], base[state + 1], np.int64(0)
+        first = bounds[state] + HEADER_BYTES
+        body = data[first : bounds[state + 1]]  # slices, whose indices can't be negative
+        of_times, of_spans = times[base[state] : base[state + 1]], spans[base[state] : base[state + 1]]
+        of_words, at, end, time, count = words[base[state] : base[state + 1]], 0, body.shape[0], np.int64(0), 0
         while at < end:
-            since, at = _varint(data, at, end)
+            begin, is_plain = at, False
+            if (
+                at <= end - _PLAIN_BYTES
+            ):  # mostly an integer of few bytes, and then there is no need to look for the end
+                byte = np.int64(body[at])
+                since, shift = byte & 0x7F, 7
+                at += 1
+                while byte >= 0x80 and shift < 49:
+                    byte = np.int64(body[at])
+                    since |= (byte & 0x7F) << shift
+                    shift += 7
+                    at += 1
+                is_plain = bool(byte < 0x80 and (byte > 0 or shift == 7))
+                start, byte = at, np.int64(body[at])
+                is_plain = bool(is_plain and byte & 0x83 == 0)
+                word, shift = np.uint64(byte), 8
+                at += 1
+                byte = np.int64(0x80)
+                while byte >= 0x80 and shift < 56:
+                    byte = np.int64(body[at])
+                    word |= np.uint64(byte) << np.uint64(shift)
+                    shift += 8
+                    at += 1
+                is_plain = bool(is_plain and byte < 0x80 and (byte > 0 or shift == 16))
+            if not is_plain:
+                since, at = _varint(body, begin, end)
+                start = at
+                head, at = _varint(body, at, end)
+                size, tag = np.int64(16), head & 3
+                if tag != 1:
+                    size, at = _varint(body, at, end)
+                    size = size if tag else np.int64(0)
+                if tag > 2 or at < 0 or not 0 <= size <= end - at:
+                    return state
+                at += size
+                word = word_of(body, start, at - start)
             time += since
-            start = at
-            head, at = _varint(data, at, end)
-            if entry >= last or at < 0 or not 0 <= since <= MAX_TS_MS or time > MAX_TS_MS:
+            if count >= of_times.shape[0] or not 0 <= since <= MAX_TS_MS or time > MAX_TS_MS:
                 return state
-            tag = head & 3
-            if tag == 0:
-                size, at = _varint(data, at, end)
-                size = 0
-            elif tag == 1:
-                size = np.int64(16)
-            else:
-                size, at = _varint(data, at, end)
-            if tag > 2 or at < 0 or size < 0 or size > end - at:
-                return state
-            at += size
-            times[entry] = time
-            spans[entry, 0], spans[entry, 1] = start, at - start
-            words[entry] = word_of(data, start, at - start)
-            entry += 1
-        if entry != last:
+            of_times[count], of_words[count] = time, word
+            of_spans[count, 0], of_spans[count, 1] = first + start, at - start
+            count += 1
+        if count != of_times.shape[0]:
             return state
     return -1
 
