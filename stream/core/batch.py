@@ -175,6 +175,8 @@ class BatchDecoder:
 
     def _misplaced_among(self, partition: int, users: Sequence[bytes]) -> set[bytes]:
         """Those of some users that don't belong to a partition."""
+        if not users:  # as a rule, where all are in memory
+            return set()
         bounds = np.array([0, *accumulate(map(len, users))])
         data = np.frombuffer(b"".join(users), dtype=np.uint8)
         is_elsewhere = kernels.partitions_of(data, bounds, self._partitions) != partition

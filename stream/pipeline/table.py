@@ -43,6 +43,9 @@ class PartitionDB:
         options.create_if_missing(True)
         options.set_write_buffer_size(_WRITE_BUFFER_BYTES)
         options.set_max_write_buffer_number(2)
+        # Most users are not in what was written last, which takes 1 us to find out without a filter.
+        options.set_memtable_whole_key_filtering(True)
+        options.set_memtable_prefix_bloom_ratio(0.02)
         options.set_keep_log_file_num(2)
         options.set_max_open_files(256)
         # Compression saves a third of the disk, and costs 5 us of CPU for each event of a user who isn't in memory.

@@ -186,6 +186,7 @@ class _Secondary:
     def _options(self) -> Options:
         table = BlockBasedOptions()
         table.set_block_cache(self._cache)
+        table.set_bloom_filter(10, False)  # writers make it, but without this nobody reads it
         options = Options(raw_mode=True)
         options.set_block_based_table_factory(table)
         options.set_max_open_files(-1)
