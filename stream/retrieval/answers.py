@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from stream.core.formulas import Float32, unit_vector
+from stream.core.frozen import maker_of
 from stream.core.records import PREFIX_BYTES, CorruptRecord, EmbeddingRecord, decode, decode_many, kv_order
 from stream.errors import ConfigError
 from stream.items.space import ItemSpace
@@ -58,6 +59,9 @@ class UserEmbedding:
     item_embedding_version: str | None
 
 
+_answer_of = maker_of(UserEmbedding)
+
+
 class View(NamedTuple):
     """A pair of versions in one state of the shared record; a call keeps to one view, so it never mixes pairs."""
 
@@ -104,7 +108,7 @@ def _answer(
         or record.status not in _STATUSES
     ):
         return fallback_answer(name, "corrupt", view, fresh)
-    return UserEmbedding(
+    return _answer_of(
         record.user_id,
         record.vector,
         record.status,

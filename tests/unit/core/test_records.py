@@ -488,10 +488,13 @@ def test_a_record_is_built_by_name_but_in_one_place() -> None:
         (str(file.relative_to(folder)), node)
         for file in sorted(folder.rglob("*.py"))
         for node in ast.walk(ast.parse(file.read_text()))
-        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "EmbeddingRecord"
+        if isinstance(node, ast.Call)
     ]
-    assert len(calls) > 5
-    assert [file for file, call in calls if call.args] == ["core/records.py"]
+    by_name = [call for _, call in calls if getattr(call.func, "id", None) == "EmbeddingRecord"]
+    assert len(by_name) > 4
+    assert not any(call.args for call in by_name)
+    makers = [file for file, call in calls if [getattr(arg, "id", None) for arg in call.args] == ["EmbeddingRecord"]]
+    assert makers == ["core/records.py"]
 
 
 # -- the framing of schema registries ---------------------------------------------------------------------------------
