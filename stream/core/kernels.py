@@ -736,9 +736,11 @@ def fold(  # type: ignore[no-untyped-def]
                     outcomes[n] = TOO_OLD
                 else:
                     if count == limit:
+                        of_times, of_numbers = times[slot, :place], numbers[slot, :place]
                         for entry in range(1, place):
-                            times[slot, entry - 1] = times[slot, entry]
-                            numbers[slot, entry - 1] = numbers[slot, entry]
+                            of_times[entry - 1] = of_times[entry]
+                        for entry in range(1, place):
+                            of_numbers[entry - 1] = of_numbers[entry]
                         place -= 1
                         gone[n] = 1
                     else:
@@ -921,8 +923,14 @@ def follow(  # type: ignore[no-untyped-def]
             old_time = times[slot, 0] if by_time else np.int64(0)
         else:
             old, old_weight, old_time = np.int32(-1), 1.0, np.int64(0)
-        for entry in range(leaving, count):
-            rows[slot, entry - leaving] = rows[slot, entry]
+        if leaving == 1:  # as a rule: a loop whose step is known becomes one move of memory
+            of_rows = rows[slot, :count]
+            for entry in range(1, count):
+                of_rows[entry - 1] = of_rows[entry]
+        elif leaving:
+            for entry in range(leaving, count):
+                rows[slot, entry - leaving] = rows[slot, entry]
+        for entry in range(leaving, count if leaving and (weighted or by_time) else 0):
             if weighted:
                 weights[slot, entry - leaving] = weights[slot, entry]
             if by_time:
