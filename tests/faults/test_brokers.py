@@ -161,6 +161,7 @@ def test_writes_that_a_topic_refuses_stop_the_worker_and_move_no_offset(
     assert pipeline.stop() == 0
 
 
+@pytest.mark.slow
 def test_dead_letters_whose_topic_is_gone_stop_the_worker(
     films: Dataset, make_pipeline: Callable[..., Pipeline]
 ) -> None:

@@ -40,6 +40,7 @@ def rows(films: Dataset) -> list[EventRow]:
     return films.events[:EVENTS]
 
 
+@pytest.mark.slow
 def test_a_worker_a_day_behind(rows: list[EventRow], make_pipeline: Callable[..., Pipeline]) -> None:
     pipeline = make_pipeline()
     pipeline.start(worker_off_by(-DAY_S))

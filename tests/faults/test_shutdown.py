@@ -127,6 +127,7 @@ def test_a_signal_while_the_broker_is_away_does_not_wait_for_it_long(make_busy: 
     go_on(busy, events)
 
 
+@pytest.mark.slow
 def test_a_stop_takes_no_longer_than_it_was_told(make_busy: Busy, kafka: KafkaBroker) -> None:
     """Nothing else ends it so soon: what it sends is waited for, and so is a stop after a fault, for longer."""
     busy, events = make_busy(stop_timeout_s=3)

@@ -644,6 +644,7 @@ def demos(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[di
         }
 
 
+@pytest.mark.slow
 def test_demo_with_types_of_ones_own(demos: Mapping[str, Future[Ran]]) -> None:
     """A file of one's own may name its types as it likes; or the demo says in one line that it may not."""
     ran = demos["types"].result()

@@ -225,6 +225,7 @@ def test_new_items_and_an_encoder_that_was_learned_from_them_are_served_as_one(
     assert pipeline.stop() == 0
 
 
+@pytest.mark.slow
 def test_an_encoder_that_workers_can_not_load_is_refused_and_serving_goes_on(
     films: Dataset, learned: Path, make_pipeline: Callable[..., Pipeline]
 ) -> None:

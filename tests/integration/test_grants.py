@@ -716,6 +716,7 @@ def in_order(app: Pipeline, acls: Acls) -> None:
     assert (report["differ"], report["busy"], report["letterless"]) == (0, 0, 0), report
 
 
+@pytest.mark.slow
 def test_a_grant_that_stays_away_stops_the_worker(filled: Pipeline, acls: Acls, films: Dataset) -> None:
     app, needs = filled, worker(settings_of(filled))
     acls.give(needs)

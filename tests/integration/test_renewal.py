@@ -73,6 +73,7 @@ def oauth(secured: SecuredBroker) -> dict[str, str]:
     return there(secured.ca.parent, secured.token_settings)
 
 
+@pytest.mark.slow
 def test_tokens_that_end_are_renewed(secured_kafka: SecuredBroker, flowing: Callable[..., Pipeline]) -> None:
     """The broker closes each connection at the end of its token, which no log ever shows."""
     issuer = secured_kafka.issuer
