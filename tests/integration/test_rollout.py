@@ -53,7 +53,8 @@ def users_of(films: Dataset, end: int) -> set[str]:
     return {row.user_id for row in films.events[:end]}
 
 
-@pytest.mark.parametrize("store", ["rocksdb", pytest.param("redis", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("store", ["rocksdb", "redis"])
 def test_a_version_from_its_publication_to_the_removal_of_the_one_before(
     store: str,
     films: Dataset,

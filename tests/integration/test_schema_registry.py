@@ -166,6 +166,7 @@ def letters(pipeline: Pipeline) -> list[str]:
     return sorted(dict(record.headers())["dlq.reason"].decode() for record in pipeline.read(pipeline.dlq))
 
 
+@pytest.mark.slow
 def test_events_of_four_kinds_and_vectors_that_confluents_deserializer_reads(
     films: Dataset,
     space: ItemSpace,
