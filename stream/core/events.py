@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal, InvalidOperation
 from enum import StrEnum
-from typing import Any, Final, Literal, NamedTuple, Self, cast
+from typing import Any, Final, Literal, NamedTuple, Self
 
 import msgspec
 
@@ -316,12 +316,12 @@ class EventDecoder:
 
     def _key(self, event: UserEvent, key: bytes, record_ts_ms: int) -> bytes | Reject | None:
         # What is as it should be is seen here at once; what isn't, or may not be, is left to those who can say why.
-        user_id, ts = event.user_id, event.ts
+        user_id, ts, is_users = event.user_id, event.ts, False
         if type(user_id) is int:
             is_users = -_SURELY_64_BITS < user_id < _SURELY_64_BITS and str(user_id).encode() == key
-        else:
-            text = cast("str", user_id)
-            is_users = text.isascii() and text.isprintable() and 0 < len(text) <= MAX_ID_BYTES and text.encode() == key
+        elif type(user_id) is str:
+            is_plain = user_id.isascii() and user_id.isprintable() and 0 < len(user_id) <= MAX_ID_BYTES
+            is_users = is_plain and user_id.encode() == key
         if not is_users and (reject := check_user(user_id, key)):
             return reject
         memo = (event.item_id, event.type)

@@ -391,6 +391,17 @@ def test_what_led_to_a_framed_event_is_counted() -> None:
     assert (found.counts[Counter.SOURCED], found.counts[Counter.SELF_CAUSED]) == (1, 1)
 
 
+def test_an_id_that_its_schema_calls_a_time_is_a_number_like_others() -> None:
+    moment = {"type": "long", "logicalType": "timestamp-millis"}
+    schema = record(("user_id", moment), ("item_id", moment), ("type", "string"), ("ts", moment))
+    plain = record(("user_id", "long"), ("item_id", "long"), ("type", "string"), ("ts", "long"))
+    body = frame(7) + avro(plain, {"user_id": T0, "item_id": 9, "type": "view", "ts": T0})
+    decode = decoder(AvroReader(json.dumps(schema))).decode
+    assert decode("t", str(T0).encode(), body, T0) == T0.to_bytes(6, "big") + b"9\0view"
+    assert isinstance(found := decode("t", b"5", body, T0), Reject)
+    assert found.reason is Reason.KEY_MISMATCH
+
+
 @given(st.binary(max_size=64), st.sampled_from(["avro", "protobuf", "json"]))
 def test_any_body_is_an_event_or_a_reject(body: bytes, kind: str) -> None:
     nested = record(
